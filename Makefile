@@ -1,0 +1,65 @@
+# Every target sets up what it needs in .venv first: on a fresh machine `make demo` or `make test` is all there is to type.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# CPython 3.11 first: constraints.txt was resolved on it.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+# PYTHONWARNINGS: setuptools warns of every editable install whose folder bears the package's name, which is meant here.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := cloudckpt backends executor tests examples
+
+# Two workers, the tests of one class on one of them. `make test PYTEST="tests/stores -k moto"` runs a choice.
+PYTEST ?= -n 2 --dist loadscope
+
+.PHONY: help
+help:  ## this list
+	@echo 'cloudckpt: every target does its own set-up, in $(VENV)'
+	@echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+.PHONY: venv
+venv: $(READY)  ## the environment, and nothing else
+
+$(READY): pyproject.toml constraints.txt
+	@test -n '$(PYTHON)' || { echo 'cloudckpt needs Python 3.11 or newer with its venv module. Install it, or name it: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '==> environment: $(VENV), from $(PYTHON)'
+	@rm -f $@
+	@'$(PYTHON)' -m venv $(VENV)
+	@$(PIP) install --constraint constraints.txt pip setuptools
+	@echo '==> dependencies: the versions of constraints.txt (minutes, the first time)'
+	@$(PIP) install --no-build-isolation --constraint constraints.txt --group dev --editable '.[all]'
+	@touch $@
+
+.PHONY: demo
+demo: $(READY)  ## train, kill, resume on a real S3 server of its own; URI=s3://bucket/prefix or file:///folder for yours
+	@$(BIN)/python examples/demo/run.py $(if $(URI),--uri '$(URI)')
+
+.PHONY: test
+test: $(READY)  ## every test, on real servers and real processes
+	@echo '==> tests'
+	@$(BIN)/pytest $(PYTEST)
+
+.PHONY: lint
+lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports
+	@echo '==> ruff' && $(BIN)/ruff format --check --quiet $(SOURCES) && $(BIN)/ruff check --quiet $(SOURCES)
+	@echo '==> mypy' && $(BIN)/mypy --no-error-summary
+	@echo '==> pyright' && $(BIN)/pyright --warnings
+	@echo '==> import-linter' && $(BIN)/lint-imports --no-cache
+
+.PHONY: format
+format: $(READY)  ## rewrite the sources as ruff wants them
+	@$(BIN)/ruff check --fix --quiet $(SOURCES) || true
+	@$(BIN)/ruff format $(SOURCES)
+
+.PHONY: clean
+clean:  ## remove the environment, caches and builds
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
