@@ -1,0 +1,1 @@
+"""Storage for PyTorch Distributed Checkpoint: writer, reader, commit, and one module per store."""

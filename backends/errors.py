@@ -1,0 +1,123 @@
+"""The error tree: what went wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+
+class CheckpointError(Exception):
+    """The root of every error that cloudckpt raises.
+
+    Args:
+        message: what happened, in one sentence.
+        uri: the checkpoint or store concerned, never with a credential in it.
+        object_name: the object below ``uri``, such as ``__0_0.<save id>.distcp``.
+        rank: the rank on which it happened.
+        hint: what the reader of the message can do.
+
+    Every field survives pickling, so that a failure on one rank arrives whole on the others.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        uri: str | None = None,
+        object_name: str | None = None,
+        rank: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.uri = uri
+        self.object_name = object_name
+        self.rank = rank
+        self.hint = hint
+
+    def located(
+        self, *, uri: str | None = None, object_name: str | None = None, rank: int | None = None
+    ) -> Self:
+        """Fill in what a lower layer could not know, keep what it did, and return the error."""
+        self.uri = self.uri if self.uri is not None else uri
+        self.object_name = self.object_name if self.object_name is not None else object_name
+        self.rank = self.rank if self.rank is not None else rank
+        return self
+
+    def __str__(self) -> str:
+        """Message, place and advice: ``message (uri, object name, rank 1). Hint.``."""
+        places = [self.uri, self.object_name and f"object {self.object_name}"]
+        if self.rank is not None:
+            places.append(f"rank {self.rank}")
+        where = ", ".join(place for place in places if place)
+        text = f"{self.message} ({where})" if where else self.message
+        return f"{text}. {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by message and fields; OSError's own protocol would drop them."""
+        return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+
+def _rebuild(cls: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
+    error = cls(message)
+    error.__dict__.update(fields)
+    return error
+
+
+class ConfigurationError(CheckpointError, ValueError):
+    """A URI, an option or a state that cannot be used as given."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No committed checkpoint at this URI."""
+
+
+class CheckpointExistsError(CheckpointError, FileExistsError):
+    """A committed checkpoint is already there, or another job committed it first."""
+
+
+class StorageError(CheckpointError, OSError):
+    """The store could not do what was asked."""
+
+
+class ObjectNotFoundError(StorageError, FileNotFoundError):
+    """An object, or the bucket or folder that should hold it, is not there."""
+
+
+class AccessDeniedError(StorageError, PermissionError):
+    """The store refused the credentials, or they lack a permission."""
+
+
+class PreconditionFailedError(StorageError, FileExistsError):
+    """A conditional put lost: the object exists, or is no longer the version expected."""
+
+
+class UnansweredError(StorageError):
+    """A request went out and no answer came: it may have been carried out, or may be later."""
+
+
+class CommitError(StorageError):
+    """The global commit did not happen."""
+
+
+class UncertainCommitError(CommitError):
+    """No answer tells whether the commit happened: the checkpoint may be there or appear later."""
+
+
+class IntegrityError(CheckpointError, ValueError):
+    """What is stored is not what was saved: missing, short or altered bytes."""
+
+
+class UnsafeCheckpointError(CheckpointError, ValueError):
+    """Reading this checkpoint would run code that it carries."""
+
+
+class ExecutorError(CheckpointError, RuntimeError):
+    """The background checkpoint process could not serve a save."""
+
+
+class ExecutorDiedError(ExecutorError):
+    """The background checkpoint process ended before it answered."""
+
+
+class SaveTimeoutError(CheckpointError, TimeoutError):
+    """A save did not end within its deadline."""

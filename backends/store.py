@@ -1,0 +1,197 @@
+"""The object store interface: stateless operations on named objects below one root.
+
+A store is narrow on purpose. It knows conditions, ranges and multipart uploads, and nothing of
+checkpoints. Names are relative to the store's root and use ``/``; the root is a URI.
+
+Every operation may raise :class:`~cloudckpt.backends.errors.StorageError` (with the subclasses
+``ObjectNotFoundError``, ``AccessDeniedError`` and ``PreconditionFailedError`` where they say more), always
+with ``uri`` and, where there is one, ``object_name`` filled in.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Overwrite:
+    """Put whatever is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Put only where nothing is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Put only over this version, as a ``stat`` or ``put`` reported it."""
+
+    version: str
+
+
+Condition = Overwrite | Create | Update
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a store can honour; what it can't is said here, never ignored in silence."""
+
+    conditional_create: bool
+    """``put`` with :class:`Create` is atomic: of many racing writers one wins."""
+    conditional_update: bool
+    """``put`` with :class:`Update` is atomic."""
+    min_part_size: int = 1
+    """Bytes that every part but the last must have at least."""
+    max_part_size: int = 5 << 30
+    """Bytes that a part may have at most."""
+    max_parts: int = 10_000
+    """Parts that one upload may have at most."""
+    pending_listed: bool = True
+    """``pending_uploads`` finds the uploads that other processes left open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One visible object."""
+
+    name: str
+    size: int
+    """Bytes."""
+    version: str | None = None
+    """Changes with every put: an entity tag, a generation, or the like. None where a listing lacks it."""
+    modified: datetime | None = None
+    """Time of the last put, with a time zone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Objects, and with a delimiter the common prefixes (each ending in ``/``), in name order."""
+
+    objects: tuple[ObjectInfo, ...]
+    prefixes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An upload begun and not ended. Plain data: any process with the same store may go on with it."""
+
+    name: str
+    upload_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part that the store holds. Plain data, like :class:`Upload`."""
+
+    number: int
+    """From 1, in the order of the object's bytes."""
+    size: int
+    """Bytes."""
+    etag: str = ""
+    checksum: str | None = None
+    """``<algorithm>:<base64>`` as sent to the store, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingUpload:
+    """An upload that nobody has ended yet, as listed by the store."""
+
+    upload: Upload
+    started: datetime | None = None
+
+
+class ObjectStore(abc.ABC):
+    """Objects below one root. Safe to use from several threads; pickles into another process.
+
+    A pickle carries the configuration only, and connections are made anew where it is used.
+    """
+
+    @property
+    @abc.abstractmethod
+    def uri(self) -> str:
+        """The root, without a trailing slash and without credentials."""
+
+    @property
+    @abc.abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What this store can honour."""
+
+    @abc.abstractmethod
+    def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
+        """Make ``data`` visible under ``name`` in one step, durably.
+
+        Raises:
+            PreconditionFailedError: the condition did not hold; nothing was changed.
+            ConfigurationError: the store can't honour the condition (see ``capabilities``).
+        """
+
+    @abc.abstractmethod
+    def get(self, name: str) -> tuple[bytes, ObjectInfo]:
+        """Return a small object whole, with the version that the bytes belong to."""
+
+    @abc.abstractmethod
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the writable ``buffers`` one after another from the object's bytes at ``offset``.
+
+        One request where the store can. Buffers are one-dimensional and of unsigned bytes.
+
+        Raises:
+            IntegrityError: the object ends before the buffers are full.
+        """
+
+    @abc.abstractmethod
+    def stat(self, name: str) -> ObjectInfo:
+        """Return size and version of a visible object, never from a cache."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
+        """List what is visible below a name prefix; with ``delimiter``, stop at the next ``/``.
+
+        ``prefix`` is a string prefix of names, as on S3, and need not end at a ``/``.
+        """
+
+    @abc.abstractmethod
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects, in batches where the store can. Names that are not there are no error."""
+
+    @abc.abstractmethod
+    def begin_upload(self, name: str) -> Upload:
+        """Open a multipart upload. Nothing is visible under ``name`` until it is completed."""
+
+    @abc.abstractmethod
+    def upload_part(self, upload: Upload, number: int, offset: int, buffers: Sequence[memoryview]) -> Part:
+        """Send one part: the concatenation of ``buffers``, without copying where the store can.
+
+        Parts may be sent in any order, side by side, and again. ``offset`` is where the part's first byte
+        lies in the object.
+        """
+
+    @abc.abstractmethod
+    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
+        """Make the object visible from all of its parts, durably; its ``size`` is what the store reports.
+
+        Raises:
+            IntegrityError: what the store holds is not what the parts add up to; nothing is visible.
+        """
+
+    @abc.abstractmethod
+    def abort_upload(self, upload: Upload) -> None:
+        """Give an upload up and free its parts. One that is gone already is no error."""
+
+    @abc.abstractmethod
+    def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
+        """List uploads below a name prefix that were begun and neither completed nor aborted."""
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing
+        """Let connections go. The store may be used again afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
