@@ -38,6 +38,18 @@ Condition = Overwrite | Create | Update
 
 
 @dataclass(frozen=True, slots=True)
+class PartLimits:
+    """What a store takes as a part of an upload."""
+
+    min_size: int = 1
+    """Bytes that every part but the last must have at least."""
+    max_size: int = 1 << 62
+    """Bytes that a part may have at most."""
+    max_count: int = 1 << 31
+    """Parts that one upload may have at most."""
+
+
+@dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a store can honour; what it can't is said here, never ignored in silence."""
 
@@ -45,12 +57,6 @@ class Capabilities:
     """``put`` with :class:`Create` is atomic: of many racing writers one wins."""
     conditional_update: bool
     """``put`` with :class:`Update` is atomic."""
-    min_part_size: int = 1
-    """Bytes that every part but the last must have at least."""
-    max_part_size: int = 5 << 30
-    """Bytes that a part may have at most."""
-    max_parts: int = 10_000
-    """Parts that one upload may have at most."""
     pending_listed: bool = True
     """``pending_uploads`` finds the uploads that other processes left open."""
 
@@ -117,9 +123,14 @@ class ObjectStore(abc.ABC):
         """The root, without a trailing slash and without credentials."""
 
     @property
+    def part_limits(self) -> PartLimits:
+        """What this store takes as a part; known without asking it."""
+        return PartLimits()
+
+    @property
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this store can honour."""
+        """What this store can honour; finding out may take a few requests, once."""
 
     @abc.abstractmethod
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:

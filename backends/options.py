@@ -1,0 +1,277 @@
+"""The options of a checkpoint target, from keywords, URI query and environment, as one frozen value.
+
+Each option comes from the first of these that has it: a keyword, the query of the URI, the environment
+variable ``CLOUDCKPT_<OPTION>``. They are read and checked here once; the inside of the library never reads
+the environment. :mod:`cloudckpt.backends.target` joins them to a URI.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+import pydantic
+from pydantic import ByteSize, Field, SecretStr
+
+from cloudckpt.backends.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "CLOUDCKPT_"
+
+_MIB = 1 << 20
+
+_NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+_ALLOWED: Mapping[str, str] = {
+    "part_size": "a size of at least one byte, such as 64MiB",
+    "concurrency": "a whole number of at least 1",
+    "memory_limit": "a size of at least 1MiB, such as 256MiB",
+    "endpoint_url": "an http:// or https:// URL with a host and without credentials",
+    "region": "a region's name, such as eu-central-1",
+    "profile": "the name of a profile in the AWS configuration",
+    "anon": "true or false",
+    "requester_pays": "true or false",
+    "project": "the name of a Google Cloud project",
+    "token": "what gcsfs takes as its token, as text",
+    "sse": "an encryption of S3, such as AES256 or aws:kms",
+    "sse_kms_key_id": "the id or ARN of a KMS key",
+    "storage_class": "a storage class, such as STANDARD_IA",
+    "kms_key_name": "the resource name of a Cloud KMS key",
+    "checksum": "auto, crc64nvme, crc32c or none",
+    "timeout": "a number of seconds greater than 0",
+    "retries": "a whole number of at least 0",
+    "storage_options": "a dict of keywords for the fsspec file system",
+}
+
+
+class Options(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """How to reach a store and how to move bytes to and from it.
+
+    Secrets (``token``, and whatever ``storage_options`` holds) never show in ``repr``. They do travel in a
+    pickle, because another process cannot do without them.
+    """
+
+    part_size: Annotated[ByteSize, Field(ge=1)] = ByteSize(32 * _MIB)
+    """Bytes of one part of a multipart upload."""
+    concurrency: Annotated[int, Field(ge=1)] = 8
+    """Requests in flight, a rank."""
+    memory_limit: Annotated[ByteSize, Field(ge=_MIB)] = ByteSize(256 * _MIB)
+    """Ceiling on the bytes that a rank holds beyond the caller's tensors."""
+
+    endpoint_url: _NonEmpty | None = None
+    """Server to use instead of the cloud's own."""
+    region: _NonEmpty | None = None
+    profile: _NonEmpty | None = None
+    anon: bool = False
+    """Send unsigned requests."""
+    requester_pays: bool = False
+    """Accept the cost of requests to a requester-pays bucket."""
+    project: _NonEmpty | None = None
+    token: SecretStr | None = None
+    """For gcsfs: the path of a key file, or the name of one of its methods."""
+
+    sse: _NonEmpty | None = None
+    sse_kms_key_id: _NonEmpty | None = None
+    storage_class: _NonEmpty | None = None
+    kms_key_name: _NonEmpty | None = None
+
+    checksum: Literal["auto", "crc64nvme", "crc32c", "none"] = "auto"
+    """What the store is asked to check on arrival."""
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    """Seconds that one request may take."""
+    retries: Annotated[int, Field(ge=0)] = 4
+    """Times that a request is sent again after a failure that may pass."""
+    storage_options: Annotated[dict[str, Any], Field(default_factory=dict, repr=False)]
+    """Keywords for the fsspec file system of the URI."""
+
+    @pydantic.field_validator("endpoint_url")
+    @classmethod
+    def _is_endpoint(cls, value: str | None) -> str | None:
+        if value is not None:
+            parts = urlsplit(value)
+            if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+                raise ValueError("not an endpoint")
+        return value
+
+
+_EVERYWHERE = frozenset({"part_size", "concurrency", "memory_limit", "checksum", "timeout", "retries"})
+_HONOURED: Mapping[str, frozenset[str]] = {
+    "s3": _EVERYWHERE
+    | {"endpoint_url", "region", "profile", "anon", "requester_pays", "storage_options"}
+    | {"sse", "sse_kms_key_id", "storage_class"},
+    "gs": _EVERYWHERE
+    | {
+        "endpoint_url",
+        "project",
+        "token",
+        "anon",
+        "storage_options",
+        "storage_class",
+        "kms_key_name",
+    },
+    # Time limits and retries are of requests, of which these two make none.
+    "file": _EVERYWHERE,
+    "memory": _EVERYWHERE,
+}
+_HONOURED_BY_OTHERS = _EVERYWHERE | {"storage_options"}
+_CHECKSUMS: Mapping[str, frozenset[str]] = {
+    "s3": frozenset({"auto", "crc64nvme", "crc32c", "none"}),
+    "gs": frozenset({"auto", "crc32c", "none"}),
+}
+_CHECKSUMS_OF_OTHERS = frozenset({"auto", "none"})
+
+_WHERE_CREDENTIALS_BELONG: Mapping[str, str] = {
+    "s3": "Credentials belong in the AWS environment variables, in ~/.aws/credentials (option `profile`), "
+    "in an instance role, or in the keyword storage_options",
+    "gs": "Credentials belong in Application Default Credentials, or in the keyword token or storage_options",
+}
+_WHERE_OTHER_CREDENTIALS_BELONG = "Credentials belong in the keyword storage_options"
+_SECRET_WORDS = (
+    "secret",
+    "password",
+    "passwd",
+    "token",
+    "access_key",
+    "account_key",
+    "credential",
+    "signature",
+)
+_SECRET_NAMES = frozenset({"key", "api_key", "user", "username", "sas", "sig"})
+
+
+def where_credentials_belong(protocol: str) -> str:
+    """Advice on where credentials for ``protocol`` go, for an error's hint."""
+    return _WHERE_CREDENTIALS_BELONG.get(protocol, _WHERE_OTHER_CREDENTIALS_BELONG)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Options as given, by source, before they are joined. Kept so that ``reset`` can join them anew."""
+
+    keywords: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    query: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def given(cls, keywords: Mapping[str, Any], query: Mapping[str, str]) -> Self:
+        """Take keywords (None means not given) and query, and read the environment."""
+        return cls(
+            keywords={name: value for name, value in keywords.items() if value is not None},
+            query=dict(query),
+            environment=_read_environment(os.environ),
+        )
+
+    def joined(self, protocol: str) -> Options:
+        """Join the layers into the options for a store of this protocol.
+
+        Raises:
+            ConfigurationError: an option is unknown, has a value that is not allowed, or was asked for by
+                keyword or query and can't be honoured by the protocol. The environment speaks to all stores,
+                so what a protocol can't honour in it does not apply.
+        """
+        for name in self.keywords:
+            _check_known(name, "keyword", Options.model_fields)
+        asked = {**self.query, **self.keywords}
+        honoured = _HONOURED.get(protocol, _HONOURED_BY_OTHERS)
+        for name, value in asked.items():
+            if name not in honoured and value != {}:
+                raise ConfigurationError(
+                    f"option {name!r} can't be honoured by {protocol}:// and would be ignored",
+                    hint=f"Leave it out. {protocol}:// takes {_enumerate(sorted(honoured))}",
+                )
+        checksums = _CHECKSUMS.get(protocol, _CHECKSUMS_OF_OTHERS)
+        if isinstance(checksum := asked.get("checksum"), str) and checksum in _CHECKSUMS["s3"] - checksums:
+            raise ConfigurationError(
+                f"option 'checksum' can't be {checksum!r} on {protocol}://, which does not check it",
+                hint=f"Allowed: {_enumerate(sorted(checksums))}",
+            )
+        background = {
+            name: value
+            for name, value in self.environment.items()
+            if name in honoured and not (name == "checksum" and value in _CHECKSUMS["s3"] - checksums)
+        }
+        try:
+            return Options.model_validate({**background, **asked})
+        except pydantic.ValidationError as error:
+            raise self._explained(error) from None  # pydantic's own text would show the value of a secret
+
+    def _explained(self, error: pydantic.ValidationError) -> ConfigurationError:
+        name = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
+        if name in self.keywords:
+            source, value = f"option {name!r}", self.keywords[name]
+        elif name in self.query:
+            source, value = f"option {name!r} in the query", self.query[name]
+        else:
+            source, value = (
+                f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}",
+                self.environment[name],
+            )
+        # An endpoint that is refused may be so for the password in it.
+        secret = name in ("token", "storage_options") or (name == "endpoint_url" and "@" in str(value))
+        shown = "has a value that" if secret else f"is {value!r}, which"
+        return ConfigurationError(f"{source} {shown} is not allowed", hint=f"Allowed: {_ALLOWED[name]}")
+
+
+def parse_query(query: str, protocol: str) -> dict[str, str]:
+    """Read the query of a URI (``part_size=64MiB&region=…``); percent escapes are read, a plus is a plus.
+
+    Raises:
+        ConfigurationError: an option is unknown, given twice, has no value, or is a credential.
+    """
+    options: dict[str, str] = {}
+    for item in filter(None, query.split("&")):
+        raw_name, _, raw_value = item.partition("=")
+        name, value = unquote(raw_name), unquote(raw_value)
+        if _is_secret(name):
+            raise ConfigurationError(
+                f"{name!r} is a credential, and credentials never go in a URI",
+                hint=where_credentials_belong(protocol),
+            )
+        if name == "storage_options":
+            raise ConfigurationError(
+                "option 'storage_options' is a keyword only",
+                hint="Pass it to the call, not in the URI",
+            )
+        _check_known(name, "option in the query", Options.model_fields)
+        if not value:
+            raise ConfigurationError(
+                f"option {name!r} in the query has no value",
+                hint=f"Write {name}=VALUE. Allowed: {_ALLOWED[name]}",
+            )
+        if name in options:
+            raise ConfigurationError(f"option {name!r} is given twice in the query", hint="Give it once")
+        options[name] = value
+    return options
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    variables = {
+        name: ENVIRONMENT_PREFIX + name.upper() for name in Options.model_fields if name != "storage_options"
+    }
+    return {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
+
+
+def _is_secret(name: str) -> bool:
+    plain = name.lower().replace("-", "_")
+    return plain in _SECRET_NAMES or any(word in plain for word in _SECRET_WORDS)
+
+
+def _check_known(name: str, source: str, known: Iterable[str]) -> None:
+    names = sorted(known)
+    if name in names:
+        return
+    if _is_secret(name):
+        hint = "Pass what is meant for the fsspec file system in storage_options"
+    elif near := difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.6):
+        hint = f"Did you mean {near[0]!r}?"
+    else:
+        hint = f"Known: {_enumerate(names)}"
+    raise ConfigurationError(f"unknown {source} {name!r}", hint=hint)
+
+
+def _enumerate(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,255 @@
+"""Where a checkpoint lives: a URI and its options, parsed once into one frozen value.
+
+Spelling of names. In a URI with a protocol, ``?`` starts the options and ``#`` is refused. For object stores
+and other fsspec protocols the rest is literal, as in the ``aws`` and ``gcloud`` command lines and in fsspec:
+``%20`` is three characters of a key. In a ``file:`` URI percent escapes are read, as RFC 8089 has it. A
+plain path without ``://`` is taken as it is, with any ``?``, ``#`` and ``%``; its canonical URI escapes
+those three.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Self
+from urllib.parse import unquote
+
+import fsspec
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.options import (
+    Layers,
+    Options,
+    parse_query,
+    where_credentials_belong,
+)
+
+_WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>/[^/].*|/?)", re.DOTALL)
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_ALIASES: Final = {"gcs": "gs", "s3a": "s3", "local": "file"}
+_WITH_BUCKET: Final = ("s3", "gs")
+_EXAMPLES: Final = {
+    "s3": "s3://bucket/prefix",
+    "gs": "gs://bucket/prefix",
+    "file": "file:///absolute/path",
+    "memory": "memory://name",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A checkpoint, or the folder of a run, and the options with which to reach it."""
+
+    uri: str
+    """Canonical: no query, no trailing slash, no credentials. ``parse`` reads it back."""
+    protocol: str
+    """``s3``, ``gs``, ``file``, ``memory``, or any other protocol of fsspec."""
+    bucket: str
+    """Of ``s3`` and ``gs``; otherwise empty."""
+    path: str
+    """``s3``, ``gs``: the key prefix. ``file``: the absolute path. Others: what fsspec calls the path."""
+    options: Options
+    layers: Layers = field(default_factory=Layers, repr=False, compare=False)
+
+    @classmethod
+    def parse(cls, uri: str | os.PathLike[str], **keywords: Any) -> Self:
+        """Read a URI or a plain path, its query, the keywords and, once and here, the environment.
+
+        Raises:
+            ConfigurationError: the URI can't be read, or an option can't be used.
+        """
+        place = _Place.read(uri)
+        try:
+            layers = Layers.given(keywords, parse_query(place.query, place.protocol))
+            return cls._joined(place, layers)
+        except CheckpointError as error:
+            error.located(uri=place.uri)
+            raise
+
+    def moved_to(self, uri: str | os.PathLike[str]) -> Self:
+        """Return the target at another URI, with the keywords and environment that this one was made with.
+
+        The query stays too while the protocol stays; what the new URI has in its query goes before it.
+        """
+        place = _Place.read(uri)
+        inherited = self.layers.query if place.protocol == self.protocol else {}
+        try:
+            query = {**inherited, **parse_query(place.query, place.protocol)}
+            return self._joined(place, replace(self.layers, query=query))
+        except CheckpointError as error:
+            error.located(uri=place.uri)
+            raise
+
+    def child(self, name: str) -> Self:
+        """Return the target ``name`` below this one, with the same options."""
+        segments = name.split("/")
+        if any(segment in ("", ".", "..") for segment in segments):
+            raise ConfigurationError(f"{name!r} is not a name below a checkpoint", uri=self.uri)
+        spelt = _escaped(name) if self.protocol == "file" else name
+        path = f"{self.path.rstrip('/')}/{name}" if self.path else name
+        return replace(self, uri=f"{self.uri.removesuffix('/')}/{spelt}", path=path)
+
+    @classmethod
+    def _joined(cls, place: _Place, layers: Layers) -> Self:
+        return cls(
+            uri=place.uri,
+            protocol=place.protocol,
+            bucket=place.bucket,
+            path=place.path if place.protocol in _EXAMPLES else _path_for_fsspec(place.protocol, place.uri),
+            options=layers.joined(place.protocol),
+            layers=layers,
+        )
+
+
+def is_checkpoint_uri(uri: str | os.PathLike[str]) -> bool:
+    """Tell whether ``uri`` names a place that a store can be opened for, options aside."""
+    try:
+        _Place.read(uri)
+    except ConfigurationError:
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    uri: str
+    protocol: str
+    bucket: str
+    path: str
+    query: str
+
+    @classmethod
+    def read(cls, given: str | os.PathLike[str]) -> _Place:
+        text = os.fsdecode(os.fspath(given))
+        if not text.strip() or "\0" in text:
+            what = "holds a NUL character" if text.strip() else "is empty"
+            hint = f"Write it like {_EXAMPLES['s3']} or {_EXAMPLES['file']}"
+            raise ConfigurationError(f"a checkpoint's URI {what}", hint=hint)
+        match = _WITH_PROTOCOL.fullmatch(text)
+        if match is None:
+            _refuse_broken_protocol(text)
+            # Not Path.expanduser, which raises for a user that is not there: it is a folder called so.
+            return cls._of_path(os.path.expanduser(text), query="")  # noqa: PTH111
+        protocol = match["protocol"].lower()
+        protocol = _ALIASES.get(protocol, protocol)
+        rest, _, query = match["rest"].partition("?")
+        _check_spelling(protocol, rest, query)
+        rest = rest.removesuffix("/")
+        if protocol == "file":
+            return cls._of_file(rest, query)
+        if protocol in _WITH_BUCKET:
+            return cls._of_bucket(protocol, rest, query)
+        if not rest:
+            hint = f"Write it like {_EXAMPLES['memory']}"
+            raise ConfigurationError(f"{protocol}:// names nothing", uri=f"{protocol}://", hint=hint)
+        return cls(f"{protocol}://{rest}", protocol, "", f"/{rest}", query)
+
+    @classmethod
+    def _of_file(cls, rest: str, query: str) -> _Place:
+        host, _, path = rest.partition("/")
+        if host not in ("", "localhost"):
+            raise ConfigurationError(
+                "a file URI holds an absolute path, so three slashes",
+                uri=f"file://{rest}",
+                hint=f"Write it like {_EXAMPLES['file']}, or give a plain path",
+            )
+        return cls._of_path(f"/{unquote(path, errors='surrogateescape')}", query)
+
+    @classmethod
+    def _of_path(cls, path: str, query: str) -> _Place:
+        # Not Path.resolve, which follows symbolic links: the URI keeps the name that the user knows.
+        absolute = "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
+        return cls(f"file://{_escaped(absolute)}", "file", "", absolute, query)
+
+    @classmethod
+    def _of_bucket(cls, protocol: str, rest: str, query: str) -> _Place:
+        bucket, _, prefix = rest.partition("/")
+        uri = f"{protocol}://{rest}"
+        if not bucket:
+            raise ConfigurationError(
+                f"the bucket is missing from the {protocol} URI",
+                uri=uri,
+                hint=f"Write it like {_EXAMPLES[protocol]}",
+            )
+        if not _BUCKET.fullmatch(bucket):
+            raise ConfigurationError(
+                f"{bucket!r} is not a bucket's name",
+                uri=uri,
+                hint="It has letters, digits, dots, dashes, underscores; a server goes in endpoint_url",
+            )
+        if "" in prefix.split("/") and prefix:
+            raise ConfigurationError(
+                "a checkpoint's URI has two slashes together after the bucket",
+                uri=uri,
+                hint="Keys with an empty folder name are a mistake more often than not: leave one slash out",
+            )
+        return cls(uri, protocol, bucket, prefix, query)
+
+
+def _escaped(path: str) -> str:
+    return path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def _known_protocols() -> set[str]:
+    return {*fsspec.available_protocols(), *_ALIASES, *_EXAMPLES}
+
+
+def _check_spelling(protocol: str, rest: str, query: str) -> None:
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if at and (protocol in _WITH_BUCKET or ":" in user):
+        raise ConfigurationError(
+            "credentials never go in a URI",
+            uri=f"{protocol}://{rest[len(user) + 1 :]}",
+            hint=where_credentials_belong(protocol),
+        )
+    uri = f"{protocol}://{rest}"
+    _check_protocol(protocol, uri)
+    if "#" in rest + query:
+        raise ConfigurationError(
+            "a checkpoint's URI has no #fragment", uri=uri.partition("#")[0], hint="Leave out what follows #"
+        )
+    if (rest + query) != (rest + query).rstrip():
+        raise ConfigurationError("a checkpoint's URI ends in white space", uri=uri, hint="Leave it out")
+    if any(segment in (".", "..") for segment in unquote(rest).split("/")):
+        raise ConfigurationError("a checkpoint's URI has no . or .. in it", uri=uri, hint="Write it out")
+
+
+def _check_protocol(protocol: str, uri: str) -> None:
+    known = _known_protocols()
+    if protocol in known:
+        return
+    usual = difflib.get_close_matches(protocol, [*_EXAMPLES, *_ALIASES], n=1, cutoff=0.5)
+    near = usual or difflib.get_close_matches(protocol, sorted(known), n=1, cutoff=0.7)
+    hint = f"Did you mean {near[0]}://?" if near else f"Write it like {', '.join(_EXAMPLES.values())}"
+    raise ConfigurationError(f"unknown protocol {protocol!r}", uri=uri, hint=hint)
+
+
+def _refuse_broken_protocol(text: str) -> None:
+    match = _ONE_SLASH.fullmatch(text.strip())
+    if match is not None and match["protocol"].lower() in _known_protocols():
+        protocol = match["protocol"].lower()
+        rest = match["rest"].lstrip("/").partition("?")[0]
+        right = f"{protocol}:///" if _ALIASES.get(protocol, protocol) == "file" else f"{protocol}://"
+        raise ConfigurationError(
+            f"{protocol}: is followed by two slashes in a URI, not one",
+            uri=text.partition("?")[0],
+            hint=f"Write {right}{rest} as text: a pathlib.Path drops a slash",
+        )
+    if "://" in text:
+        raise ConfigurationError(
+            "what stands before :// is not a protocol",
+            hint=f"Write it like {', '.join(_EXAMPLES.values())}; chained URLs (a::b://) are not taken",
+        )
+
+
+def _path_for_fsspec(protocol: str, uri: str) -> str:
+    try:
+        cls = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"a library for {protocol}:// is not installed", uri=uri, hint=str(error)
+        ) from error
+    return str(cls._strip_protocol(uri))
