@@ -1,0 +1,42 @@
+"""One module per store, imported when a target needs it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.target import Target
+
+__all__ = ["open_store"]
+
+_STORES = {
+    "file": ("local", "LocalStore"),
+    "memory": ("memory", "MemoryStore"),
+    "s3": ("s3", "S3Store"),
+}
+_ANY_OTHER = ("fsspec", "FsspecStore")
+_EXTRAS = {"s3": "s3", "gs": "gcs"}
+
+
+def open_store(target: Target) -> ObjectStore:
+    """Return the store whose root is the target. No request is made.
+
+    Raises:
+        ConfigurationError: the libraries for the target's protocol are not installed.
+    """
+    module, name = _STORES.get(target.protocol, _ANY_OTHER)
+    try:
+        store = getattr(importlib.import_module(f"cloudckpt.backends.stores.{module}"), name)
+    except ImportError as error:
+        if (error.name or "").startswith("cloudckpt"):
+            raise
+        extra = _EXTRAS.get(target.protocol)
+        install = f'Install it with: pip install "cloudckpt[{extra}]"' if extra else str(error)
+        raise ConfigurationError(
+            f"{error.name or 'a library'}, which {target.protocol}:// needs, is not installed",
+            uri=target.uri,
+            hint=install,
+        ) from error
+    return cast(ObjectStore, store(target))
