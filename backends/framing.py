@@ -1,0 +1,131 @@
+"""What surrounds a tensor's bytes in DCP's format, and how to make an item without copying them.
+
+A stock item is what ``torch.save(tensor)`` writes: a zip archive with one stored record for the payload.
+Its framing depends on dtype, shape and stride alone. Under ``torch.serialization.skip_data`` torch writes
+the framing and seeks over the payload, which tells both apart. Payload bytes that follow in the gap give an
+item that ``torch.load(weights_only=True)`` reads; the archive's CRC of that record stays zero, which torch
+never looks at.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from dataclasses import dataclass
+from typing import IO, cast
+
+import torch
+
+from cloudckpt.backends import strides
+from cloudckpt.backends.segments import Gathered, Segment, View, bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """The bytes before and after a tensor's payload."""
+
+    head: bytes
+    tail: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a save plan, ready to be laid into an object."""
+
+    segments: tuple[Segment, ...]
+    payload_offset: int | None = None
+    """Where the raw payload begins in the item; None where there is no raw payload."""
+    stride: tuple[int, ...] | None = None
+    """Stride in elements of the payload, where it is not row-major."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(segment.nbytes for segment in self.segments)
+
+
+class _FramingSink(io.RawIOBase):
+    """A file that keeps what is written and remembers what was skipped."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[int, bytes]] = []
+        self.skipped: tuple[int, int] | None = None
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        self.pieces.append((self._position, bytes(data)))
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        target = offset if whence == io.SEEK_SET else self._position + offset
+        if target > self._position:
+            self.skipped = (self._position, target)
+        self._position = target
+        return target
+
+    def tell(self) -> int:
+        return self._position
+
+
+@functools.lru_cache(maxsize=4096)
+def framing(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Framing:
+    """The framing that ``torch.save`` gives a dense tensor of this dtype, shape and stride (in elements)."""
+    like = torch.empty_strided(shape, stride, dtype=dtype)  # never touched: no page of it becomes resident
+    sink = _FramingSink()
+    with torch.serialization.skip_data():
+        torch.save(like, cast(IO[bytes], sink))
+    nbytes = like.numel() * like.itemsize
+    if nbytes == 0:
+        start = stop = sink.tell()
+    elif sink.skipped is not None and sink.skipped[1] - sink.skipped[0] == nbytes:
+        start, stop = sink.skipped
+    else:
+        raise RuntimeError(f"torch.save left a gap at {sink.skipped} for a payload of {nbytes} bytes")
+    head = b"".join(data for offset, data in sink.pieces if offset < start)
+    tail = b"".join(data for offset, data in sink.pieces if offset >= stop)
+    return Framing(head, tail)
+
+
+def encode_bytes(data: io.BytesIO) -> Item:
+    """A non-tensor value, serialised by the planner already."""
+    return Item((View(data.getbuffer(), borrowed=False),))
+
+
+def encode_tensor(tensor: torch.Tensor) -> Item:
+    """Lay a tensor out as a stock item, taking its bytes from where they are.
+
+    A dense CPU tensor is sent from its own memory, in its own memory order. Scattered views and tensors
+    on a device become row-major and are gathered a window at a time. What has no plain strided memory
+    (sparse, quantised, tensor subclasses) goes through ``torch.save`` into memory as a whole.
+    """
+    tensor = tensor.detach()
+    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
+        whole = io.BytesIO()
+        torch.save(tensor.cpu(), whole)
+        return encode_bytes(whole)
+    shape = tuple(tensor.shape)
+    row_major = strides.row_major(shape)
+    stride = row_major
+    payload: Segment
+    if (
+        tensor.is_conj()
+        or tensor.is_neg()
+        or torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
+        or not strides.is_dense(shape, tensor.stride())
+    ):
+        payload = Gathered(tensor)
+    else:
+        if not tensor.is_contiguous():
+            stride = tuple(tensor.stride())
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        payload = View(bytes_of(flat)) if tensor.device.type == "cpu" else Gathered(flat)
+    around = framing(tensor.dtype, shape, stride)
+    return Item(
+        (View(memoryview(around.head)), payload, View(memoryview(around.tail))),
+        payload_offset=len(around.head),
+        stride=None if stride == row_major else stride,
+    )

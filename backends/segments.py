@@ -1,0 +1,159 @@
+"""What an object is made of: segments laid end to end, and windows on them.
+
+A segment is either a view of bytes that are in memory already, or a tensor that has to be gathered first
+(it lives on a device, or its elements are scattered). A part is a window on the segments of an object: it
+takes views as they are and gathers only the bytes that lie inside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Segment(Protocol):
+    """A run of bytes of an object."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        ...
+
+    @property
+    def borrowed(self) -> bool:
+        """True when the bytes are the caller's own; False when memory is held for them."""
+        ...
+
+    def window(self, start: int, stop: int) -> memoryview:
+        """Bytes ``start`` to ``stop`` of the segment."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Bytes that are in memory; a window on them is a slice."""
+
+    data: memoryview
+    borrowed: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def window(self, start: int, stop: int) -> memoryview:
+        return self.data[start:stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The elements of a tensor in row-major order, brought to host memory window by window.
+
+    A window costs its own length in memory, whatever the size of the tensor.
+    """
+
+    tensor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.itemsize
+
+    @property
+    def borrowed(self) -> bool:
+        return False
+
+    def window(self, start: int, stop: int) -> memoryview:
+        itemsize = self.tensor.itemsize
+        first, last = start // itemsize, -(-stop // itemsize)
+        host = torch.empty(last - first, dtype=self.tensor.dtype)
+        _copy_range(self.tensor, first, last, host)
+        return bytes_of(host)[start - first * itemsize : stop - first * itemsize]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor, as writable bytes that keep the tensor alive."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _copy_range(tensor: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
+    """Copy elements ``first`` to ``last``, counted in row-major order, without flattening the tensor."""
+    if tensor.is_contiguous():
+        out.copy_(tensor.reshape(-1)[first:last])
+        return
+    if tensor.dim() == 1:
+        out.copy_(tensor[first:last])
+        return
+    row = math.prod(tensor.shape[1:])
+    top, bottom = first // row, (last - 1) // row
+    if top == bottom:
+        _copy_range(tensor[top], first - top * row, last - top * row, out)
+        return
+    done = 0
+    if first > top * row:
+        done = (top + 1) * row - first
+        _copy_range(tensor[top], first - top * row, row, out[:done])
+        top += 1
+    whole = last // row - top
+    if whole:
+        out[done : done + whole * row].view(whole, *tensor.shape[1:]).copy_(tensor[top : top + whole])
+        done += whole * row
+        top += whole
+    if done < last - first:
+        _copy_range(tensor[top], 0, last - first - done, out[done:])
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Some consecutive bytes of an object, as pieces of its segments."""
+
+    offset: int
+    """Where the window begins in the object."""
+    pieces: tuple[tuple[Segment, int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Length in bytes."""
+        return sum(stop - start for _, start, stop in self.pieces)
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory held for the window, from ``buffers`` on or already."""
+        return sum(
+            stop - start + 2 * _ELEMENT for segment, start, stop in self.pieces if not segment.borrowed
+        )
+
+    def buffers(self) -> list[memoryview]:
+        """The window's bytes: views where they are in memory, gathered copies where not."""
+        return [segment.window(start, stop) for segment, start, stop in self.pieces]
+
+
+_ELEMENT = 16
+"""Bytes of the largest element (complex128); a gathered window rounds to whole elements at both ends."""
+
+
+def windows(segments: Iterable[Segment], size: int) -> Iterator[Window]:
+    """Cut a stream of segments into windows of ``size`` bytes; the last one may be shorter.
+
+    Segments are taken from the iterable only when they are needed, so an object can be sent while its later
+    items have not been made yet. An empty stream has no windows.
+    """
+    offset = 0
+    pieces: list[tuple[Segment, int, int]] = []
+    filled = 0
+    for segment in segments:
+        start = 0
+        while start < segment.nbytes:
+            room = size - filled
+            stop = min(segment.nbytes, start + room)
+            pieces.append((segment, start, stop))
+            filled += stop - start
+            start = stop
+            if filled == size:
+                yield Window(offset, tuple(pieces))
+                offset += filled
+                pieces, filled = [], 0
+    if pieces:
+        yield Window(offset, tuple(pieces))
