@@ -1,0 +1,223 @@
+"""The two-phase commit: what the coordinator does once every rank has staged its objects.
+
+Phase two completes all uploads side by side, checks what the store then holds, and puts ``.metadata`` on a
+condition. That put is the commit. Before it there is no checkpoint and everything staged can be withdrawn;
+after it there is a whole one. A put without an answer is settled by reading back: the id of the save is in
+the metadata.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CommitError,
+    IntegrityError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    UnansweredError,
+    UncertainCommitError,
+    UnsafeCheckpointError,
+)
+from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update
+from cloudckpt.backends.upload import StagedObject
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """The committed checkpoint that a save is about to replace."""
+
+    version: str
+    objects: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """How phase one ended on a rank: travels to the coordinator with the rank's write results."""
+
+    rank: int
+    staged: tuple[StagedObject, ...] = ()
+    failure: Exception | None = None
+
+
+def find_previous(store: ObjectStore, name: str) -> Previous | None:
+    """Look at what is committed under a metadata name; None where nothing is."""
+    try:
+        data, info = store.get(name)
+    except ObjectNotFoundError:
+        return None
+    try:
+        objects = md.objects_of(md.load(data, uri=store.uri, name=name))
+    except (IntegrityError, UnsafeCheckpointError) as error:
+        _log.warning("what is overwritten cannot be read, so its objects stay behind: %s", error)
+        objects = frozenset()
+    return Previous(info.version or "", objects)
+
+
+def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:
+    """Complete every upload and check every object's size; returns what is visible now, by name.
+
+    Raises:
+        CommitError: an upload could not be completed, or an object is not as long as what was sent.
+    """
+
+    def complete(one: StagedObject) -> ObjectInfo:
+        name = one.upload.name
+        try:
+            info = store.complete_upload(one.upload, one.parts)
+        except CheckpointError as error:
+            raise CommitError(
+                f"an upload could not be completed: {error.message}",
+                uri=store.uri,
+                object_name=name,
+                hint="Nothing was committed and the checkpoint before is untouched; save again",
+            ) from error
+        if info.size != one.size:
+            raise CommitError(
+                f"the store holds {info.size} bytes of an object of {one.size}",
+                uri=store.uri,
+                object_name=name,
+                hint="Nothing was committed and the checkpoint before is untouched; save again",
+            )
+        return info
+
+    outcomes = _side_by_side([functools.partial(complete, one) for one in staged], concurrency)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return {info.name: info for info in outcomes if isinstance(info, ObjectInfo)}
+
+
+def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> None:
+    """Take back what a failed save left: open uploads and completed objects.
+
+    What can't be removed is logged, for the failure that led here matters more.
+    """
+    aborts = [functools.partial(store.abort_upload, one.upload) for one in staged]
+    outcomes = _side_by_side(aborts, concurrency)
+    if staged:
+        outcomes += _side_by_side([functools.partial(store.delete, [s.upload.name for s in staged])], 1)
+    for error in outcomes:
+        if isinstance(error, BaseException):
+            _log.warning("a failed save could not be cleaned up, gc will: %s", error)
+
+
+def abandon(store: ObjectStore, prefix: str, names: Iterable[str]) -> None:
+    """Abort what is pending under these names, found by listing: their upload ids may never have arrived.
+
+    Raises:
+        StorageError: the store could not list or abort.
+    """
+    mine = frozenset(names)
+    if mine:
+        for pending in list(store.pending_uploads(prefix)):
+            if pending.upload.name in mine:
+                store.abort_upload(pending.upload)
+
+
+class _Outcome(enum.Enum):
+    OURS = "our metadata is there"
+    NOT_OURS = "our metadata is not there and can't come any more"
+    UNKNOWN = "nobody can tell"
+
+
+def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previous: Previous | None) -> None:
+    """The commit: make ``data`` visible if and only if what is there is still ``previous``.
+
+    Raises:
+        CheckpointExistsError: another save committed in the meantime.
+        UncertainCommitError: no answer tells whether it happened.
+        CommitError: it did not happen.
+    """
+    condition: Condition = Create() if previous is None else Update(previous.version)
+    can = store.capabilities
+    if not (can.conditional_create if previous is None else can.conditional_update):
+        _say_unconditional(store.uri)
+        if _version(store, name) != (previous and previous.version):
+            raise _lost(store.uri, name)
+        condition = Overwrite()
+    try:
+        store.put(name, data, condition)
+    except StorageError as error:
+        outcome = _read_back(store, name, save_id, error)
+        if outcome is _Outcome.OURS:
+            return
+        if isinstance(error, PreconditionFailedError):
+            raise _lost(store.uri, name) from error
+        if outcome is _Outcome.UNKNOWN:
+            raise UncertainCommitError(
+                f"the commit was sent and no answer came back: {error.message}",
+                uri=store.uri,
+                object_name=name,
+                hint="Its objects stay in case it is committed: look for it, and save again if need be",
+            ) from error
+        raise CommitError(
+            f"the commit failed: {error.message}",
+            uri=store.uri,
+            object_name=name,
+            hint=error.hint or "Nothing was committed and the checkpoint before is untouched; save again",
+        ) from error
+
+
+def _read_back(store: ObjectStore, name: str, save_id: str, error: StorageError) -> _Outcome:
+    """Settle whether a put that raised was carried out after all."""
+    try:
+        data, _ = store.get(name)
+        found = md.save_id_of(md.load(data, uri=store.uri, name=name))
+    except ObjectNotFoundError:
+        # A request without an answer may still be on its way; one that was answered is over.
+        return _Outcome.UNKNOWN if isinstance(error, UnansweredError) else _Outcome.NOT_OURS
+    except (IntegrityError, UnsafeCheckpointError):
+        return _Outcome.NOT_OURS
+    except StorageError:
+        return _Outcome.UNKNOWN
+    return _Outcome.OURS if found == save_id else _Outcome.NOT_OURS
+
+
+def _version(store: ObjectStore, name: str) -> str | None:
+    try:
+        return store.stat(name).version or ""
+    except ObjectNotFoundError:
+        return None
+
+
+def _lost(uri: str, name: str) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        "another save committed this checkpoint while this one was under way",
+        uri=uri,
+        object_name=name,
+        hint="Two jobs save to the same place: give each its own URI",
+    )
+
+
+@functools.cache
+def _say_unconditional(uri: str) -> None:
+    """Say it, once for a place and process."""
+    _log.warning(
+        "%s does not honour conditional puts: two jobs that commit the same checkpoint at the same moment "
+        "would not notice each other",
+        uri,
+    )
+
+
+def _side_by_side(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T | BaseException]:
+    """Run all tasks to their end, whatever becomes of the others; results or exceptions in order."""
+    if not tasks:
+        return []
+    with ThreadPoolExecutor(min(concurrency, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
+        futures = [pool.submit(task) for task in tasks]
+        wait(futures)
+    return [future.exception() or future.result() for future in futures]

@@ -1,0 +1,80 @@
+"""Which item goes into which object, and how large an object's parts are."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+from torch.distributed.checkpoint.planner import WriteItem
+
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.store import PartLimits
+
+_FRAMING = 2048
+"""Bytes around a tensor's payload, at most; good for an estimate."""
+
+
+def distribute(items: Sequence[WriteItem], part_size: int, most: int) -> list[list[WriteItem]]:
+    """Spread items over objects of about equal size, so that a rank's data goes up in parallel.
+
+    An object is worth having from two parts on; ``most`` bounds their number. Items keep the plan's order
+    within an object, and values of unknown size come first, in the first object.
+    """
+    if not items:
+        return []
+    sizes = [estimated_size(item) for item in items]
+    count = max(1, min(most, sum(sizes) // (2 * part_size)))
+    lightest = [(0, which) for which in range(count)]
+    chosen = [0] * len(items)
+    for position in sorted(range(len(items)), key=lambda at: -sizes[at]):
+        load, which = lightest[0]
+        chosen[position] = which
+        heapq.heapreplace(lightest, (load + sizes[position], which))
+    objects: list[list[WriteItem]] = [[] for _ in range(count)]
+    for position in sorted(range(len(items)), key=lambda at: items[at].tensor_data is not None):
+        objects[chosen[position] if items[position].tensor_data is not None else 0].append(items[position])
+    return [held for held in objects if held]
+
+
+def estimated_size(item: WriteItem) -> int:
+    """Bytes that an item will take in its object; of values that are not serialised yet, the least."""
+    return (item.tensor_storage_size() or 0) + _FRAMING
+
+
+def part_size_for(items: Sequence[WriteItem], options: Options, limits: PartLimits) -> int:
+    """The configured part size, or what keeps a huge object within the store's number of parts.
+
+    Twice the room is left, for values whose size is not known before they are serialised.
+    """
+    needed = math.ceil(2 * sum(map(estimated_size, items)) / limits.max_count)
+    return max(usual_part_size(options), needed)
+
+
+def usual_part_size(options: Options) -> int:
+    """The part size in bytes that ``part_size`` and ``memory_limit`` allow together."""
+    return min(options.part_size, options.memory_limit)
+
+
+def check_part_size(options: Options, limits: PartLimits, uri: str) -> None:
+    """Refuse a part size that the store would refuse, before anything is sent.
+
+    Raises:
+        ConfigurationError: says which option to change, and to what.
+    """
+    for name, value in (("part_size", options.part_size), ("memory_limit", options.memory_limit)):
+        if value < limits.min_size:
+            raise ConfigurationError(
+                f"{name}={int(value)} is less than the smallest part that this store takes, "
+                f"{limits.min_size} bytes",
+                uri=uri,
+                hint=f"Set {name} to {limits.min_size} or more",
+            )
+    if options.part_size > limits.max_size:
+        raise ConfigurationError(
+            f"part_size={int(options.part_size)} is more than the largest part that this store takes, "
+            f"{limits.max_size} bytes",
+            uri=uri,
+            hint="Set part_size to less",
+        )

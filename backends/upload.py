@@ -1,0 +1,119 @@
+"""Phase one of a save: a rank's objects go up in parts, and every upload stays open.
+
+Parts of all objects share one pool of requests (``concurrency``) and one ceiling on memory
+(``memory_limit``). The caller's thread makes the parts, so a planner is never called from two threads; it
+runs ahead of the requests by at most as many parts as there are requests, so that what a planner makes for
+a part lives only until the part is sent.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from cloudckpt.backends.budget import Budget
+from cloudckpt.backends.segments import Segment, Window, windows
+from cloudckpt.backends.store import ObjectStore, Part, Upload
+
+
+@dataclass(frozen=True, slots=True)
+class StagedObject:
+    """An object whose bytes are all stored and whose upload is open: invisible until it is completed."""
+
+    upload: Upload
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes sent."""
+        return sum(part.size for part in self.parts)
+
+
+@dataclass(slots=True)
+class _Sending:
+    upload: Future[Upload]
+    parts: list[Future[Part]]
+
+
+class Uploader:
+    """Sends the objects of one rank for one save.
+
+    Args:
+        store: where to.
+        concurrency: requests in flight.
+        memory_limit: bytes held beyond the caller's tensors.
+    """
+
+    def __init__(self, store: ObjectStore, concurrency: int, memory_limit: int) -> None:
+        self._store = store
+        self._concurrency = concurrency
+        self._budget = Budget(memory_limit)
+        self._room = threading.BoundedSemaphore(2 * concurrency)
+        self._failed = threading.Event()
+
+    def send(self, objects: Mapping[str, tuple[Iterator[Segment], int]]) -> list[StagedObject]:
+        """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
+
+        Raises:
+            Exception: the first failure of a request or of a segment iterator, once no request is in flight
+            any more.
+                Uploads are left open for the caller to abort.
+        """
+        sending: list[_Sending] = []
+        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
+            try:
+                sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
+                for (segments, part_size), one in zip(objects.values(), sending, strict=True):
+                    self._send_parts(pool, one, segments, part_size)
+            except BaseException:
+                self._failed.set()
+                raise
+        _raise_first(sending)
+        return [StagedObject(one.upload.result(), tuple(p.result() for p in one.parts)) for one in sending]
+
+    def _send_parts(
+        self, pool: ThreadPoolExecutor, one: _Sending, segments: Iterator[Segment], part_size: int
+    ) -> None:
+        for window in windows(segments, part_size):
+            self._room.acquire()
+            self._budget.admit(window.cost)
+            if self._failed.is_set():
+                return
+            one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window))
+        if not one.parts and not self._failed.is_set():
+            self._room.acquire()
+            one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ())))
+
+    def _begin(self, name: str) -> Upload:
+        try:
+            return self._store.begin_upload(name)
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> Part:
+        try:
+            if self._failed.is_set():
+                raise _NotSentError
+            return self._store.upload_part(upload.result(), number, window.offset, window.buffers())
+        except BaseException:
+            self._failed.set()
+            raise
+        finally:
+            self._budget.release(window.cost)
+            self._room.release()
+
+
+class _NotSentError(Exception):
+    """A part that was not tried because another request had failed."""
+
+
+def _raise_first(sending: Sequence[_Sending]) -> None:
+    """Raise what went wrong first; parts that were not sent for it only follow from it."""
+    outcomes = [one.upload.exception() for one in sending]
+    outcomes += [part.exception() for one in sending for part in one.parts]
+    errors = [error for error in outcomes if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, _NotSentError)):
+        raise error

@@ -1,0 +1,226 @@
+"""The put of `.metadata` is settled one way or the other, also when its answer is lost."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Sequence
+
+import pytest
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cloudckpt.backends import commit
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.commit import Previous, put_metadata
+from cloudckpt.backends.errors import (
+    CheckpointExistsError,
+    CommitError,
+    ObjectNotFoundError,
+    StorageError,
+    UnansweredError,
+    UncertainCommitError,
+)
+from cloudckpt.backends.store import (
+    Capabilities,
+    Condition,
+    Create,
+    ObjectInfo,
+    ObjectStore,
+    Overwrite,
+    Part,
+    Update,
+    Upload,
+)
+from cloudckpt.backends.stores.memory import MemoryStore
+from cloudckpt.backends.target import Target
+from cloudckpt.backends.upload import StagedObject
+
+NAME = ".metadata"
+
+
+def metadata_of(save_id: str) -> bytes:
+    metadata = Metadata({}, storage_data={})
+    md.add_extras(metadata, save_id, "0", {})
+    return md.dump(metadata)
+
+
+class Unreliable(MemoryStore):
+    """A memory store whose next put fails before or after it acts, and whose reads may fail too."""
+
+    before: Exception | None = None
+    after: Exception | None = None
+    reads: Exception | None = None
+    conditional: bool = True
+
+    def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
+        if self.before is not None:
+            raise self.before
+        info = super().put(name, data, condition)
+        if self.after is not None:
+            raise self.after
+        return info
+
+    def get(self, name: str) -> tuple[bytes, ObjectInfo]:
+        if self.reads is not None:
+            raise self.reads
+        return super().get(name)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(conditional_create=self.conditional, conditional_update=self.conditional)
+
+
+@pytest.fixture
+def store() -> Unreliable:
+    return Unreliable(Target.parse(f"memory://commit-{uuid.uuid4().hex}"))
+
+
+def committed(store: ObjectStore) -> str | None:
+    try:
+        return md.save_id_of(md.load(store.get(NAME)[0], uri=store.uri))
+    except ObjectNotFoundError:
+        return None
+
+
+def test_a_commit_makes_the_metadata_visible(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    assert committed(store) == "a"
+
+
+def test_the_second_of_two_commits_is_told_that_it_lost(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    with pytest.raises(CheckpointExistsError) as caught:
+        put_metadata(store, NAME, metadata_of("b"), "b", None)
+    assert committed(store) == "a"
+    assert caught.value.uri == store.uri
+
+
+def test_an_overwrite_loses_against_another_that_came_first(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    assert previous is not None
+    put_metadata(store, NAME, metadata_of("a"), "a", previous)
+    with pytest.raises(CheckpointExistsError):
+        put_metadata(store, NAME, metadata_of("b"), "b", previous)
+    assert committed(store) == "a"
+
+
+@pytest.mark.parametrize(
+    "error", [UnansweredError("cut"), StorageError("500")], ids=["unanswered", "answered"]
+)
+def test_a_lost_answer_to_a_commit_that_happened_is_a_success(store: Unreliable, error: StorageError) -> None:
+    store.after = error
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    store.after = None
+    assert committed(store) == "a"
+
+
+def test_a_refused_commit_that_did_not_happen_is_a_failure(store: Unreliable) -> None:
+    store.before = StorageError("no")
+    with pytest.raises(CommitError) as caught:
+        put_metadata(store, NAME, metadata_of("a"), "a", None)
+    assert not isinstance(caught.value, UncertainCommitError)
+
+
+def test_an_unanswered_commit_that_is_not_there_yet_is_uncertain(store: Unreliable) -> None:
+    store.before = UnansweredError("cut")
+    with pytest.raises(UncertainCommitError):
+        put_metadata(store, NAME, metadata_of("a"), "a", None)
+
+
+def test_an_unanswered_commit_under_another_save_s_metadata_has_lost(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("other"), "other", None)
+    store.before = UnansweredError("cut")
+    with pytest.raises(CommitError) as caught:
+        put_metadata(store, NAME, metadata_of("a"), "a", None)
+    assert not isinstance(caught.value, UncertainCommitError)
+
+
+def test_a_commit_that_cannot_be_read_back_is_uncertain(store: Unreliable) -> None:
+    store.after, store.reads = StorageError("500"), StorageError("down")
+    with pytest.raises(UncertainCommitError):
+        put_metadata(store, NAME, metadata_of("a"), "a", None)
+
+
+def test_a_precondition_lost_to_our_own_first_try_is_a_success(store: Unreliable) -> None:
+    super(Unreliable, store).put(NAME, metadata_of("a"), Create())
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    assert committed(store) == "a"
+
+
+def test_without_conditions_a_commit_checks_first_and_says_so_once(
+    store: Unreliable, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.conditional = False
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    with pytest.raises(CheckpointExistsError):
+        put_metadata(store, NAME, metadata_of("b"), "b", None)
+    previous = commit.find_previous(store, NAME)
+    put_metadata(store, NAME, metadata_of("c"), "c", previous)
+    assert committed(store) == "c"
+    assert [r.getMessage() for r in caplog.records if "conditional puts" in r.getMessage()].__len__() == 1
+
+
+class Recording(MemoryStore):
+    """A memory store that remembers the conditions it was given."""
+
+    conditions: list[Condition]
+
+    def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
+        self.conditions.append(condition)
+        return super().put(name, data, condition)
+
+
+def test_the_commit_is_one_conditional_put() -> None:
+    store = Recording(Target.parse(f"memory://commit-{uuid.uuid4().hex}"))
+    store.conditions = []
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    previous = commit.find_previous(store, NAME)
+    assert previous is not None
+    put_metadata(store, NAME, metadata_of("b"), "b", previous)
+    assert store.conditions == [Create(), Update(previous.version)]
+    assert Overwrite() not in store.conditions
+
+
+def staged(store: ObjectStore, name: str, data: bytes) -> StagedObject:
+    upload = store.begin_upload(name)
+    return StagedObject(upload, (store.upload_part(upload, 1, 0, [memoryview(data)]),))
+
+
+def test_publish_makes_every_object_visible_and_reports_its_size(store: Unreliable) -> None:
+    objects = commit.publish(store, [staged(store, f"o{i}", b"x" * i) for i in range(1, 4)], 2)
+    assert {name: info.size for name, info in objects.items()} == {"o1": 1, "o2": 2, "o3": 3}
+
+
+class Shrinking(MemoryStore):
+    """A memory store that completes an upload and reports less than was sent."""
+
+    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
+        info = super().complete_upload(upload, parts)
+        return ObjectInfo(info.name, info.size - 1, info.version)
+
+
+def test_an_object_that_came_out_short_stops_the_commit() -> None:
+    store = Shrinking(Target.parse(f"memory://commit-{uuid.uuid4().hex}"))
+    with pytest.raises(CommitError, match="holds 2 bytes of an object of 3") as caught:
+        commit.publish(store, [staged(store, "o", b"abc")], 1)
+    assert caught.value.object_name == "o"
+
+
+@pytest.mark.parametrize("how", ["open", "completed", "aborted"])
+def test_withdraw_removes_objects_in_whatever_state(store: Unreliable, how: str) -> None:
+    one = staged(store, "o", b"abc")
+    after: dict[str, Callable[[], object]] = {
+        "open": lambda: None,
+        "completed": lambda: store.complete_upload(one.upload, one.parts),
+        "aborted": lambda: store.abort_upload(one.upload),
+    }
+    after[how]()
+    commit.withdraw(store, [one], 2)
+    assert store.list().objects == ()
+    assert list(store.pending_uploads()) == []
+
+
+def test_previous_remembers_what_it_consists_of(store: Unreliable) -> None:
+    assert commit.find_previous(store, NAME) is None
+    info = store.put(NAME, metadata_of("a"), Create())
+    assert commit.find_previous(store, NAME) == Previous(info.version or "", frozenset())
