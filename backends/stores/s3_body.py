@@ -1,0 +1,66 @@
+"""The body of a request that sends many buffers as one, without joining them."""
+
+from __future__ import annotations
+
+import bisect
+import io
+import itertools
+from collections.abc import Sequence
+
+_SLICE = 1 << 20
+
+
+class BuffersBody(io.RawIOBase):
+    """A seekable file over buffers laid end to end, for botocore to read, sign and send again.
+
+    ``read`` returns slices of the buffers, not copies, of at most 1 MiB and never across two buffers: so it
+    may return less than was asked for, like any raw file. Buffers are one-dimensional, of unsigned bytes.
+    """
+
+    def __init__(self, buffers: Sequence[memoryview]) -> None:
+        self._buffers = [buffer for buffer in buffers if buffer.nbytes]
+        self._ends = list(itertools.accumulate(buffer.nbytes for buffer in self._buffers))
+        self._size = self._ends[-1] if self._ends else 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def read(self, size: int = -1, /) -> memoryview:
+        """Return the next bytes, at least one unless the end is reached."""
+        if self._position >= self._size or size == 0:
+            return memoryview(b"")
+        index = bisect.bisect_right(self._ends, self._position)
+        buffer = self._buffers[index]
+        start = self._position - (self._ends[index] - buffer.nbytes)
+        view = buffer[start : start + (_SLICE if size < 0 else min(size, _SLICE))]
+        self._position += view.nbytes
+        return view
+
+    def readinto(self, target: memoryview, /) -> int:  # type: ignore[override]
+        """Fill ``target`` as far as the bytes go."""
+        room, filled = memoryview(target).cast("B"), 0
+        while filled < room.nbytes and (view := self.read(room.nbytes - filled)).nbytes:
+            room[filled : filled + view.nbytes] = view
+            filled += view.nbytes
+        return filled
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move the position, which may not be negative."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise ValueError("negative position")
+        self._position = base + offset
+        return self._position

@@ -1,0 +1,190 @@
+"""The clients of an S3 store: one s3fs file system, and botocore clients made from the same configuration.
+
+s3fs takes the options first, so that whatever ``storage_options`` holds means here what it means there. It
+lists and deletes; boto3's core carries the bytes, on connections of its own.
+
+Retries are botocore's standard mode in both (``retries`` + 1 attempts), which backs off with jitter and gives
+up at once on a final answer (400, 403, 404, 412). s3fs's own loop round it is set to a single attempt. What
+botocore can't see, a body that breaks off after its headers came, is asked for again by ``s3_read``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+import aiobotocore.session
+import botocore.session
+import s3fs
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.exceptions import EndpointConnectionError
+from s3fs.utils import ParamKwargsHelper
+
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.target import Target
+
+_CONNECT_SECONDS = 5.0
+_COMPLETE_SECONDS = 600.0
+_CONNECTION_ATTEMPTS = 3
+_AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
+
+
+class Clients:
+    """What one process talks to S3 with. Each client may be used from several threads."""
+
+    def __init__(self, target: Target) -> None:
+        self.fs: Any = _file_system(target.options)
+        if unknown := sorted(self.fs.kwargs.keys() - {"profile"}):
+            message = f"s3fs knows no {', '.join(unknown)} in storage_options"
+            raise ConfigurationError(message, uri=target.uri)
+        self._session = botocore.session.Session(**self.fs.kwargs)
+        self._session.register("needs-retry.s3", cast("Any", _give_up_on_refusal))
+        self._lock = threading.Lock()
+        self._patient: Any = None
+        self.data: Any = _client(self._session, self.fs, self.fs.config_kwargs)
+        """botocore's S3 client, whose methods are generated at run time."""
+        self.endpoint = str(self.data.meta.endpoint_url)
+        self._filter = ParamKwargsHelper(self.data)
+
+    @property
+    def patient(self) -> Any:
+        """The same with more time for an answer: for CompleteMultipartUpload, which assembles the object."""
+        with self._lock:
+            if self._patient is None:
+                given = self.fs.config_kwargs
+                seconds = max(given["read_timeout"], _COMPLETE_SECONDS)
+                self._patient = _client(self._session, self.fs, {**given, "read_timeout": seconds})
+            return self._patient
+
+    @property
+    def is_aws(self) -> bool:
+        """Whether this is S3 itself, and not another server that speaks its protocol."""
+        return (urlsplit(self.endpoint).hostname or "").endswith(_AWS_HOSTS)
+
+    def arguments(self, method: str, **own: Any) -> dict[str, Any]:
+        """Return ``own`` and what the options add here: encryption, storage class, requester pays."""
+        common: dict[str, Any] = {**self.fs.s3_additional_kwargs, **self.fs.req_kw}
+        return {**self._filter.filter_dict(method, common), **own}
+
+    def close(self) -> None:
+        """Close the connections for data; those of s3fs close with its instance."""
+        self.data.close()
+        with self._lock:
+            if self._patient is not None:
+                self._patient.close()
+
+
+class LazyClients:
+    """Clients made when first needed, and made anew in a process that was forked."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._lock = threading.Lock()
+        self._made: tuple[int, Clients] | None = None
+
+    def get(self) -> Clients:
+        """Return this process's clients."""
+        made = self._made
+        if made is None or made[0] != os.getpid():
+            with self._lock:
+                made = self._made
+                if made is None or made[0] != os.getpid():
+                    self._made = made = (os.getpid(), Clients(self._target))
+        return made[1]
+
+    def close(self) -> None:
+        """Close what was made; the next ``get`` makes it again."""
+        with self._lock:
+            made, self._made = self._made, None
+        if made is not None and made[0] == os.getpid():
+            made[1].close()
+
+
+def _file_system(options: Options) -> s3fs.S3FileSystem:
+    given = dict(options.storage_options)
+    client = dict(given.pop("client_kwargs", None) or {})
+    # s3fs takes an endpoint in two places; the option goes before both.
+    endpoints = (options.endpoint_url, given.pop("endpoint_url", None), client.pop("endpoint_url", None))
+    endpoint = next(filter(None, endpoints), None)
+    if options.region:
+        client["region_name"] = options.region
+    given_profile = given.pop("profile", None)
+    profile = options.profile or given_profile
+    core: dict[str, Any] = {"profile": profile} if profile else {}
+    session = aiobotocore.session.AioSession(**core)
+    session.register("needs-retry.s3", cast("Any", _give_up_on_refusal))
+    arguments: dict[str, Any] = {
+        **given,
+        **core,
+        "endpoint_url": endpoint,
+        "client_kwargs": client,
+        "config_kwargs": _config(options, given.get("config_kwargs") or {}),
+        "s3_additional_kwargs": {**(given.get("s3_additional_kwargs") or {}), **_written(options)},
+        "session": session,
+        # Listings must show what other processes did a moment ago, and instances must not be shared.
+        "use_listings_cache": False,
+        "skip_instance_cache": True,
+    }
+    if options.anon:
+        arguments["anon"] = True
+    if options.requester_pays:
+        arguments["requester_pays"] = True
+    fs = s3fs.S3FileSystem(**arguments)
+    fs.retries = 1
+    return fs
+
+
+def _written(options: Options) -> dict[str, str]:
+    """Return the parameters of what is written, as S3 names them."""
+    parameters = {
+        "ServerSideEncryption": options.sse,
+        "SSEKMSKeyId": options.sse_kms_key_id,
+        "StorageClass": options.storage_class,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _config(options: Options, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return botocore's configuration; what ``storage_options`` says goes before the defaults here."""
+    return {
+        "connect_timeout": min(options.timeout, _CONNECT_SECONDS),
+        "read_timeout": options.timeout,
+        "max_pool_connections": options.concurrency,
+        "retries": {"mode": "standard", "total_max_attempts": options.retries + 1},
+        # No checksum that was not asked for: several servers refuse, or store, the trailer that carries it.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        **given,
+        # Signing a body means reading it once more: TLS and the part's checksum guard it instead.
+        "s3": {"payload_signing_enabled": False, **(given.get("s3") or {})},
+    }
+
+
+def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) -> Any:
+    # The same arguments as s3fs gives its own client, in the same order of precedence.
+    credentials = {
+        "aws_access_key_id": fs.key,
+        "aws_secret_access_key": fs.secret,
+        "aws_session_token": fs.token,
+    }
+    arguments: dict[str, Any] = {
+        "use_ssl": fs.use_ssl,
+        "endpoint_url": fs.endpoint_url,
+        **credentials,
+        **fs.client_kwargs,
+    }
+    if fs.anon:
+        config = {**config, "signature_version": UNSIGNED}
+        arguments = {key: value for key, value in arguments.items() if key not in credentials}
+    return session.create_client("s3", config=Config(**config), **arguments)
+
+
+def _give_up_on_refusal(caught_exception: Exception | None, attempts: int, **_: object) -> None:
+    """Stop retrying an endpoint that is not there: a name or port that is wrong stays wrong."""
+    if isinstance(caught_exception, EndpointConnectionError) and attempts >= _CONNECTION_ATTEMPTS:
+        raise caught_exception

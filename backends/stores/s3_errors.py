@@ -1,0 +1,186 @@
+"""What an S3 client's exceptions mean: each becomes one error of ours, by code and status, never by text.
+
+IAM action names are those of the S3 service authorisation reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from cloudckpt.backends.errors import (
+    AccessDeniedError,
+    CheckpointError,
+    ConfigurationError,
+    IntegrityError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+    UnansweredError,
+)
+from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.target import Target
+
+_ACTIONS: Mapping[str, str] = {
+    "PutObject": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "GetObject": "s3:GetObject",
+    "HeadObject": "s3:GetObject, and s3:ListBucket to tell a missing object from a forbidden one",
+    "ListObjectsV2": "s3:ListBucket",
+    "DeleteObjects": "s3:DeleteObject",
+}
+_BAD_CREDENTIALS = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "ExpiredTokenException"}
+    | {"TokenRefreshRequired", "InvalidClientTokenId", "UnrecognizedClientException", "AuthFailure"}
+)
+_WRONG_REGION = frozenset(
+    {
+        "PermanentRedirect",
+        "TemporaryRedirect",
+        "AuthorizationHeaderMalformed",
+        "IllegalLocationConstraintException",
+    }
+)
+_BAD_BYTES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"})
+_LOGIN_HINT = where_credentials_belong("s3")
+_NOT_S3_HINT = (
+    "Check the option endpoint_url and the environment variable AWS_ENDPOINT_URL: not every port speaks S3"
+)
+
+
+@contextlib.contextmanager
+def explained(target: Target, endpoint: str, name: str | None = None) -> Iterator[None]:
+    """Turn what a client raises within the block into one error of ours that has ``uri`` and object."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise error.located(uri=target.uri, object_name=name) from error.__cause__
+    except (boto.ClientError, boto.BotoCoreError, ResponseParserError, OSError) as error:
+        raise _error_for(error, target, endpoint).located(uri=target.uri, object_name=name) from error
+
+
+def not_s3(endpoint: str) -> StorageError:
+    """Return the error for an answer that no S3 server would give."""
+    return StorageError(f"the endpoint {endpoint} answered, but not as an S3 server does", hint=_NOT_S3_HINT)
+
+
+def client_error(error: BaseException) -> boto.ClientError | None:
+    """Return the server's answer in ``error``, which s3fs hides behind an OSError of its own."""
+    cause = error if isinstance(error, boto.ClientError) else error.__cause__
+    return cause if isinstance(cause, boto.ClientError) else None
+
+
+def code_of(error: boto.ClientError) -> str:
+    """Return the S3 error code, such as ``NoSuchUpload``; the status in digits where there was none."""
+    return str(error.response.get("Error", {}).get("Code") or status_of(error))
+
+
+def status_of(error: boto.ClientError) -> int:
+    """Return the HTTP status of the answer, 0 where it is not known."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def _error_for(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
+    answer = client_error(error)
+    if answer is not None:
+        return _error_by_code(answer, target, endpoint) or _error_by_status(answer, target)
+    hidden = error.__cause__
+    if isinstance(error, OSError) and isinstance(hidden, boto.BotoCoreError | ResponseParserError):
+        error = hidden
+    return _error_before_answer(error, target, endpoint)
+
+
+def _error_before_answer(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
+    match error:
+        case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
+            return AccessDeniedError("no usable AWS credentials were found", hint=_LOGIN_HINT)
+        case boto.SSOError() | boto.TokenRetrievalError():
+            hint = "Log in again with: aws sso login"
+            return AccessDeniedError("the AWS login is missing or has expired", hint=hint)
+        case boto.ProfileNotFound():
+            hint = "Check the option profile and the files ~/.aws/config and ~/.aws/credentials"
+            return ConfigurationError("the AWS profile does not exist", hint=hint)
+        case boto.NoRegionError() | boto.InvalidRegionError():
+            return ConfigurationError("the AWS region is missing or misspelt", hint="Set the option region")
+        case boto.ParamValidationError():
+            return ConfigurationError(f"the client refuses the request: {error}")
+        case boto.ReadTimeoutError():
+            message = f"no answer from {endpoint} within {target.options.timeout:g} s"
+            return UnansweredError(message, hint="Raise the option timeout, or lower part_size")
+        case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
+            hint = "Check the option endpoint_url, the network and the proxy settings"
+            return StorageError(f"cannot reach the endpoint {endpoint}", hint=hint)
+        case boto.SSLError():
+            hint = "Check the certificate, or whether the endpoint speaks https at all"
+            return StorageError(f"no TLS connection to {endpoint}", hint=hint)
+        case ResponseParserError():
+            return not_s3(endpoint)
+        case _:
+            return UnansweredError(f"the connection to {endpoint} failed: {type(error).__name__}")
+
+
+def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> CheckpointError | None:
+    code = code_of(error)
+    if code == "NoSuchBucket":
+        hint = "Create it, or check its name, the region and the endpoint"
+        return ObjectNotFoundError(f"the bucket {target.bucket!r} does not exist", hint=hint)
+    if _is_not_s3(error):
+        return not_s3(endpoint)
+    if code in _BAD_CREDENTIALS:
+        return AccessDeniedError(f"{endpoint} refused the credentials ({code})", hint=_LOGIN_HINT)
+    if code in _WRONG_REGION or status_of(error) == HTTPStatus.MOVED_PERMANENTLY:
+        hint = f"Set the option region{_actual_region(error)}"
+        return StorageError(f"the bucket {target.bucket!r} is in another region ({code})", hint=hint)
+    if code == "NoSuchUpload":
+        return StorageError("the upload does not exist: it was completed, aborted or has expired")
+    if code in _BAD_BYTES:
+        return IntegrityError(f"the bytes that arrived are not those that were sent ({code})")
+    return None
+
+
+def _error_by_status(error: boto.ClientError, target: Target) -> CheckpointError:
+    code, operation = code_of(error), error.operation_name
+    match status_of(error):
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
+            hint = f"The credentials need {_ACTIONS.get(operation, operation)} here{_kms(target, operation)}"
+            return AccessDeniedError(f"{operation} was denied ({code})", hint=hint)
+        case HTTPStatus.NOT_FOUND:
+            return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
+        case HTTPStatus.PRECONDITION_FAILED:
+            return PreconditionFailedError("the object is there already, or is not the version expected")
+        case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return IntegrityError("the object ends before the bytes asked for")
+        case status:
+            said = str(error.response.get("Error", {}).get("Message") or "").strip().rstrip(".")
+            return StorageError(f"{operation} failed with status {status} ({code}){said and f': {said}'}")
+
+
+def _is_not_s3(error: boto.ClientError) -> bool:
+    """Tell an error page from S3's error document. A HEAD has no body: there the headers have to tell."""
+    if error.operation_name not in ("HeadObject", "HeadBucket"):
+        return code_of(error).isdigit() and status_of(error) < HTTPStatus.INTERNAL_SERVER_ERROR
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    named = "x-amz-request-id" in headers or "x-amzn-requestid" in headers
+    return not named and str(headers.get("content-type", "")).startswith("text/html")
+
+
+def _actual_region(error: boto.ClientError) -> str:
+    response: Mapping[str, Any] = error.response
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = headers.get("x-amz-bucket-region") or response.get("Error", {}).get("Region")
+    return f" to {region}" if region else ""
+
+
+def _kms(target: Target, operation: str) -> str:
+    if target.options.sse != "aws:kms" or _ACTIONS.get(operation) != "s3:PutObject":
+        return ""
+    return ", and kms:GenerateDataKey and kms:Decrypt on the key"
