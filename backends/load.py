@@ -1,0 +1,276 @@
+"""A rank's load plan, turned into extents to read and what to do when they arrive."""
+
+from __future__ import annotations
+
+import functools
+import io
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends import strides
+from cloudckpt.backends.download import Downloader, in_reads
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
+from cloudckpt.backends.ranges import GAP, Extent, Piece, cut
+from cloudckpt.backends.segments import bytes_of
+from cloudckpt.backends.stock import Stored, locate
+from cloudckpt.backends.values import load_tensor, prove_safe
+
+_WHOLE = 1 << 20
+"""Bytes up to which an item of a stock checkpoint is read whole, not asked where its payload lies."""
+
+
+def load(
+    items: Sequence[ReadItem],
+    planner: LoadPlanner,
+    metadata: Metadata,
+    downloader: Downloader,
+    *,
+    trust: bool,
+) -> None:
+    """Read what a plan asks for, and hand it to the planner.
+
+    Raises:
+        IntegrityError: an object is missing or short, or an item is not what the metadata says.
+        UnsafeCheckpointError: a value can't be loaded without running code.
+        ConfigurationError: a destination does not fit, or the checkpoint needs a DCP extension.
+    """
+    _Load(planner, metadata, downloader, trust=trust).run(items)
+
+
+class _Load:
+    """The extents of one load, gathered item by item."""
+
+    def __init__(
+        self, planner: LoadPlanner, metadata: Metadata, downloader: Downloader, *, trust: bool
+    ) -> None:
+        self._planner = planner
+        self._metadata = metadata
+        self._downloader = downloader
+        self._trust = trust
+        self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
+        self._wanted: defaultdict[str, list[Extent]] = defaultdict(list)
+        self._wholes: defaultdict[tuple[str, int, int], list[Callable[[memoryview], None]]] = defaultdict(
+            list
+        )
+        self._one_at_a_time = threading.Lock()
+
+    def run(self, items: Sequence[ReadItem]) -> None:
+        infos = [self._info(item) for item in items]
+        for item, info, stored in zip(items, infos, self._stored(items, infos), strict=True):
+            if item.type is LoadItemType.BYTE_IO:
+                self._whole(info, functools.partial(self._take_value, item, info))
+            elif stored is None:
+                self._whole(info, functools.partial(self._take_whole_tensor, item, info))
+            else:
+                self._want_tensor(item, info, stored)
+        for (name, offset, size), takers in self._wholes.items():
+            self._wanted[name].append(_extent(offset, size, functools.partial(_give, takers)))
+        self._downloader.read(self._wanted)
+
+    def _info(self, item: ReadItem) -> _StorageInfo:
+        info: _StorageInfo | None = self._metadata.storage_data.get(item.storage_index)
+        fqn = item.storage_index.fqn
+        if info is None:
+            raise IntegrityError(
+                f"the metadata does not say where {fqn!r} is stored", hint="It is damaged; load another step"
+            )
+        if info.transform_descriptors:
+            raise ConfigurationError(
+                f"{fqn!r} was saved through a DCP extension ({', '.join(info.transform_descriptors)})",
+                hint="Load this checkpoint with stock DCP and that extension",
+            )
+        return info
+
+    def _stored(self, items: Sequence[ReadItem], infos: Sequence[_StorageInfo]) -> list[Stored | None]:
+        """Where each tensor's raw payload lies; None for values and for tensors to be read whole."""
+        known: dict[tuple[str, int], Stored | None] = {}
+        to_locate: list[_StorageInfo] = []
+        for item, info in zip(items, infos, strict=True):
+            place = (info.relative_path, info.offset)
+            if item.type is LoadItemType.BYTE_IO or place in known:
+                continue
+            known[place] = self._noted(item, info)
+            if known[place] is None and info.length > _WHOLE:
+                to_locate.append(info)
+        for info, stored in zip(to_locate, self._downloader.each(self._locate, to_locate), strict=True):
+            known[info.relative_path, info.offset] = stored
+        return [known.get((info.relative_path, info.offset)) for info in infos]
+
+    def _noted(self, item: ReadItem, info: _StorageInfo) -> Stored | None:
+        """What our own writer noted about an item."""
+        payload = md.payload_of(info)
+        if payload is None:
+            return None
+        fqn = item.storage_index.fqn
+        entry = self._metadata.state_dict_metadata.get(fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise IntegrityError(f"the metadata does not describe the tensor {fqn!r}")
+        if fqn not in self._chunks:
+            self._chunks[fqn] = {chunk.offsets: chunk.sizes for chunk in entry.chunks}
+        shape = self._chunks[fqn].get(item.storage_index.offset or torch.Size([0] * len(entry.size)))
+        offset, stride = payload
+        if shape is None or (stride is not None and len(stride) != len(shape)):
+            raise IntegrityError(f"the metadata does not describe the chunk of {fqn!r} that it stores")
+        return Stored(
+            info.offset + offset, entry.properties.dtype, tuple(shape), stride or strides.row_major(shape)
+        )
+
+    def _locate(self, info: _StorageInfo) -> Stored | None:
+        return locate(info.offset, info.length, functools.partial(self._downloader.fetch, info.relative_path))
+
+    def _whole(self, info: _StorageInfo, take: Callable[[memoryview], None]) -> None:
+        self._wholes[info.relative_path, info.offset, info.length].append(take)
+
+    def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
+        fqn = item.storage_index.fqn
+        try:
+            value = io.BytesIO(data) if self._trust else prove_safe(data, fqn)
+        except CheckpointError as error:
+            error.located(object_name=info.relative_path)
+            raise
+        with self._one_at_a_time:
+            self._planner.load_bytes(item, value)
+
+    def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
+        try:
+            tensor = load_tensor(data, item.storage_index.fqn)
+        except CheckpointError as error:
+            error.located(object_name=info.relative_path)
+            raise
+        self._check_box(item, info, tuple(tensor.shape))
+        with self._one_at_a_time:
+            target = self._target(item)
+            target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+            self._planner.commit_tensor(item, target)
+
+    def _target(self, item: ReadItem) -> torch.Tensor:
+        target = self._planner.resolve_tensor(item).detach()
+        if target.shape != item.lengths:
+            raise ConfigurationError(
+                f"the destination of {item.dest_index.fqn!r} has shape {tuple(target.shape)}, "
+                f"and {tuple(item.lengths)} is planned for it",
+                hint="The load planner and the state disagree",
+            )
+        return target
+
+    def _check_box(self, item: ReadItem, info: _StorageInfo, shape: tuple[int, ...]) -> None:
+        fits = len(shape) == len(item.lengths) and all(
+            offset >= 0 and offset + length <= whole
+            for offset, length, whole in zip(item.storage_offsets, item.lengths, shape, strict=True)
+        )
+        if not fits:
+            raise IntegrityError(
+                f"{item.storage_index.fqn!r} is stored with shape {shape}, and the metadata places "
+                f"{tuple(item.lengths)} at {tuple(item.storage_offsets)} in it",
+                object_name=info.relative_path,
+                hint="The checkpoint is damaged; load another step",
+            )
+
+    def _want_tensor(self, item: ReadItem, info: _StorageInfo, stored: Stored) -> None:
+        self._check_box(item, info, stored.shape)
+        itemsize = stored.dtype.itemsize
+        if stored.offset + strides.span(stored.shape, stored.stride) * itemsize > info.offset + info.length:
+            raise IntegrityError(
+                f"{item.storage_index.fqn!r} does not fit into the {info.length} bytes stored for it",
+                object_name=info.relative_path,
+                hint="The checkpoint is damaged; load another step",
+            )
+        target = self._target(item)
+        first = sum(at * step for at, step in zip(item.storage_offsets, stored.stride, strict=True))
+        start = stored.offset + first * itemsize
+        lengths = tuple(item.lengths)
+        if (memory := _memory_for(target, stored)) is not None:
+            todo = [
+                functools.partial(_extent_into, at, piece)
+                for at, piece in in_reads(start, memory, self._downloader.largest)
+            ]
+        else:
+            most, gap = max(1, self._downloader.largest // itemsize), GAP // itemsize
+            todo = [
+                functools.partial(_piece_extent, start, piece, target, stored)
+                for piece in cut(lengths, stored.stride, 0, most, gap)
+            ]
+        done = _Countdown(len(todo), functools.partial(self._commit, item, target))
+        self._wanted[info.relative_path].extend(make(done.step) for make in todo)
+        if not todo:
+            self._commit(item, target)
+
+    def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
+        with self._one_at_a_time:
+            self._planner.commit_tensor(item, target)
+
+
+class _Countdown:
+    """Calls ``then`` when ``step`` has been called ``count`` times, from whatever threads."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left = count
+        self._then = then
+        self._lock = threading.Lock()
+
+    def step(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._then()
+
+
+def _nothing() -> None:
+    """There is nothing to do once these bytes have arrived."""
+
+
+def _extent(offset: int, size: int, deliver: Callable[[memoryview], None]) -> Extent:
+    return Extent(offset, size, _nothing, deliver=deliver)
+
+
+def _extent_into(offset: int, memory: memoryview, done: Callable[[], None]) -> Extent:
+    return Extent(offset, memory.nbytes, done, into=memory)
+
+
+def _piece_extent(
+    start: int, piece: Piece, target: torch.Tensor, stored: Stored, done: Callable[[], None]
+) -> Extent:
+    for dim, (at, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
+        target = target.narrow(dim, at, length)
+    itemsize = stored.dtype.itemsize
+    offset, size = start + piece.first * itemsize, piece.span * itemsize
+    if (memory := _memory_for(target, stored)) is not None:
+        return Extent(offset, size, done, into=memory)
+
+    def deliver(data: memoryview) -> None:
+        flat = torch.frombuffer(data, dtype=torch.uint8).view(stored.dtype)
+        target.copy_(flat.as_strided(piece.lengths, stored.stride))
+
+    return Extent(offset, size, done, deliver=deliver)
+
+
+def _give(takers: Sequence[Callable[[memoryview], None]], data: memoryview) -> None:
+    for take in takers:
+        take(data)
+
+
+def _memory_for(target: torch.Tensor, stored: Stored) -> memoryview | None:
+    """The destination's own memory, where stored bytes can go straight into it; None where they can't."""
+    shape = tuple(target.shape)
+    straight = (
+        type(target) is torch.Tensor
+        and target.device.type == "cpu"
+        and target.layout is torch.strided
+        and target.dtype == stored.dtype
+        and not target.is_conj()
+        and not target.is_neg()
+        and strides.is_dense(shape, stored.stride)
+        and strides.same_order(shape, target.stride(), stored.stride)
+    )
+    if not straight or target.numel() == 0:
+        return None
+    return bytes_of(target.as_strided((target.numel(),), (1,)))

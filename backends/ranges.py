@@ -1,0 +1,162 @@
+"""From boxes of stored tensors to ranged requests.
+
+A stored tensor is raw memory of a given shape and stride; a rank that reshards wants a box of it. ``cut``
+turns the box into pieces that are each worth one read, and ``merge`` turns the byte ranges of many pieces
+into few requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from cloudckpt.backends.strides import span as span_of
+
+GAP = 64 << 10
+"""Bytes between two wanted ranges that cost less to read than another request does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a box that is read at once.
+
+    ``starts`` and ``lengths`` are within the box; ``first`` to ``first
+    + span`` in elements of the stored memory.
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    first: int
+    span: int
+
+
+def cut(
+    lengths: tuple[int, ...], strides: tuple[int, ...], first: int, most: int, gap: int
+) -> Iterator[Piece]:
+    """Cut a box into pieces that span at most ``most`` elements and have no hole of more than ``gap``.
+
+    Strides are in elements; ``first`` is where the box's first element lies in the stored memory.
+    """
+    yield from _cut(tuple(0 for _ in lengths), lengths, strides, first, most, gap)
+
+
+def _cut(  # noqa: PLR0917 - recursive, over plain tuples
+    starts: tuple[int, ...],
+    lengths: tuple[int, ...],
+    strides: tuple[int, ...],
+    first: int,
+    most: int,
+    gap: int,
+) -> Iterator[Piece]:
+    span = span_of(lengths, strides)
+    if span == 0:
+        return
+    outer = max(
+        (dim for dim, length in enumerate(lengths) if length > 1), key=lambda dim: strides[dim], default=None
+    )
+    if outer is None:
+        yield Piece(starts, lengths, first, span)
+        return
+    stride, length = strides[outer], lengths[outer]
+    inner = span - (length - 1) * stride
+    together = length
+    if stride - inner > gap:
+        together = 1
+    elif span > most:
+        together = max(1, min(length - 1, 1 + (most - inner) // stride))
+    if together == length:
+        yield Piece(starts, lengths, first, span)
+        return
+    for at in range(0, length, together):
+        yield from _cut(
+            (*starts[:outer], starts[outer] + at, *starts[outer + 1 :]),
+            (*lengths[:outer], min(together, length - at), *lengths[outer + 1 :]),
+            strides,
+            first + at * stride,
+            most,
+            gap,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A wanted range of an object's bytes.
+
+    ``into`` is filled straight from the store; without it the bytes go through a buffer of the reader's to
+    ``deliver``. ``done`` is called once they have arrived.
+    """
+
+    start: int
+    size: int
+    done: Callable[[], None]
+    into: memoryview | None = None
+    deliver: Callable[[memoryview], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One ranged read: extents in order of their start, with small gaps between."""
+
+    extents: tuple[Extent, ...]
+
+    @property
+    def start(self) -> int:
+        """First byte."""
+        return self.extents[0].start
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of memory that the request needs beyond its destinations."""
+        return _aligned(self.widest_gap) + sum(_aligned(e.size) for e in self.extents if e.into is None)
+
+    @property
+    def widest_gap(self) -> int:
+        """Bytes of the largest gap between two extents."""
+        return max(
+            (b.start - a.start - a.size for a, b in zip(self.extents, self.extents[1:], strict=False)),
+            default=0,
+        )
+
+    def buffers(self, scratch: memoryview) -> tuple[list[memoryview], list[memoryview | None]]:
+        """Buffers for the whole range, and for each extent the scratch that it was given, if any.
+
+        ``scratch`` holds at least ``buffered`` bytes. Every gap lands in the same ones.
+        """
+        buffers: list[memoryview] = []
+        given: list[memoryview | None] = []
+        used = _aligned(self.widest_gap)
+        at = self.start
+        for extent in self.extents:
+            if extent.start > at:
+                buffers.append(scratch[: extent.start - at])
+            if extent.into is None:
+                own = scratch[used : used + extent.size]
+                used += _aligned(extent.size)
+                given.append(own)
+                buffers.append(own)
+            else:
+                given.append(None)
+                buffers.append(extent.into)
+            at = extent.start + extent.size
+        return buffers, given
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
+
+
+def merge(extents: Iterable[Extent], most: int, gap: int = GAP) -> Iterator[Request]:
+    """Group extents of one object into requests of about ``most`` bytes.
+
+    Extents that follow one another within ``gap`` bytes share a request; those that overlap do not.
+    """
+    group: list[Extent] = []
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        if group:
+            end = group[-1].start + group[-1].size
+            if not (end <= extent.start <= end + gap and extent.start + extent.size - group[0].start <= most):
+                yield Request(tuple(group))
+                group = []
+        group.append(extent)
+    if group:
+        yield Request(tuple(group))

@@ -1,0 +1,194 @@
+"""The StorageReader: DCP's load, by ranged reads straight into the tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import storage as dcp_storage
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
+
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.download import Downloader
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    ObjectNotFoundError,
+)
+from cloudckpt.backends.load import load
+from cloudckpt.backends.sizes import StoredSize
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target, is_checkpoint_uri
+
+
+class StorageReader(dcp_storage.StorageReader):
+    """Loads a DCP checkpoint from object storage, ours or stock.
+
+    Bytes go straight into a tensor's memory where it is contiguous and of the stored type, and through a
+    buffer within ``memory_limit`` where not. When resharding, only the ranges that a rank needs are read.
+
+    Nothing that a checkpoint says is run: ``.metadata`` may name DCP's own classes only, and values load with
+    ``weights_only=True``.
+
+    Args:
+        uri: the checkpoint, such as ``s3://bucket/run/step-100``; options may stand in its query.
+        trust: let the checkpoint run code of whoever wrote it, as stock DCP always does.
+        options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
+
+    Raises:
+        ConfigurationError: the URI or an option can't be used.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str], *, trust: bool = False, **options: Any) -> None:
+        super().__init__()
+        self._target = Target.parse(uri, **options)
+        self._trust = trust
+        self._begin()
+
+    def _begin(self) -> None:
+        self._store: ObjectStore | None = None
+        self._rank = 0
+        self._metadata: Metadata | None = None
+        self._absence: CheckpointError | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The configuration; a load under way and its connections stay behind."""
+        return {"target": self._target, "trust": self._trust}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._target = state["target"]
+        self._trust = state["trust"]
+        self._begin()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._target.uri!r}, trust={self._trust})"
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The checkpoint's URI, without options."""
+        return self._target.uri
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is a URI that cloudckpt can load from."""
+        return is_checkpoint_uri(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Make ready for another load, from ``checkpoint_id`` where one is given, with the same options."""
+        if checkpoint_id is not None:
+            self._target = self._target.moved_to(checkpoint_id)
+        self._begin()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - DCP's interface
+        """Read ``.metadata``; with ``rank=``, that rank's own, as saved by ``use_collectives=False``.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed here.
+            UnsafeCheckpointError: reading it would run code.
+            IntegrityError: it is damaged.
+        """
+        rank = kwargs.get("rank")
+        try:
+            metadata = self._read_metadata(md.metadata_name(rank))
+        except CheckpointError as error:
+            if rank is None:
+                self._absence = error
+                error.located(uri=self._target.uri)
+                raise
+            if self._absence is None:
+                raise
+            # DCP asks for the rank's own metadata after any failure with the global one, and would make an
+            # AssertionError of both. It is handed a stand-in that raises what was wrong in the first place.
+            self._absence.located(uri=self._target.uri, rank=rank)
+            return Metadata(cast(dict[str, Any], _Absent(self._absence)))
+        self._absence = None
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        return metadata
+
+    def _read_metadata(self, name: str) -> Metadata:
+        store = self._opened()
+        try:
+            data, _ = store.get(name)
+        except ObjectNotFoundError as error:
+            raise CheckpointNotFoundError(
+                f"there is no committed checkpoint here: {error.message}",
+                uri=self._target.uri,
+                object_name=name,
+                hint=error.hint or "Check the URI; a save that never committed leaves none",
+            ) from error
+        return md.load(data, uri=store.uri, name=name, trust=self._trust)
+
+    def set_up_storage_reader(
+        self,
+        metadata: Metadata,
+        is_coordinator: bool,  # noqa: ARG002 - DCP's interface
+        *args: Any,  # noqa: ARG002
+        **kwargs: Any,
+    ) -> None:
+        """Begin a load on this rank."""
+        self._rank = kwargs.get("rank") or 0
+        if self._absence is not None:
+            raise self._absence.located(uri=self._target.uri, rank=self._rank)
+        self._metadata = metadata
+        for fqn, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                size = StoredSize(entry.size, fqn, self._target.uri, self._rank)
+                entry.size = cast(torch.Size, size)
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to add."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what this rank's plan asks for.
+
+        Raises:
+            IntegrityError: an object is missing or short, or an item is not what the metadata says.
+            UnsafeCheckpointError: a value can't be loaded without running code.
+            StorageError: the store could not be read.
+        """
+        options = self._target.options
+        try:
+            if self._metadata is None:
+                raise ConfigurationError("read_data was called before set_up_storage_reader")
+            store = self._opened()
+            downloader = Downloader(store, options.concurrency, options.memory_limit)
+            load(plan.items, planner, self._metadata, downloader, trust=self._trust)
+        except CheckpointError as error:
+            error.located(uri=self._target.uri, rank=self._rank)
+            raise
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _opened(self) -> ObjectStore:
+        if self._store is None:
+            self._store = open_store(self._target)
+        return self._store
+
+
+class _Absent(Mapping[str, Any]):
+    """The entries of a checkpoint that could not be opened: raises why as soon as anyone looks."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        self._error = error
+
+    def __getitem__(self, key: str) -> Any:
+        raise self._error
+
+    def __iter__(self) -> Iterator[str]:
+        raise self._error
+
+    def __len__(self) -> int:
+        raise self._error

@@ -1,0 +1,335 @@
+"""The StorageWriter: DCP's save, with nothing visible before the commit."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import pickle
+import traceback
+import uuid
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch.distributed.checkpoint import storage as dcp_storage
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from cloudckpt.backends import commit, layout
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CommitError,
+    ConfigurationError,
+    StorageError,
+    UncertainCommitError,
+)
+from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.segments import Segment
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target, is_checkpoint_uri
+from cloudckpt.backends.upload import StagedObject, Uploader
+from cloudckpt.backends.version import __version__
+
+_log = logging.getLogger(__name__)
+
+
+class StorageWriter(dcp_storage.StorageWriter):
+    """Saves a DCP checkpoint to object storage, whole or not at all.
+
+    ``write_data`` stores every part of a rank's objects and leaves the uploads open. ``finish`` on the
+    coordinator completes them all, checks their sizes, and puts ``.metadata``; a failure on any rank
+    withdraws what all ranks staged. The format is DCP's own.
+
+    Works in ``dcp.save`` and in ``dcp.async_save``, by thread or by process: it pickles with every option,
+    and keeps them over ``reset``.
+
+    Args:
+        uri: where the checkpoint goes, such as ``s3://bucket/run/step-100``; options may stand in its query.
+        overwrite: replace a checkpoint that is committed there. It stays whole until the new one is.
+        options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
+
+    Raises:
+        ConfigurationError: the URI or an option can't be used.
+    """
+
+    def __init__(self, uri: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
+        super().__init__()
+        self._target = Target.parse(uri, **options)
+        self._overwrite = overwrite
+        self._begin()
+
+    def _begin(self) -> None:
+        self._store: ObjectStore | None = None
+        self._save_id = uuid.uuid4().hex
+        self._rank = 0
+        self._use_collectives = True
+        self._coordinator = True
+        self._previous: commit.Previous | None = None
+        self._open: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The configuration; a save under way and its connections stay behind."""
+        return {"target": self._target, "overwrite": self._overwrite}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._target = state["target"]
+        self._overwrite = state["overwrite"]
+        self._begin()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._target.uri!r}, overwrite={self._overwrite})"
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The checkpoint's URI, without options."""
+        return self._target.uri
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is a URI that cloudckpt can save to."""
+        return is_checkpoint_uri(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Make ready for another save, to ``checkpoint_id`` where one is given, with the same options."""
+        self._sweep()
+        if checkpoint_id is not None:
+            self._target = self._target.moved_to(checkpoint_id)
+            self._store = None
+
+    def set_up_storage_writer(
+        self,
+        is_coordinator: bool,
+        *args: Any,  # noqa: ARG002 - DCP's interface
+        **kwargs: Any,
+    ) -> None:
+        """Begin a save on this rank.
+
+        Raises:
+            CheckpointExistsError: on the coordinator, where a checkpoint is committed already and
+            ``overwrite`` is off. ConfigurationError: the store can't honour an option.
+        """
+        self._rank = kwargs.get("rank") or 0
+        self._use_collectives = kwargs.get("use_collectives", True)
+        self._coordinator = is_coordinator
+        self._sweep()
+        self._save_id = uuid.uuid4().hex
+        self._previous = None
+        try:
+            store = self._opened()
+            layout.check_part_size(self._target.options, store.part_limits, store.uri)
+            if is_coordinator or not self._use_collectives:
+                self._previous = commit.find_previous(store, self._metadata_name)
+        except CheckpointError as error:
+            error.located(uri=self._target.uri, rank=self._rank)
+            raise
+        if self._previous is not None and not self._overwrite:
+            raise CheckpointExistsError(
+                "a checkpoint is committed here already",
+                uri=self._target.uri,
+                rank=self._rank,
+                hint="Save to another URI, or pass overwrite=True to replace it",
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to add: a rank names its objects itself."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Nothing to add: names carry an id of their own, so that even a cached plan never reuses one."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Store this rank's items and leave the uploads open.
+
+        A failure here does not raise: DCP would skip ``finish`` then, and the other ranks' uploads would
+        stay open for good. It travels in the results instead, and ``finish`` withdraws everything and
+        raises it.
+        """
+        results: list[WriteResult] = []
+        try:
+            report = commit.RankReport(self._rank, tuple(self._stage(plan, planner, results)))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
+            results.clear()
+            self._sweep()
+            report = commit.RankReport(self._rank, failure=self._explained(error))
+        except BaseException:
+            self._sweep()
+            raise
+        results.append(WriteResult(_REPORT, 0, report))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit on the coordinator: complete every upload, check, put ``.metadata``.
+
+        Raises:
+            Exception: what failed on a rank during ``write_data``.
+            CommitError: an upload could not be completed, or the commit failed.
+            UncertainCommitError: no answer tells whether the commit happened.
+            CheckpointExistsError: another save committed here in the meantime.
+        """
+        written = [result for rank_results in results for result in rank_results]
+        reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
+        items = {
+            r.index: r.storage_data for r in written if not isinstance(r.storage_data, commit.RankReport)
+        }
+        staged = [one for report in reports for one in report.staged]
+        concurrency = self._target.options.concurrency
+        store = self._opened()
+        try:
+            _raise_failures(reports)
+            _check_complete(metadata, items, store.uri)
+            objects = commit.publish(store, staged, concurrency)
+            metadata.version = CURRENT_DCP_VERSION
+            metadata.storage_data = items
+            metadata.storage_meta = self.storage_meta()
+            md.add_extras(metadata, self._save_id, __version__, objects)
+            data = md.dump(metadata)
+            commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
+        except UncertainCommitError as error:  # it may be committed: nothing may be taken away
+            error.located(rank=self._rank)
+            raise
+        except BaseException as error:
+            commit.withdraw(store, staged, concurrency)
+            if isinstance(error, CheckpointError):
+                error.located(rank=self._rank)
+            raise
+        finally:
+            self._open = ()
+        self._remove_previous(store, md.objects_of(metadata))
+
+    def abort(self) -> None:
+        """Give up a save that was begun and whose ``finish`` will not come, on this rank.
+
+        DCP tells a writer nothing when a planner's ``finish_plan`` fails on another rank; whoever learns of
+        it calls this. Without it, the next save with the same writer does the same, and otherwise ``gc``.
+
+        Raises:
+            StorageError: the store could not list or abort what is pending.
+        """
+        if self._open:
+            commit.abandon(self._opened(), f"__{self._rank}_", self._open)
+            self._open = ()
+
+    def storage_meta(self) -> StorageMeta:
+        """What DCP records about where and by which save."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
+
+    @property
+    def _metadata_name(self) -> str:
+        return md.metadata_name(None if self._use_collectives else self._rank)
+
+    def _opened(self) -> ObjectStore:
+        if self._store is None:
+            self._store = open_store(self._target)
+        return self._store
+
+    def _sweep(self) -> None:
+        """Abort what this rank left pending: a failed save, or one whose end it never heard of."""
+        try:
+            self.abort()
+        except StorageError as error:
+            _log.warning("what an earlier save left pending could not be aborted, gc will: %s", error)
+            self._open = ()
+
+    def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
+        options, store = self._target.options, self._opened()
+        buckets = layout.distribute(plan.items, layout.usual_part_size(options), options.concurrency)
+        # An id for this call: a plan that DCP's planner has cached, or a second try, never meets an old name.
+        call = uuid.uuid4().hex
+        named = {f"__{self._rank}_{i}.{call}{md.DATA_SUFFIX}": items for i, items in enumerate(buckets)}
+        self._open = tuple(named)
+        return Uploader(store, options.concurrency, options.memory_limit).send(
+            {
+                name: (
+                    self._segments(name, items, planner, results),
+                    layout.part_size_for(items, options, store.part_limits),
+                )
+                for name, items in named.items()
+            }
+        )
+
+    def _segments(
+        self, name: str, items: list[WriteItem], planner: SavePlanner, results: list[WriteResult]
+    ) -> Iterator[Segment]:
+        offset = 0
+        for item in items:
+            encoded = self._encoded(item, planner)
+            info = md.storage_info(name, offset, encoded.nbytes, encoded.payload_offset, encoded.stride)
+            results.append(WriteResult(item.index, encoded.nbytes, info))
+            offset += encoded.nbytes
+            yield from encoded.segments
+
+    def _encoded(self, item: WriteItem, planner: SavePlanner) -> Item:
+        if item.type is not WriteItemType.BYTE_IO:
+            return encode_tensor(cast(torch.Tensor, planner.resolve_data(item)))
+        try:
+            return encode_bytes(cast(io.BytesIO, planner.resolve_data(item)))
+        except Exception as error:
+            raise ConfigurationError(
+                f"the value at {item.index.fqn!r} cannot be saved: {type(error).__name__}: {error}",
+                uri=self._target.uri,
+                rank=self._rank,
+                hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
+            ) from error
+
+    def _explained(self, error: Exception) -> Exception:
+        """The error as the other ranks should see it."""
+        if isinstance(error, CheckpointError):
+            error.located(uri=self._target.uri, rank=self._rank)
+        else:
+            error.add_note(f"while saving {self._target.uri} on rank {self._rank}")
+        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+        try:
+            pickle.loads(pickle.dumps(error))  # noqa: S301 - made on the line itself
+        except Exception:  # noqa: BLE001 - an exception of the caller's own: it would break the gather
+            return CheckpointError(f"{type(error).__name__}: {error}", uri=self._target.uri, rank=self._rank)
+        return error
+
+    def _remove_previous(self, store: ObjectStore, current: frozenset[str]) -> None:
+        if self._previous is None:
+            return
+        try:
+            store.delete(sorted(self._previous.objects - current))
+        except StorageError as error:
+            _log.warning("the save is committed; what it replaced stays behind until gc: %s", error)
+
+
+_REPORT = MetadataIndex("cloudckpt.report")
+"""The index of the write result that carries a rank's report; ``finish`` takes it out again."""
+
+
+def _raise_failures(reports: list[commit.RankReport]) -> None:
+    failures = [(report.rank, report.failure) for report in reports if report.failure is not None]
+    if failures:
+        _, first = failures[0]
+        for rank, failure in failures[1:]:
+            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {failure}")
+        raise first
+
+
+def _check_complete(metadata: Metadata, items: dict[MetadataIndex, Any], uri: str) -> None:
+    """Every item of the plan has a result; a checkpoint without it would list and not load."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else [None]
+        for chunk in chunks:
+            index = MetadataIndex(fqn, None if chunk is None else chunk.offsets)
+            if index not in items:
+                raise CommitError(
+                    f"no rank wrote {fqn!r}" + (f" at {tuple(chunk.offsets)}" if chunk else ""),
+                    uri=uri,
+                    hint="The save planner planned an item that no rank was given; nothing was committed",
+                )

@@ -1,0 +1,112 @@
+"""Boxes of stored tensors become few reads that cover what is wanted and little else."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudckpt.backends import strides
+from cloudckpt.backends.ranges import Extent, Request, cut, merge
+
+boxes = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 6), st.integers(0, 7)), max_size=4)
+
+
+@given(box=boxes, most=st.integers(1, 60), gap=st.integers(0, 30), order=st.randoms(use_true_random=False))
+def test_pieces_cover_the_box_once_and_touch_the_right_elements(
+    box: list[tuple[int, int, int]], most: int, gap: int, order: object
+) -> None:
+    shape = [size for size, _, _ in box]
+    dims = list(range(len(shape)))
+    order.shuffle(dims)  # type: ignore[attr-defined]
+    memory = torch.arange(1, 1 + max(1, torch.Size(shape).numel()))
+    inverse = sorted(dims, key=dims.__getitem__)
+    stored = memory[: torch.Size(shape).numel()].reshape([shape[d] for d in dims]).permute(inverse)
+    for dim, (size, start, length) in enumerate(box):
+        first = min(start, size)
+        stored = stored.narrow(dim, first, min(length, size - first))
+    out = torch.zeros(stored.shape, dtype=memory.dtype)
+    for piece in cut(tuple(stored.shape), stored.stride(), int(stored.storage_offset()), most, gap):
+        where = tuple(slice(at, at + n) for at, n in zip(piece.starts, piece.lengths, strict=True))
+        assert not out[where].any(), "a piece covers what another did"
+        raw = memory[piece.first : piece.first + piece.span]
+        out[where] = raw.as_strided(piece.lengths, stored.stride(), raw.storage_offset())
+        assert piece.span <= most or all(n == 1 for n in piece.lengths) or piece.span == 1
+    assert torch.equal(out, stored)
+
+
+def test_rows_that_lie_together_are_one_read() -> None:
+    pieces = list(cut((100, 64), (64, 1), 640, 1 << 20, 16))
+    assert [(p.first, p.span) for p in pieces] == [(640, 6400)]
+
+
+def test_distant_rows_are_read_one_by_one_and_near_ones_together() -> None:
+    assert len(list(cut((10, 8), (1000, 1), 0, 1 << 20, 16))) == 10
+    assert len(list(cut((10, 8), (12, 1), 0, 1 << 20, 16))) == 1
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40), st.booleans()), max_size=30),
+    most=st.integers(1, 200),
+    gap=st.integers(0, 20),
+)
+def test_every_extent_gets_exactly_its_bytes(
+    ranges: list[tuple[int, int, bool]], most: int, gap: int
+) -> None:
+    blob = bytes(i % 253 for i in range(600))
+    got: dict[int, bytes] = {}
+    direct: dict[int, bytearray] = {}
+    extents: list[Extent] = []
+    for number, (start, size, straight) in enumerate(ranges):
+        if straight:
+            direct[number] = bytearray(size)
+            extents.append(Extent(start, size, lambda: None, into=memoryview(direct[number])))
+        else:
+            extents.append(Extent(start, size, lambda: None, deliver=functools.partial(keep, got, number)))
+    requests = list(merge(extents, most, gap))
+    for request in requests:
+        serve(request, blob)
+    got |= {number: bytes(data) for number, data in direct.items()}
+    assert got == {number: blob[start : start + size] for number, (start, size, _) in enumerate(ranges)}
+    for request in requests:
+        for one, other in itertools.pairwise(request.extents):
+            assert 0 <= other.start - one.start - one.size <= gap
+
+
+def keep(got: dict[int, bytes], number: int, data: memoryview) -> None:
+    got[number] = bytes(data)
+
+
+def serve(request: Request, blob: bytes) -> None:
+    buffers, given = request.buffers(memoryview(bytearray(request.buffered)))
+    at = request.start
+    for buffer in buffers:
+        buffer[:] = blob[at : at + len(buffer)]
+        at += len(buffer)
+    for extent, own in zip(request.extents, given, strict=True):
+        if extent.deliver is not None and own is not None:
+            extent.deliver(own)
+
+
+def test_small_neighbours_share_a_request_and_a_large_gap_parts_them() -> None:
+    extents = [Extent(start, 10, lambda: None, deliver=lambda _: None) for start in (0, 12, 30, 5000)]
+    assert [len(request.extents) for request in merge(extents, 1 << 20, 64)] == [3, 1]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (3, 0), (2, 3, 4), (1, 5, 1)])
+def test_row_major_strides_are_torch_s(shape: tuple[int, ...]) -> None:
+    assert strides.row_major(shape) == torch.empty(shape).stride()
+
+
+def test_dense_means_without_hole_or_overlap_in_any_order() -> None:
+    assert strides.is_dense((3, 4), (4, 1))
+    assert strides.is_dense((3, 4), (1, 3))
+    assert strides.is_dense((), ())
+    assert strides.is_dense((1, 4), (99, 1))
+    assert strides.is_dense((0, 4), (7, 7))
+    assert not strides.is_dense((3, 4), (8, 1))
+    assert not strides.is_dense((3, 4), (0, 1))

@@ -1,0 +1,299 @@
+"""The StorageReader reads what is wanted and little else, runs nothing, and says what is damaged."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+
+import cloudckpt
+from cloudckpt.backends.store import Create, ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.memory import MemoryStore
+from cloudckpt.backends.target import Target
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def uri() -> str:
+    return f"memory://reader-{uuid.uuid4().hex}/step-1"
+
+
+def save(state: dict[str, Any], uri: str, **options: Any) -> None:
+    dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri, **options))
+
+
+def load(state: dict[str, Any], uri: str, **options: Any) -> dict[str, Any]:
+    dcp.load(state, storage_reader=cloudckpt.StorageReader(uri, **options))
+    return state
+
+
+def failure(caught: pytest.ExceptionInfo[CheckpointException]) -> Any:
+    (wrapped,) = caught.value.failures.values()
+    return wrapped[0]
+
+
+@pytest.fixture
+def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all ranged reads, in order."""
+    sizes: list[int] = []
+    original = MemoryStore.read_into
+
+    def counted(self: MemoryStore, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        sizes.append(sum(buffer.nbytes for buffer in buffers))
+        original(self, name, offset, buffers)
+
+    monkeypatch.setattr(MemoryStore, "read_into", counted)
+    return sizes
+
+
+class _Box(DefaultLoadPlanner):
+    """Loads one box of the stored tensor `x`, as a rank that reshards does."""
+
+    def __init__(self, starts: tuple[int, ...]) -> None:
+        super().__init__()
+        self._starts = starts
+
+    def create_local_plan(self) -> LoadPlan:
+        (item,) = super().create_local_plan().items
+        box = self.state_dict["x"].shape
+        return LoadPlan(
+            [
+                ReadItem(
+                    item.type,
+                    item.dest_index,
+                    item.dest_offsets,
+                    item.storage_index,
+                    torch.Size(self._starts),
+                    box,
+                )
+            ]
+        )
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        assert metadata is not None
+        metadata.state_dict_metadata["x"].size = state_dict["x"].shape  # type: ignore[union-attr]
+
+
+WIDE = torch.arange(512 * 4096, dtype=torch.float32).reshape(512, 4096)
+
+
+@pytest.mark.parametrize(
+    ("starts", "shape", "most"),
+    [
+        ((128, 0), (128, 4096), 1.0),
+        ((0, 0), (1, 4096), 1.0),
+        ((511, 4095), (1, 1), 1.0),
+        ((0, 0), (512, 4096), 1.0),
+        ((0, 2048), (512, 2048), 2.0),  # holes of 8 KiB cost less than requests do
+    ],
+)
+def test_a_box_costs_the_bytes_that_the_layout_allows(
+    uri: str, bytes_read: list[int], starts: tuple[int, ...], shape: tuple[int, ...], most: float
+) -> None:
+    save({"x": WIDE}, uri)
+    state = {"x": torch.empty(shape)}
+    dcp.load(state, storage_reader=cloudckpt.StorageReader(uri), planner=_Box(starts))
+    rows, columns = (slice(at, at + n) for at, n in zip(starts, shape, strict=True))
+    assert torch.equal(state["x"], WIDE[rows, columns])
+    assert sum(bytes_read) <= most * state["x"].nbytes
+
+
+def test_distant_rows_are_not_read_with_what_lies_between(uri: str, bytes_read: list[int]) -> None:
+    tall = torch.arange(64 * (1 << 15), dtype=torch.float32).reshape(64, 1 << 15)
+    save({"x": tall}, uri)
+    state = {"x": torch.empty(64, 16)}
+    dcp.load(state, storage_reader=cloudckpt.StorageReader(uri), planner=_Box((0, 5)))
+    assert torch.equal(state["x"], tall[:, 5:21])
+    assert sum(bytes_read) == state["x"].nbytes
+
+
+def test_many_small_tensors_come_in_few_requests(uri: str, bytes_read: list[int]) -> None:
+    state = {f"t{i}": torch.full((100,), float(i)) for i in range(500)}
+    save(state, uri)
+    blank = load({key: torch.empty(100) for key in state}, uri)
+    assert all(torch.equal(blank[key], state[key]) for key in state)
+    assert len(bytes_read) <= 2
+
+
+def test_a_large_item_of_a_stock_checkpoint_is_not_read_whole(tmp_path: Path) -> None:
+    big = torch.arange(1 << 20, dtype=torch.float32).reshape(1024, 1024)
+    dcp.save({"x": big}, checkpoint_id=tmp_path / "stock")
+    sizes: list[int] = []
+
+    class Counting(cloudckpt.StorageReader):
+        def _opened(self) -> ObjectStore:
+            store = super()._opened()
+            read_into = type(store).read_into
+
+            def counted(name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+                sizes.append(sum(buffer.nbytes for buffer in buffers))
+                read_into(store, name, offset, buffers)
+
+            store.read_into = counted  # type: ignore[method-assign]
+            return store
+
+    state = {"x": torch.empty(16, 1024)}
+    dcp.load(state, storage_reader=Counting(tmp_path / "stock"), planner=_Box((512, 0)))
+    assert torch.equal(state["x"], big[512:528])
+    assert sum(sizes) <= state["x"].nbytes + 2 * 32 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_destination_of_another_type_is_converted(uri: str, dtype: torch.dtype) -> None:
+    save({"x": WIDE[:8]}, uri)
+    assert torch.equal(load({"x": torch.empty(8, 4096, dtype=dtype)}, uri)["x"], WIDE[:8].to(dtype))
+
+
+def test_a_scattered_destination_is_filled_and_its_neighbours_are_not(uri: str) -> None:
+    save({"x": WIDE[:8]}, uri)
+    room = torch.zeros(8, 8192)
+    load({"x": room[:, ::2]}, uri)
+    assert torch.equal(room[:, ::2], WIDE[:8])
+    assert not room[:, 1::2].any()
+
+
+def test_nothing_committed_is_not_found(uri: str) -> None:
+    with pytest.raises(cloudckpt.CheckpointNotFoundError) as direct:
+        cloudckpt.StorageReader(uri).read_metadata()
+    assert direct.value.uri == uri
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": torch.empty(1)}, uri)
+    assert isinstance(failure(caught), cloudckpt.CheckpointNotFoundError)
+    assert (failure(caught).uri, failure(caught).rank) == (uri, 0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "empty"])
+def test_a_damaged_object_is_named(tmp_path: Path, damage: str) -> None:
+    save({"x": WIDE}, str(tmp_path))
+    (data,) = tmp_path.glob("*.distcp")
+    if damage == "missing":
+        data.unlink()
+    else:
+        os.truncate(data, 0 if damage == "empty" else data.stat().st_size // 2)
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": torch.empty_like(WIDE)}, str(tmp_path))
+    error = failure(caught)
+    assert isinstance(error, cloudckpt.IntegrityError)
+    assert (error.object_name, error.uri, error.rank) == (data.name, f"file://{tmp_path}", 0)
+
+
+def test_a_tensor_of_another_size_is_explained(uri: str) -> None:
+    save({"x": torch.zeros(4)}, uri)
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": torch.zeros(5)}, uri)
+    error = failure(caught)
+    assert isinstance(error, cloudckpt.ConfigurationError)
+    assert "'x' has size (5,) in the state and (4,) in the checkpoint" in str(error)
+    assert (error.uri, error.rank) == (uri, 0)
+
+
+def test_sizes_are_explained_during_a_load_only(uri: str) -> None:
+    save({"x": torch.zeros(4)}, uri)
+    entry = cloudckpt.StorageReader(uri).read_metadata().state_dict_metadata["x"]
+    assert type(entry.size) is torch.Size  # type: ignore[union-attr]
+
+
+class Trap:
+    """A value whose loading runs code of its author."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_value_that_would_run_code_is_refused_unless_trusted(uri: str, tmp_path: Path) -> None:
+    save({"x": Trap(tmp_path / "ran")}, uri)
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": 0}, uri)
+    error = failure(caught)
+    assert isinstance(error, cloudckpt.UnsafeCheckpointError)
+    assert "'x'" in str(error)
+    assert "posix.mkdir" in str(error)
+    assert error.object_name.endswith(".distcp")
+    assert not (tmp_path / "ran").exists()
+    load({"x": 0}, uri, trust=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_hostile_metadata_is_refused_by_a_load(uri: str, tmp_path: Path) -> None:
+    with open_store(Target.parse(uri)) as store:
+        store.put(".metadata", pickle.dumps(Trap(tmp_path / "ran")), Create())
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": 0}, uri)
+    assert isinstance(failure(caught), cloudckpt.UnsafeCheckpointError)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_values_of_plain_python_come_back_equal(uri: str) -> None:
+    values = {
+        "i": 1,
+        "f": 0.1,
+        "s": "text",
+        "b": b"bytes",
+        "n": None,
+        "t": (1, "a", (2.5,)),
+        "d": {"deep": [1, {"deeper": True}]},
+        "set": {1, 2},
+        "rng": torch.get_rng_state(),
+    }
+    save(values, uri)
+    back = load(
+        {key: torch.zeros_like(v) if isinstance(v, torch.Tensor) else 0 for key, v in values.items()}
+        | {"d": {"deep": [0, {"deeper": 0}]}},
+        uri,
+    )
+    rng = back.pop("rng")
+    assert torch.equal(rng, values.pop("rng"))  # type: ignore[arg-type]
+    assert back == values
+
+
+def test_a_rank_s_own_metadata_is_found_as_dcp_looks_for_it(uri: str) -> None:
+    dcp.save({"x": torch.arange(4.0)}, storage_writer=cloudckpt.StorageWriter(uri), use_collectives=False)
+    with open_store(Target.parse(uri)) as store:
+        assert ".metadata" not in {info.name for info in store.list().objects}
+        assert store.stat("__0.metadata").size
+    assert torch.equal(load({"x": torch.zeros(4)}, uri)["x"], torch.arange(4.0))
+
+
+def test_a_pickle_keeps_every_option() -> None:
+    reader = cloudckpt.StorageReader("memory://x?concurrency=3", trust=True, retries=9)
+    copy = pickle.loads(pickle.dumps(reader))
+    copy.reset("memory://y")
+    assert (copy.checkpoint_id, copy._trust) == ("memory://y", True)
+    assert (copy._target.options.concurrency, copy._target.options.retries) == (3, 9)
+
+
+def test_trusted_bytes_are_handed_on_as_they_are(uri: str) -> None:
+    save({"x": 5}, uri)
+    seen: list[bytes] = []
+
+    class Spy(DefaultLoadPlanner):
+        def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+            seen.append(value.getvalue())
+            super().load_bytes(read_item, value)
+
+    state = {"x": 0}
+    dcp.load(state, storage_reader=cloudckpt.StorageReader(uri, trust=True), planner=Spy())
+    stock = io.BytesIO()
+    torch.save(5, stock)
+    assert state == {"x": 5}
+    assert [len(data) for data in seen] == [len(stock.getvalue())]
