@@ -21,6 +21,7 @@ from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
     CommitError,
+    ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -151,7 +152,9 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
         condition = Overwrite()
     try:
         store.put(name, data, condition)
-    except StorageError as error:
+    except ConfigurationError:  # refused before it was sent
+        raise
+    except Exception as error:
         outcome = _read_back(store, name, save_id, error)
         if outcome is _Outcome.OURS:
             return
@@ -159,20 +162,20 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
             raise _lost(store.uri, name) from error
         if outcome is _Outcome.UNKNOWN:
             raise UncertainCommitError(
-                f"the commit was sent and no answer came back: {error.message}",
+                f"the commit was sent and no answer came back: {_said(error)}",
                 uri=store.uri,
                 object_name=name,
                 hint="Its objects stay in case it is committed: look for it, and save again if need be",
             ) from error
         raise CommitError(
-            f"the commit failed: {error.message}",
+            f"the commit failed: {_said(error)}",
             uri=store.uri,
             object_name=name,
-            hint=error.hint or "Nothing was committed and the checkpoint before is untouched; save again",
+            hint="Nothing was committed and the checkpoint before is untouched; save again",
         ) from error
 
 
-def _read_back(store: ObjectStore, name: str, save_id: str, error: StorageError) -> _Outcome:
+def _read_back(store: ObjectStore, name: str, save_id: str, error: Exception) -> _Outcome:
     """Settle whether a put that raised was carried out after all."""
     try:
         data, _ = store.get(name)
@@ -185,6 +188,10 @@ def _read_back(store: ObjectStore, name: str, save_id: str, error: StorageError)
     except StorageError:
         return _Outcome.UNKNOWN
     return _Outcome.OURS if found == save_id else _Outcome.NOT_OURS
+
+
+def _said(error: Exception) -> str:
+    return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def _version(store: ObjectStore, name: str) -> str | None:

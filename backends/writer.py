@@ -75,7 +75,6 @@ class StorageWriter(dcp_storage.StorageWriter):
         self._save_id = uuid.uuid4().hex
         self._rank = 0
         self._use_collectives = True
-        self._coordinator = True
         self._previous: commit.Previous | None = None
         self._open: tuple[str, ...] = ()
 
@@ -117,12 +116,11 @@ class StorageWriter(dcp_storage.StorageWriter):
         """Begin a save on this rank.
 
         Raises:
-            CheckpointExistsError: on the coordinator, where a checkpoint is committed already and
-            ``overwrite`` is off. ConfigurationError: the store can't honour an option.
+            CheckpointExistsError: on the coordinator, where one is committed and ``overwrite`` is off.
+            ConfigurationError: the store can't honour an option.
         """
         self._rank = kwargs.get("rank") or 0
         self._use_collectives = kwargs.get("use_collectives", True)
-        self._coordinator = is_coordinator
         self._sweep()
         self._save_id = uuid.uuid4().hex
         self._previous = None
@@ -189,6 +187,7 @@ class StorageWriter(dcp_storage.StorageWriter):
         staged = [one for report in reports for one in report.staged]
         concurrency = self._target.options.concurrency
         store = self._opened()
+        self._open = ()
         try:
             _raise_failures(reports)
             _check_complete(metadata, items, store.uri)
@@ -198,17 +197,18 @@ class StorageWriter(dcp_storage.StorageWriter):
             metadata.storage_meta = self.storage_meta()
             md.add_extras(metadata, self._save_id, __version__, objects)
             data = md.dump(metadata)
+        except BaseException as error:
+            self._withdraw(store, staged, error)
+            raise
+        try:
             commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
-        except UncertainCommitError as error:  # it may be committed: nothing may be taken away
+        except UncertainCommitError as error:
             error.located(rank=self._rank)
             raise
-        except BaseException as error:
-            commit.withdraw(store, staged, concurrency)
-            if isinstance(error, CheckpointError):
-                error.located(rank=self._rank)
+        except CheckpointError as error:
+            self._withdraw(store, staged, error)
             raise
-        finally:
-            self._open = ()
+        # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
         self._remove_previous(store, md.objects_of(metadata))
 
     def abort(self) -> None:
@@ -298,6 +298,11 @@ class StorageWriter(dcp_storage.StorageWriter):
         except Exception:  # noqa: BLE001 - an exception of the caller's own: it would break the gather
             return CheckpointError(f"{type(error).__name__}: {error}", uri=self._target.uri, rank=self._rank)
         return error
+
+    def _withdraw(self, store: ObjectStore, staged: list[StagedObject], error: BaseException) -> None:
+        commit.withdraw(store, staged, self._target.options.concurrency)
+        if isinstance(error, CheckpointError):
+            error.located(rank=self._rank)
 
     def _remove_previous(self, store: ObjectStore, current: frozenset[str]) -> None:
         if self._previous is None:

@@ -121,6 +121,12 @@ def test_a_refused_commit_that_did_not_happen_is_a_failure(store: Unreliable) ->
     assert not isinstance(caught.value, UncertainCommitError)
 
 
+def test_a_commit_that_a_store_fails_in_an_unforeseen_way_is_settled_too(store: Unreliable) -> None:
+    store.after = RuntimeError("a plug-in's own")
+    put_metadata(store, NAME, metadata_of("a"), "a", None)
+    assert committed(store) == "a"
+
+
 def test_an_unanswered_commit_that_is_not_there_yet_is_uncertain(store: Unreliable) -> None:
     store.before = UnansweredError("cut")
     with pytest.raises(UncertainCommitError):

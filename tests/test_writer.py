@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 import cloudckpt
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.layout import distribute, part_size_for
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, Part, PartLimits, Upload
+from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -94,6 +95,20 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint_whole(
             save(NEW, uri, overwrite=True)
     assert isinstance(failure(caught), cloudckpt.CommitError)
     assert objects(uri) == before
+    assert torch.equal(loaded(uri), OLD["x"])
+
+
+def test_an_interrupt_during_the_commit_takes_nothing_away(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    put = MemoryStore.put
+
+    def interrupted(self: MemoryStore, name: str, data: bytes, condition: Condition) -> ObjectInfo:
+        put(self, name, data, condition)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryStore, "put", interrupted)
+        with pytest.raises(CheckpointException):
+            save(OLD, uri)
     assert torch.equal(loaded(uri), OLD["x"])
 
 
