@@ -47,6 +47,11 @@ test: $(READY)  ## every test, on real servers and real processes
 	@echo '==> tests'
 	@$(BIN)/pytest $(PYTEST)
 
+.PHONY: soak
+soak: $(READY)  ## the long forms: thousands of random states, for as long as that takes
+	@echo '==> soak'
+	@$(BIN)/pytest -m soak -n 2
+
 .PHONY: lint
 lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports
 	@echo '==> ruff' && $(BIN)/ruff format --check --quiet $(SOURCES) && $(BIN)/ruff check --quiet $(SOURCES)

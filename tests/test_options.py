@@ -37,7 +37,7 @@ def _no_options_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("8MB", 8_000_000),
         ("1.5GiB", 3 << 29),
         ("64mib", 64 << 20),
-        (1 << 20, 1 << 20),
+        pytest.param(1 << 20, 1 << 20, id="a number"),
     ],
 )
 def test_sizes_are_read_in_units(text: str | int, size: int) -> None:

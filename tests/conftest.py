@@ -1,0 +1,58 @@
+"""Fixtures that every test may use. Each pytest-xdist worker starts its own servers, when first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from support.ranks import rank_pool
+from support.servers import SERVERS, S3Server
+
+__all__ = ["rank_pool"]  # a fixture for every test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cloud_settings_of_the_user() -> Iterator[None]:
+    """Keep the tests from the user's AWS profile, credentials and instance metadata."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("AWS_", "CLOUDCKPT_"))]:
+            patch.delenv(name)
+        patch.setenv("AWS_CONFIG_FILE", os.devnull)
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server_named() -> Iterator[Callable[[str], S3Server]]:
+    """Start a server by name once and keep it to the end of the session."""
+    running: dict[str, S3Server] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(name: str) -> S3Server:
+            if name not in running:
+                running[name] = stack.enter_context(SERVERS[name]())
+            return running[name]
+
+        yield get
+
+
+@pytest.fixture(scope="session", params=sorted(SERVERS))
+def s3_server(request: pytest.FixtureRequest, s3_server_named: Callable[[str], S3Server]) -> S3Server:
+    """Each S3 server in turn."""
+    return s3_server_named(request.param)
+
+
+@pytest.fixture(scope="session")
+def moto(s3_server_named: Callable[[str], S3Server]) -> S3Server:
+    """The S3 server moto, which keeps most of S3's rules."""
+    return s3_server_named("moto")
+
+
+@pytest.fixture(scope="session")
+def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
+    """The S3 server rclone, which ignores conditions and refuses wrong credentials."""
+    return s3_server_named("rclone")
