@@ -57,9 +57,8 @@ class Uploader:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
 
         Raises:
-            Exception: the first failure of a request or of a segment iterator, once no request is in flight
-            any more.
-                Uploads are left open for the caller to abort.
+            Exception: the first failure of a request or of a segment iterator, once no request is in
+                flight any more. Uploads are left open for the caller to abort.
         """
         sending: list[_Sending] = []
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
@@ -67,6 +66,8 @@ class Uploader:
                 sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
                 for (segments, part_size), one in zip(objects.values(), sending, strict=True):
                     self._send_parts(pool, one, segments, part_size)
+                    if self._failed.is_set():
+                        break
             except BaseException:
                 self._failed.set()
                 raise
@@ -80,6 +81,8 @@ class Uploader:
             self._room.acquire()
             self._budget.admit(window.cost)
             if self._failed.is_set():
+                self._budget.release(window.cost)
+                self._room.release()
                 return
             one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window))
         if not one.parts and not self._failed.is_set():
