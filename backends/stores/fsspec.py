@@ -47,6 +47,7 @@ from cloudckpt.backends.target import Target
 _UPLOADS = ".cloudckpt-uploads"
 _NAME = "name"
 _BLOCK = 8 << 20
+_READS = 10
 
 
 class FsspecStore(ObjectStore):
@@ -80,27 +81,32 @@ class FsspecStore(ObjectStore):
         return self.stat(name)
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
-        while True:
-            before = self.stat(name)
+        before = self.stat(name)
+        for _ in range(_READS):
             with self._explained(name):
                 data = self._fs.cat_file(self._path(name))
             # Bytes and version come from separate requests: another writer may have been between them.
-            if self.stat(name) == before and len(data) == before.size:
+            after = self.stat(name)
+            if after == before and len(data) == before.size:
                 return data, before
+            before = after
+        message = f"the object changed during each of {_READS} reads"
+        raise StorageError(message, uri=self.uri, object_name=name)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         size, wanted = self.stat(name).size, sum(buffer.nbytes for buffer in buffers)
         with self._explained(name):
             if wanted and offset + wanted > size:
                 raise IntegrityError(f"the object ends at byte {size}, before byte {offset + wanted}")
-            for buffer in buffers:
-                for start in range(0, buffer.nbytes, _BLOCK):
-                    block = buffer[start : start + _BLOCK]
-                    data = self._fs.cat_file(self._path(name), start=offset, end=offset + block.nbytes)
-                    if len(data) != block.nbytes:
-                        raise IntegrityError(f"the object ends at byte {offset + len(data)}")
-                    block[:] = data
-                    offset += block.nbytes
+            for run in _runs(buffers, _BLOCK):
+                end = offset + sum(piece.nbytes for piece in run)
+                data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=end))
+                if data.nbytes != end - offset:
+                    raise IntegrityError(f"the object ends at byte {offset + data.nbytes}, before byte {end}")
+                for piece in run:
+                    piece[:], data = data[: piece.nbytes], data[piece.nbytes :]
+                offset = end
+        return size
 
     def stat(self, name: str) -> ObjectInfo:
         with self._explained(name):
@@ -267,6 +273,24 @@ def _arguments(target: Target) -> dict[str, Any]:
     token = "anon" if options.anon else options.token and options.token.get_secret_value()
     named = {"endpoint_url": options.endpoint_url, "project": options.project, "token": token}
     return {**given, **{name: value for name, value in named.items() if value is not None}}
+
+
+def _runs(buffers: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Yield the buffers in order, cut so that no list of them has more than ``most`` bytes."""
+    run: list[memoryview] = []
+    room = most
+    for buffer in buffers:
+        start = 0
+        while start < buffer.nbytes:
+            piece = buffer[start : start + room]
+            run.append(piece)
+            start += piece.nbytes
+            room -= piece.nbytes
+            if not room:
+                yield run
+                run, room = [], most
+    if run:
+        yield run
 
 
 def _discard(file: Any) -> None:

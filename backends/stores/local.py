@@ -111,9 +111,10 @@ class LocalStore(ObjectStore):
             self._fill(name, fd, 0, [memoryview(data)])
             return bytes(data), info
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         with self._errors(name), self._reading(name) as fd:
             self._fill(name, fd, offset, buffers)
+            return os.fstat(fd).st_size
 
     def stat(self, name: str) -> ObjectInfo:
         with self._errors(name), self._reading(name) as fd:

@@ -94,7 +94,7 @@ class MemoryStore(ObjectStore):
             file = self._file(name)
             return file.getvalue(), self._info(name, file)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
         with _lock:
             data = self._file(name).getbuffer()
         with data:
@@ -105,6 +105,7 @@ class MemoryStore(ObjectStore):
                     )
                 buffer[:] = data[offset : offset + len(buffer)]
                 offset += len(buffer)
+            return len(data)
 
     def stat(self, name: str) -> ObjectInfo:
         with _lock:

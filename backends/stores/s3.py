@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -84,7 +84,7 @@ class S3Store(ObjectStore):
         conditional = self._condition(name, condition)
         with self._asking(name) as clients:
             arguments = self._of(clients, "put_object", name, Body=data, **conditional)
-            etag = _version(_until_no_conflict(clients.data.put_object, arguments), clients)
+            etag = _version(_past_conflicts()(clients.data.put_object, **arguments), clients)
         return ObjectInfo(name, len(data), etag)
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -92,9 +92,9 @@ class S3Store(ObjectStore):
             data, answer = read_whole(clients, self._of(clients, "get_object", name), self._attempts)
         return data, ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
         with self._asking(name) as clients:
-            read_range(clients, self._of(clients, "get_object", name), self._attempts, offset, buffers)
+            return read_range(clients, self._of(clients, "get_object", name), self._attempts, offset, buffers)
 
     def stat(self, name: str) -> ObjectInfo:
         with self._asking(name) as clients:
@@ -163,11 +163,13 @@ class S3Store(ObjectStore):
         with self._asking(upload.name) as clients:
             arguments = self._of(clients, "complete_multipart_upload", upload.name, UploadId=upload.upload_id)
             arguments["MultipartUpload"] = {"Parts": listed}
+            calling = _past_conflicts()
             try:
-                _until_no_conflict(clients.patient.complete_multipart_upload, arguments)
+                calling(clients.patient.complete_multipart_upload, **arguments)
             except ClientError as error:
-                # The answer to the first try may have been lost, and the upload have ended with it.
-                if code_of(error) != "NoSuchUpload" or not _was_repeated(error):
+                # The answer to an earlier try may have been lost, and the upload have ended with it.
+                repeated = calling.statistics["attempt_number"] > 1 or _was_repeated(error)
+                if code_of(error) != "NoSuchUpload" or not repeated:
                     raise
                 if self.stat(upload.name).size != size:
                     raise
@@ -271,15 +273,14 @@ def _version(answer: dict[str, Any], clients: Clients) -> str:
     return str(answer["ETag"]).strip('"')
 
 
-def _until_no_conflict(method: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Call ``method`` again while S3 answers that another conditional write is under way."""
-    retrying = tenacity.Retrying(
+def _past_conflicts() -> tenacity.Retrying:
+    """Call again while S3 answers that another conditional write is under way."""
+    return tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_conflict),
         stop=tenacity.stop_after_attempt(_CONFLICTS),
         wait=tenacity.wait_random_exponential(multiplier=0.1, max=2.0),
         reraise=True,
     )
-    return retrying(method, **arguments)
 
 
 def _is_conflict(error: BaseException) -> bool:

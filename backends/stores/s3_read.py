@@ -35,11 +35,14 @@ def read_whole(clients: Clients, arguments: dict[str, Any], attempts: int) -> tu
 
 def read_range(
     clients: Clients, arguments: dict[str, Any], attempts: int, offset: int, buffers: Sequence[memoryview]
-) -> None:
-    """Fill ``buffers`` from the object's bytes at ``offset``, in one request unless it breaks off."""
+) -> int | None:
+    """Fill ``buffers`` from the object's bytes at ``offset``, in one request unless it breaks off.
+
+    Returns the object's whole size in bytes, where the answer gives it.
+    """
     size = sum(buffer.nbytes for buffer in buffers)
     if not size:
-        return
+        return None
     wanted = f"bytes={offset}-{offset + size - 1}"
     for attempt in _attempts(attempts):
         with attempt:
@@ -48,6 +51,8 @@ def read_range(
                 _check(answer, offset, size, clients.endpoint)
                 for buffer in buffers:
                     _fill(body, buffer)
+                return _whole_size(answer)
+    raise AssertionError("unreachable: the last attempt raises")
 
 
 class _BrokenBodyError(StorageError):
@@ -85,6 +90,15 @@ def _check(answer: dict[str, Any], offset: int, size: int, endpoint: str) -> Non
     if answer["ContentLength"] < size:
         end = offset + answer["ContentLength"]
         raise IntegrityError(f"the object ends at byte {end}, before byte {offset + size}")
+
+
+def _whole_size(answer: dict[str, Any]) -> int | None:
+    """Return what stands behind the slash in ``Content-Range: bytes 0-9/100``."""
+    given = answer.get("ContentRange")
+    if given is None:
+        return int(answer["ContentLength"])
+    size = given.rpartition("/")[2]
+    return int(size) if size.isdigit() else None
 
 
 def _fill(body: Any, buffer: memoryview) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 
+from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, StorageError
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.fsspec import FsspecStore
 from cloudckpt.backends.target import Target
@@ -61,3 +68,84 @@ class TestBucketThroughS3fs(StoreConformance):
     def raw_write(self, store: ObjectStore, name: str, data: bytes) -> None:
         assert store.uri == "dir://run"
         self.server.client().put_object(Bucket=self.bucket, Key=f"prefix/run/{name}", Body=data)
+
+
+class _Changing(DirFileSystem):  # type: ignore[misc] # fsspec is untyped
+    """A folder in which another writer changes an object whenever it is read, so many times."""
+
+    protocol = "changing"
+
+    def __init__(self, changes: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.changes = changes
+        self.reads: list[tuple[int | None, int | None]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self.reads.append((start, end))
+        data: bytes = super().cat_file(path, start, end, **options)
+        if self.changes:
+            self.changes -= 1
+            with super().open(path, "ab") as file:
+                file.write(b"x")
+        return data
+
+
+@pytest.fixture
+def changing(tmp_path: Path) -> Callable[[int], FsspecStore]:
+    fsspec.register_implementation("changing", _Changing, clobber=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "name").write_bytes(b"data")
+
+    def store(changes: int) -> FsspecStore:
+        options = {"path": str(tmp_path), "target_protocol": "file", "changes": changes}
+        return FsspecStore(Target.parse("changing://run", storage_options=options))
+
+    return store
+
+
+def test_an_object_that_changes_while_it_is_read_is_read_again(
+    changing: Callable[[int], FsspecStore],
+) -> None:
+    store = changing(3)
+    data, info = store.get("name")
+    assert (data, info) == (b"dataxxx", store.stat("name"))
+
+
+def test_an_object_that_never_stops_changing_is_given_up(changing: Callable[[int], FsspecStore]) -> None:
+    store = changing(10_000)
+    with pytest.raises(StorageError, match="changed during each") as caught:
+        store.get("name")
+    assert (caught.value.uri, caught.value.object_name) == (store.uri, "name")
+    assert len(store._fs.reads) == 10
+
+
+def test_many_buffers_are_read_in_one_request(changing: Callable[[int], FsspecStore]) -> None:
+    store = changing(0)
+    memory = bytearray(4)
+    store.read_into("name", 0, [memoryview(memory)[index : index + 1] for index in range(4)])
+    assert memory == b"data"
+    assert store._fs.reads == [(0, 4)]
+
+
+def test_a_long_range_is_read_in_blocks_that_cross_buffers(
+    changing: Callable[[int], FsspecStore], tmp_path: Path
+) -> None:
+    data = random.Random(0).randbytes((17 << 20) + 3)
+    (tmp_path / "run" / "name").write_bytes(data)
+    store = changing(0)
+    memory = bytearray(len(data) - 1)
+    cuts = [0, 5, 9 << 20, len(memory)]
+    store.read_into("name", 1, [memoryview(memory)[a:b] for a, b in itertools.pairwise(cuts)])
+    assert memory == data[1:]
+    assert [end - start for start, end in store._fs.reads] == [8 << 20, 8 << 20, (1 << 20) + 2]
+
+
+def test_what_is_not_there_is_not_read_at_all(changing: Callable[[int], FsspecStore]) -> None:
+    store = changing(0)
+    with pytest.raises(ObjectNotFoundError):
+        store.get("missing")
+    with pytest.raises(ObjectNotFoundError):
+        store.read_into("missing", 0, [memoryview(bytearray(5))])
+    with pytest.raises(IntegrityError):
+        store.read_into("name", 0, [memoryview(bytearray(5))])
+    assert store._fs.reads == []

@@ -138,12 +138,12 @@ def ministack_server() -> AbstractContextManager[S3Server]:
     return _served("ministack", command)
 
 
-def rclone_server() -> AbstractContextManager[S3Server]:
-    """Run ``rclone serve s3`` over memory. It alone of the three refuses wrong credentials."""
+def rclone_server(folder: Path | None = None) -> AbstractContextManager[S3Server]:
+    """Run ``rclone serve s3`` over memory or a folder. It alone of the three refuses wrong credentials."""
 
     def command(port: int) -> list[str]:
         options = ["--config", os.devnull, "--auth-key", "test,testtest", "--addr", f"{HOST}:{port}"]
-        return [_script("rclone"), "serve", "s3", *options, ":memory:"]
+        return [_script("rclone"), "serve", "s3", *options, str(folder or ":memory:")]
 
     return _served("rclone", command)
 

@@ -1,0 +1,113 @@
+"""Completing an upload to S3: never a success that did not happen, nor a failure that did."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from cloudckpt.backends.errors import (
+    IntegrityError,
+    StorageError,
+)
+from cloudckpt.backends.stores.s3 import S3Store
+from support.buckets import (
+    PART,
+    Bucket,
+    Stores,
+    open_in,
+    random_bytes,
+    send,
+)
+from support.proxy import (
+    Answer,
+    FlipBit,
+    LoseAnswer,
+    Proxy,
+    proxied,
+)
+from support.servers import S3Server
+
+_CONFLICT = Answer(409, "ConditionalRequestConflict")
+
+
+@pytest.fixture
+def store(stores: Stores) -> S3Store:
+    return stores(retries=1)
+
+
+@pytest.mark.parametrize(
+    "spoilings", [[LoseAnswer()], [LoseAnswer(), _CONFLICT]], ids=["lost", "lost, then a conflict"]
+)
+def test_completing_succeeds_though_the_answer_was_lost(
+    s3_server: S3Server, spoilings: Sequence[Answer | LoseAnswer]
+) -> None:
+    bucket, data = Bucket.new(s3_server), random_bytes(PART + 7)
+    with proxied(s3_server.endpoint) as proxy, open_in(proxy, bucket) as store:
+        upload = store.begin_upload("name")
+        parts = [
+            store.upload_part(upload, 1, 0, [memoryview(data)[:PART]]),
+            store.upload_part(upload, 2, PART, [memoryview(data)[PART:]]),
+        ]
+        proxy.spoil("CompleteMultipartUpload", spoilings)
+        assert store.complete_upload(upload, parts).size == len(data)
+        assert len(proxy.seen("CompleteMultipartUpload")) == len(spoilings) + 1
+    assert bucket.found() == data
+
+
+def test_a_failure_to_complete_that_comes_with_status_200_is_no_success(
+    store: S3Store, proxy: Proxy, bucket: Bucket
+) -> None:
+    proxy.spoil("CompleteMultipartUpload", [Answer(200, "InternalError")])
+    send(store, b"data")  # S3 answers before it is done, and this was tried again
+    assert bucket.found() == b"data"
+    bucket.clear()
+    proxy.spoil("CompleteMultipartUpload", itertools.repeat(Answer(200, "InternalError")))
+    with pytest.raises(StorageError, match="InternalError"):
+        send(store, b"data")
+    assert bucket.found() is None
+
+
+def test_completing_what_is_gone_fails_although_an_older_object_has_the_name(
+    s3_server_named: Callable[[str], S3Server],
+) -> None:
+    server = s3_server_named("ministack")
+    bucket = Bucket.new(server)
+    bucket.hold(b"older")
+    with proxied(server.endpoint) as proxy, open_in(proxy, bucket) as store:
+        upload = store.begin_upload("name")
+        part = store.upload_part(upload, 1, 0, [memoryview(b"newer")])
+        store.abort_upload(upload)
+        with pytest.raises(StorageError, match="does not exist"):
+            store.complete_upload(upload, [part])
+    assert bucket.found() == b"older"
+
+
+@pytest.mark.parametrize("checksum", ["crc64nvme", "crc32c"])
+def test_a_part_that_changes_on_its_way_is_refused_and_nothing_visible(
+    s3_server_named: Callable[[str], S3Server], checksum: str
+) -> None:
+    server = s3_server_named("ministack")  # alone of the three it looks at a part's checksum
+    bucket = Bucket.new(server)
+    with proxied(server.endpoint) as proxy, open_in(proxy, bucket, checksum=checksum) as store:
+        upload = store.begin_upload("name")
+        proxy.spoil("UploadPart", [FlipBit()])
+        with pytest.raises(IntegrityError) as caught:
+            store.upload_part(upload, 1, 0, [memoryview(random_bytes(PART))])
+        assert (caught.value.uri, caught.value.object_name) == (store.uri, "name")
+        assert len(proxy.seen("UploadPart")) == 1
+        assert store.list().objects == ()
+        assert not bucket.has_parts(upload)
+    assert bucket.found() is None
+
+
+def test_a_completed_object_of_another_size_is_deleted_and_an_integrity_error(
+    store: S3Store, proxy: Proxy, bucket: Bucket
+) -> None:
+    upload = store.begin_upload("name")
+    part = store.upload_part(upload, 1, 0, [memoryview(b"data")])
+    proxy.spoil("HeadObject", [Answer(200, "", {"ETag": '"etag"', "x-amz-request-id": "1"})])
+    with pytest.raises(IntegrityError, match="0 bytes where its parts have 4"):
+        store.complete_upload(upload, [part])
+    assert bucket.found() is None
