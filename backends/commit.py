@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from cloudckpt.backends.upload import StagedObject
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_DATA = re.compile(r"[\w.-]+" + re.escape(md.DATA_SUFFIX))
+"""Data objects as DCP writers name them, stock ones and ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,9 @@ def find_previous(store: ObjectStore, name: str) -> Previous | None:
     except ObjectNotFoundError:
         return None
     try:
-        objects = md.objects_of(md.load(data, uri=store.uri, name=name))
+        named = md.objects_of(md.load(data, uri=store.uri, name=name))
+        # They will be deleted, so that a metadata object that names others, or itself, is not obeyed.
+        objects = frozenset(one for one in named if _DATA.fullmatch(one))
     except (IntegrityError, UnsafeCheckpointError) as error:
         _log.warning("what is overwritten cannot be read, so its objects stay behind: %s", error)
         objects = frozenset()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
 
 from cloudckpt.backends.budget import Budget
-from cloudckpt.backends.errors import CheckpointError, IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, Request, merge
 from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.store import ObjectStore
@@ -28,10 +29,14 @@ class Downloader:
         store: where from.
         concurrency: requests in flight.
         memory_limit: bytes held beyond the destinations.
+        least_sizes: bytes that an object must have; one that turns out shorter is damaged.
     """
 
-    def __init__(self, store: ObjectStore, concurrency: int, memory_limit: int) -> None:
+    def __init__(
+        self, store: ObjectStore, concurrency: int, memory_limit: int, least_sizes: Mapping[str, int]
+    ) -> None:
         self._store = store
+        self._least_sizes = least_sizes
         self._concurrency = concurrency
         self._budget = Budget(memory_limit)
         self._largest = max(1, min(LARGEST_READ, memory_limit // 2))
@@ -73,32 +78,47 @@ class Downloader:
         cost = request.buffered
         self._budget.admit(cost)
         try:
-            scratch = bytes_of(torch.empty(cost, dtype=torch.uint8)) if cost else memoryview(b"")
-            buffers, given = request.buffers(scratch)
-            self._fill(name, request.start, buffers)
-            for extent, own in zip(request.extents, given, strict=True):
-                if extent.deliver is not None and own is not None:
-                    extent.deliver(own)
-                extent.done()
+            self._transfer(name, request, cost)
         finally:
-            self._budget.release(cost)
+            self._budget.release(cost)  # the buffer went with the call that made it
+
+    def _transfer(self, name: str, request: Request, cost: int) -> None:
+        if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
+            self._check_size(name, request)
+        scratch = bytes_of(torch.empty(cost, dtype=torch.uint8)) if cost else memoryview(b"")
+        buffers, given = request.buffers(scratch)
+        self._fill(name, request.start, buffers)
+        for extent, own in zip(request.extents, given, strict=True):
+            if extent.deliver is not None and own is not None:
+                extent.deliver(own)
+            extent.done()
+
+    def _check_size(self, name: str, request: Request) -> None:
+        last = request.extents[-1]
+        with self._damage_named(name):
+            size, needed = self._store.stat(name).size, last.start + last.size
+            if size < needed:
+                raise IntegrityError(f"it has {size} bytes and should have {needed}")
 
     def _fill(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        with self._damage_named(name):
+            size = self._store.read_into(name, offset, buffers)
+            if size is not None and size < self._least_sizes[name]:
+                raise IntegrityError(f"it has {size} bytes and should have {self._least_sizes[name]}")
+
+    @contextlib.contextmanager
+    def _damage_named(self, name: str) -> Iterator[None]:
+        """Say of an object that is missing or short what that means for the checkpoint."""
         try:
-            self._store.read_into(name, offset, buffers)
-        except ObjectNotFoundError as error:
-            raise _damaged(error, self._store.uri, name, "is missing") from error
-        except IntegrityError as error:
-            raise _damaged(error, self._store.uri, name, "is shorter than the checkpoint says") from error
-
-
-def _damaged(error: CheckpointError, uri: str, name: str, how: str) -> IntegrityError:
-    return IntegrityError(
-        f"a data object {how}: {error.message}",
-        uri=uri,
-        object_name=name,
-        hint="The checkpoint is damaged; load another step",
-    )
+            yield
+        except (ObjectNotFoundError, IntegrityError) as error:
+            how = "missing" if isinstance(error, ObjectNotFoundError) else "shorter than the checkpoint says"
+            raise IntegrityError(
+                f"a data object is {how}: {error.message}",
+                uri=self._store.uri,
+                object_name=name,
+                hint="The checkpoint is damaged; load another step",
+            ) from error
 
 
 def in_reads(start: int, into: memoryview, most: int) -> Iterable[tuple[int, memoryview]]:

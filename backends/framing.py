@@ -29,14 +29,23 @@ class Framing:
 
 
 @dataclass(frozen=True, slots=True)
+class Payload:
+    """Where in an item a tensor's raw memory lies, and how to read it."""
+
+    offset: int
+    """Bytes from the beginning of the item."""
+    dtype: torch.dtype
+    stride: tuple[int, ...] | None = None
+    """Elements; None where it is row-major."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One item of a save plan, ready to be laid into an object."""
 
     segments: tuple[Segment, ...]
-    payload_offset: int | None = None
-    """Where the raw payload begins in the item; None where there is no raw payload."""
-    stride: tuple[int, ...] | None = None
-    """Stride in elements of the payload, where it is not row-major."""
+    payload: Payload | None = None
+    """None where there is no raw memory of a tensor in it."""
 
     @property
     def nbytes(self) -> int:
@@ -110,22 +119,21 @@ def encode_tensor(tensor: torch.Tensor) -> Item:
     shape = tuple(tensor.shape)
     row_major = strides.row_major(shape)
     stride = row_major
-    payload: Segment
+    memory: Segment
     if (
         tensor.is_conj()
         or tensor.is_neg()
         or torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
         or not strides.is_dense(shape, tensor.stride())
     ):
-        payload = Gathered(tensor)
+        memory = Gathered(tensor)
     else:
         if not tensor.is_contiguous():
             stride = tuple(tensor.stride())
         flat = tensor.as_strided((tensor.numel(),), (1,))
-        payload = View(bytes_of(flat)) if tensor.device.type == "cpu" else Gathered(flat)
+        memory = View(bytes_of(flat)) if tensor.device.type == "cpu" else Gathered(flat)
     around = framing(tensor.dtype, shape, stride)
     return Item(
-        (View(memoryview(around.head)), payload, View(memoryview(around.tail))),
-        payload_offset=len(around.head),
-        stride=None if stride == row_major else stride,
+        (View(memoryview(around.head)), memory, View(memoryview(around.tail))),
+        Payload(len(around.head), tensor.dtype, None if stride == row_major else stride),
     )

@@ -116,12 +116,10 @@ class _Load:
         if fqn not in self._chunks:
             self._chunks[fqn] = {chunk.offsets: chunk.sizes for chunk in entry.chunks}
         shape = self._chunks[fqn].get(item.storage_index.offset or torch.Size([0] * len(entry.size)))
-        offset, stride = payload
-        if shape is None or (stride is not None and len(stride) != len(shape)):
+        if shape is None or (payload.stride is not None and len(payload.stride) != len(shape)):
             raise IntegrityError(f"the metadata does not describe the chunk of {fqn!r} that it stores")
-        return Stored(
-            info.offset + offset, entry.properties.dtype, tuple(shape), stride or strides.row_major(shape)
-        )
+        stride = payload.stride or strides.row_major(shape)
+        return Stored(info.offset + payload.offset, payload.dtype, tuple(shape), stride)
 
     def _locate(self, info: _StorageInfo) -> Stored | None:
         return locate(info.offset, info.length, functools.partial(self._downloader.fetch, info.relative_path))
@@ -141,18 +139,20 @@ class _Load:
 
     def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         try:
-            tensor = load_tensor(data, item.storage_index.fqn)
+            tensor = load_tensor(data, item.storage_index.fqn, trust=self._trust)
         except CheckpointError as error:
             error.located(object_name=info.relative_path)
             raise
         self._check_box(item, info, tuple(tensor.shape))
         with self._one_at_a_time:
             target = self._target(item)
-            target.copy_(narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+            _copy(item, target, narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
             self._planner.commit_tensor(item, target)
 
     def _target(self, item: ReadItem) -> torch.Tensor:
-        target = self._planner.resolve_tensor(item).detach()
+        target = self._planner.resolve_tensor(item)
+        if target.layout is torch.strided:  # of others, what is copied into a detached one doesn't come back
+            target = target.detach()
         if target.shape != item.lengths:
             raise ConfigurationError(
                 f"the destination of {item.dest_index.fqn!r} has shape {tuple(target.shape)}, "
@@ -184,6 +184,9 @@ class _Load:
                 hint="The checkpoint is damaged; load another step",
             )
         target = self._target(item)
+        if target.layout is not torch.strided:
+            self._whole(info, functools.partial(self._take_whole_tensor, item, info))
+            return
         first = sum(at * step for at, step in zip(item.storage_offsets, stored.stride, strict=True))
         start = stored.offset + first * itemsize
         lengths = tuple(item.lengths)
@@ -195,7 +198,7 @@ class _Load:
         else:
             most, gap = max(1, self._downloader.largest // itemsize), GAP // itemsize
             todo = [
-                functools.partial(_piece_extent, start, piece, target, stored)
+                functools.partial(_piece_extent, item, start, piece, target, stored)
                 for piece in cut(lengths, stored.stride, 0, most, gap)
             ]
         done = _Countdown(len(todo), functools.partial(self._commit, item, target))
@@ -236,8 +239,19 @@ def _extent_into(offset: int, memory: memoryview, done: Callable[[], None]) -> E
     return Extent(offset, memory.nbytes, done, into=memory)
 
 
-def _piece_extent(
-    start: int, piece: Piece, target: torch.Tensor, stored: Stored, done: Callable[[], None]
+def _copy(item: ReadItem, target: torch.Tensor, source: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            target.copy_(source)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"{item.dest_index.fqn!r} cannot be copied into the state's tensor: {error}",
+            hint="Give it a destination like the tensor that was saved, with memory of its own",
+        ) from error
+
+
+def _piece_extent(  # noqa: PLR0917 - a partial of it is an extent in the making
+    item: ReadItem, start: int, piece: Piece, target: torch.Tensor, stored: Stored, done: Callable[[], None]
 ) -> Extent:
     for dim, (at, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
         target = target.narrow(dim, at, length)
@@ -248,7 +262,7 @@ def _piece_extent(
 
     def deliver(data: memoryview) -> None:
         flat = torch.frombuffer(data, dtype=torch.uint8).view(stored.dtype)
-        target.copy_(flat.as_strided(piece.lengths, stored.stride))
+        _copy(item, target, flat.as_strided(piece.lengths, stored.stride))
 
     return Extent(offset, size, done, deliver=deliver)
 
@@ -268,6 +282,7 @@ def _memory_for(target: torch.Tensor, stored: Stored) -> memoryview | None:
         and target.dtype == stored.dtype
         and not target.is_conj()
         and not target.is_neg()
+        and not target.is_quantized
         and strides.is_dense(shape, stored.stride)
         and strides.same_order(shape, target.stride(), stored.stride)
     )

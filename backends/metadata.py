@@ -12,7 +12,7 @@ import collections
 import io
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 import torch
 from torch.distributed._shard.sharded_tensor import metadata as sharded_metadata
@@ -30,11 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.serialization import _get_layout
 
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
 
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
 _EXTRAS = "cloudckpt"
+_LARGEST = (1 << 63) - 1
+"""Bytes that an offset can count."""
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -42,22 +45,22 @@ def metadata_name(rank: int | None = None) -> str:
     return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
 
 
-def storage_info(
-    name: str, offset: int, length: int, payload_offset: int | None, stride: tuple[int, ...] | None
-) -> _StorageInfo:
+def storage_info(name: str, offset: int, length: int, payload: Payload | None) -> _StorageInfo:
     """Where an item lies, offset and length in bytes, and where in it a raw payload lies."""
     info = _StorageInfo(name, offset, length)
-    if payload_offset is not None:
-        info.__dict__["payload_offset"] = payload_offset
-    if stride is not None:
-        info.__dict__["stride"] = stride
+    if payload is not None:
+        info.__dict__.update(payload_offset=payload.offset, dtype=payload.dtype)
+        if payload.stride is not None:
+            info.__dict__["stride"] = payload.stride
     return info
 
 
-def payload_of(info: _StorageInfo) -> tuple[int, tuple[int, ...] | None] | None:
-    """Offset of the payload in the item (bytes) and stride (elements, None for row-major), if noted."""
-    offset = info.__dict__.get("payload_offset")
-    return None if offset is None else (offset, info.__dict__.get("stride"))
+def payload_of(info: _StorageInfo) -> Payload | None:
+    """What our own writer noted of an item; None for values, and for what a stock writer wrote."""
+    noted = info.__dict__
+    if "payload_offset" not in noted:
+        return None
+    return Payload(noted["payload_offset"], noted["dtype"], noted.get("stride"))
 
 
 def add_extras(metadata: Metadata, save_id: str, version: str, objects: Mapping[str, ObjectInfo]) -> None:
@@ -81,6 +84,14 @@ def objects_of(metadata: Metadata) -> frozenset[str]:
     return frozenset(info.relative_path for info in metadata.storage_data.values())
 
 
+def least_sizes(metadata: Metadata) -> dict[str, int]:
+    """Bytes that each object must have at least, to hold the items that lie in it."""
+    sizes: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    return sizes
+
+
 def dump(metadata: Metadata) -> bytes:
     """Serialise as stock DCP does."""
     return pickle.dumps(metadata)
@@ -99,6 +110,7 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
         metadata = unpickler.load()
         if isinstance(unpickler, _MetadataUnpickler):
             unpickler.settle()
+        sound = _is_sound(metadata)
     except UnsafeCheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -108,14 +120,14 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
             object_name=name,
             hint="It is damaged or not a DCP checkpoint; load another step",
         ) from error
-    if not _is_sound(metadata):
+    if not sound:
         raise IntegrityError(
             "the checkpoint's metadata is not consistent",
             uri=uri,
             object_name=name,
             hint="It is damaged or was tampered with; load another step",
         )
-    return metadata
+    return cast(Metadata, metadata)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -200,7 +212,7 @@ _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
 }
 
 
-def _is_sound(metadata: object) -> TypeGuard[Metadata]:
+def _is_sound(metadata: object) -> bool:
     return (
         isinstance(metadata, Metadata)
         and isinstance(metadata.state_dict_metadata, dict)
@@ -240,16 +252,20 @@ def _is_place(index: object, info: object) -> bool:
         and isinstance(info.length, int)
         and info.offset >= 0
         and info.length >= 0
-        and (payload is None or _is_payload(info.length, *payload))
+        and info.offset + info.length <= _LARGEST
+        and (payload is None or _is_payload(info.length, payload.offset, payload.dtype, payload.stride))
+        and isinstance(info.transform_descriptors, list | tuple | None)
+        and all(isinstance(descriptor, str) for descriptor in info.transform_descriptors or ())
     )
 
 
-def _is_payload(length: int, offset: object, stride: object) -> bool:
+def _is_payload(length: int, offset: object, dtype: object, stride: object) -> bool:
     return (
         isinstance(offset, int)
+        and isinstance(dtype, torch.dtype)
         and 0 <= offset <= length
         and (
             stride is None
-            or (isinstance(stride, tuple) and all(isinstance(s, int) and s >= 0 for s in stride))
+            or (isinstance(stride, tuple) and all(isinstance(s, int) and 0 <= s <= _LARGEST for s in stride))
         )
     )

@@ -275,3 +275,14 @@ def _check_known(name: str, source: str, known: Iterable[str]) -> None:
 
 def _enumerate(names: Iterable[str]) -> str:
     return ", ".join(names)
+
+
+def true_or_false(name: str, value: object) -> bool:
+    """Take a switch that decides over data: only a real bool will do, for ``"false"`` is true.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={value!r} is neither True nor False", hint=f"Pass {name} as a bool")
+    return value

@@ -21,6 +21,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.load import load
+from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.sizes import StoredSize
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -48,7 +49,7 @@ class StorageReader(dcp_storage.StorageReader):
     def __init__(self, uri: str | os.PathLike[str], *, trust: bool = False, **options: Any) -> None:
         super().__init__()
         self._target = Target.parse(uri, **options)
-        self._trust = trust
+        self._trust = true_or_false("trust", trust)
         self._begin()
 
     def _begin(self) -> None:
@@ -162,9 +163,10 @@ class StorageReader(dcp_storage.StorageReader):
         try:
             if self._metadata is None:
                 raise ConfigurationError("read_data was called before set_up_storage_reader")
-            store = self._opened()
-            downloader = Downloader(store, options.concurrency, options.memory_limit)
-            load(plan.items, planner, self._metadata, downloader, trust=self._trust)
+            sizes = md.least_sizes(self._metadata)
+            with self._opened() as store:
+                downloader = Downloader(store, options.concurrency, options.memory_limit, sizes)
+                load(plan.items, planner, self._metadata, downloader, trust=self._trust)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
             raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
+
+import torch
 
 from cloudckpt.backends.errors import ConfigurationError
 
@@ -24,6 +26,10 @@ class StoredSize(tuple[int, ...]):  # noqa: SLOT001 - a tuple of variable length
         size = super().__new__(cls, sizes)
         size.fqn, size.uri, size.rank = fqn, uri, rank
         return size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is plain, for whoever keeps the metadata beyond the load."""
+        return (torch.Size, (tuple(self),))
 
     def numel(self) -> int:
         """Number of elements, as ``torch.Size`` has it."""

@@ -146,10 +146,11 @@ class ObjectStore(abc.ABC):
         """Return a small object whole, with the version that the bytes belong to."""
 
     @abc.abstractmethod
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
         """Fill the writable ``buffers`` one after another from the object's bytes at ``offset``.
 
-        One request where the store can. Buffers are one-dimensional and of unsigned bytes.
+        One request where the store can. Buffers are one-dimensional and of unsigned bytes. Returns the size
+        of the whole object in bytes, where the store learns it on the way.
 
         Raises:
             IntegrityError: the object ends before the buffers are full.

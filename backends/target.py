@@ -28,7 +28,8 @@ from cloudckpt.backends.options import (
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>/[^/].*|/?)", re.DOTALL)
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_NO_SLASH = re.compile(r"(?P<protocol>s3|s3a|gs|gcs|file|memory):(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
+_BUCKET = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,253}[A-Za-z0-9])?")
 _ALIASES: Final = {"gcs": "gs", "s3a": "s3", "local": "file"}
 _WITH_BUCKET: Final = ("s3", "gs")
 _EXAMPLES: Final = {
@@ -108,7 +109,7 @@ def is_checkpoint_uri(uri: str | os.PathLike[str]) -> bool:
     """Tell whether ``uri`` names a place that a store can be opened for, options aside."""
     try:
         _Place.read(uri)
-    except ConfigurationError:
+    except (ConfigurationError, TypeError):  # TypeError: not a path at all
         return False
     return True
 
@@ -149,7 +150,10 @@ class _Place:
 
     @classmethod
     def _of_file(cls, rest: str, query: str) -> _Place:
-        host, _, path = rest.partition("/")
+        host, slash, path = rest.partition("/")
+        if not host and not slash:
+            hint = f"Write it like {_EXAMPLES['file']}"
+            raise ConfigurationError("file:// names no folder", uri="file://", hint=hint)
         if host not in ("", "localhost"):
             raise ConfigurationError(
                 "a file URI holds an absolute path, so three slashes",
@@ -194,7 +198,7 @@ def _escaped(path: str) -> str:
 
 
 def _known_protocols() -> set[str]:
-    return {*fsspec.available_protocols(), *_ALIASES, *_EXAMPLES}
+    return {*fsspec.available_protocols(), *fsspec.registry, *_ALIASES, *_EXAMPLES}
 
 
 def _check_spelling(protocol: str, rest: str, query: str) -> None:
@@ -228,15 +232,15 @@ def _check_protocol(protocol: str, uri: str) -> None:
 
 
 def _refuse_broken_protocol(text: str) -> None:
-    match = _ONE_SLASH.fullmatch(text.strip())
+    match = _ONE_SLASH.fullmatch(text.strip()) or _NO_SLASH.fullmatch(text.strip())
     if match is not None and match["protocol"].lower() in _known_protocols():
         protocol = match["protocol"].lower()
         rest = match["rest"].lstrip("/").partition("?")[0]
         right = f"{protocol}:///" if _ALIASES.get(protocol, protocol) == "file" else f"{protocol}://"
         raise ConfigurationError(
-            f"{protocol}: is followed by two slashes in a URI, not one",
+            f"{protocol}: is followed by two slashes in a URI",
             uri=text.partition("?")[0],
-            hint=f"Write {right}{rest} as text: a pathlib.Path drops a slash",
+            hint=f"Write {right}{rest}, as text: a pathlib.Path drops a slash",
         )
     if "://" in text:
         raise ConfigurationError(

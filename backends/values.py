@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
+from collections.abc import Callable
 
 import torch
 
-from cloudckpt.backends.errors import CheckpointError, IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
+
+
+def _bytes(*given: bytes) -> bytes:
+    """Make ``bytes`` of bytes alone: of a number it would make as many zeros."""
+    return b"".join(given)
+
+
+_PLAIN: dict[str, Callable[..., object]] = {
+    "builtins.bytes": _bytes,
+    "builtins.frozenset": frozenset,
+    "builtins.range": range,
+    "builtins.slice": slice,
+}
+"""Plain data of Python's own whose making runs nothing, and which torch's own list leaves out."""
+
+_torch_list = threading.Lock()
+"""Held while ``_PLAIN`` is on torch's list, which is one for the whole process."""
 
 
 def prove_safe(data: memoryview, fqn: str) -> io.BytesIO:
@@ -28,41 +47,62 @@ def prove_safe(data: memoryview, fqn: str) -> io.BytesIO:
     return proven
 
 
-def load_tensor(data: memoryview, fqn: str) -> torch.Tensor:
+def load_tensor(data: memoryview, fqn: str, *, trust: bool) -> torch.Tensor:
     """Load a tensor that was serialised whole.
 
     Raises:
         UnsafeCheckpointError: it can't be loaded without running code.
         IntegrityError: it is damaged, or not a tensor.
     """
-    tensor = _load(data, fqn)
+    tensor = _load(data, fqn, trust=trust)
     if not isinstance(tensor, torch.Tensor):
         raise IntegrityError(f"what is stored for {fqn!r} is a {type(tensor).__name__}, not a tensor")
+    if tensor.is_meta:
+        raise IntegrityError(f"the tensor stored for {fqn!r} has no data")
     return tensor.cpu()
 
 
-def _load(data: memoryview, fqn: str) -> object:
+def _load(data: memoryview, fqn: str, *, trust: bool = False) -> object:
     stream = io.BytesIO(data)
     try:
-        return torch.load(stream, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _refusal(stream, fqn) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise IntegrityError(
-            f"what is stored for {fqn!r} cannot be read: {type(error).__name__}: {error}",
-            hint="The checkpoint is damaged; load another step",
-        ) from error
+        return torch.load(stream, weights_only=not trust)
+    except pickle.UnpicklingError as refused:
+        needed = _needed(stream)
+        if needed and needed <= _PLAIN.keys():
+            return _load_plain(stream, fqn)
+        what = f"needs {', '.join(sorted(needed))}" if needed else "holds more than tensors and plain data"
+        raise UnsafeCheckpointError(
+            f"the value at {fqn!r} {what}, which could run code",
+            hint="Allow its classes with torch.serialization.add_safe_globals, or pass trust=True if you "
+            "trust whoever wrote the checkpoint",
+        ) from refused
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise _damaged(fqn, error) from error
 
 
-def _refusal(stream: io.BytesIO, fqn: str) -> CheckpointError:
+def _load_plain(stream: io.BytesIO, fqn: str) -> object:
+    stream.seek(0)
+    allowed: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
+        (make, name) for name, make in _PLAIN.items()
+    ]
+    try:
+        with _torch_list, torch.serialization.safe_globals(allowed):
+            return torch.load(stream, weights_only=True)
+    except Exception as error:  # damaged bytes can raise nearly anything
+        raise _damaged(fqn, error) from error
+
+
+def _needed(stream: io.BytesIO) -> set[str]:
+    """Name the globals that torch refused; nothing where they can't be told."""
     stream.seek(0)
     try:
-        needed = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-    except (RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
-        needed = []
-    what = f"needs {', '.join(sorted(needed))}" if needed else "holds more than tensors and plain data"
-    return UnsafeCheckpointError(
-        f"the value at {fqn!r} {what}, which could run code",
-        hint="Allow its classes with torch.serialization.add_safe_globals, or pass trust=True if you trust "
-        "whoever wrote the checkpoint",
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
+    except Exception:  # noqa: BLE001 - damaged bytes can raise nearly anything, and the names are a courtesy
+        return set()
+
+
+def _damaged(fqn: str, error: Exception) -> IntegrityError:
+    return IntegrityError(
+        f"what is stored for {fqn!r} cannot be read: {type(error).__name__}: {error}",
+        hint="The checkpoint is damaged; load another step",
     )

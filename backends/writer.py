@@ -9,11 +9,12 @@ import pickle
 import traceback
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint import storage as dcp_storage
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -35,8 +36,9 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
 )
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.segments import Segment
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target, is_checkpoint_uri
 from cloudckpt.backends.upload import StagedObject, Uploader
@@ -67,7 +69,7 @@ class StorageWriter(dcp_storage.StorageWriter):
     def __init__(self, uri: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
         super().__init__()
         self._target = Target.parse(uri, **options)
-        self._overwrite = overwrite
+        self._overwrite = true_or_false("overwrite", overwrite)
         self._begin()
 
     def _begin(self) -> None:
@@ -75,6 +77,7 @@ class StorageWriter(dcp_storage.StorageWriter):
         self._save_id = uuid.uuid4().hex
         self._rank = 0
         self._use_collectives = True
+        self._coordinator = True
         self._previous: commit.Previous | None = None
         self._open: tuple[str, ...] = ()
 
@@ -121,13 +124,14 @@ class StorageWriter(dcp_storage.StorageWriter):
         """
         self._rank = kwargs.get("rank") or 0
         self._use_collectives = kwargs.get("use_collectives", True)
+        self._coordinator = is_coordinator or not self._use_collectives
         self._sweep()
         self._save_id = uuid.uuid4().hex
         self._previous = None
         try:
             store = self._opened()
             layout.check_part_size(self._target.options, store.part_limits, store.uri)
-            if is_coordinator or not self._use_collectives:
+            if self._coordinator:
                 self._previous = commit.find_previous(store, self._metadata_name)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
@@ -165,6 +169,8 @@ class StorageWriter(dcp_storage.StorageWriter):
         except BaseException:
             self._sweep()
             raise
+        if not self._coordinator and self._store is not None:
+            self._store.close()
         results.append(WriteResult(_REPORT, 0, report))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -181,35 +187,28 @@ class StorageWriter(dcp_storage.StorageWriter):
         """
         written = [result for rank_results in results for result in rank_results]
         reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
-        items = {
-            r.index: r.storage_data for r in written if not isinstance(r.storage_data, commit.RankReport)
-        }
+        items = {r.index: r.storage_data for r in written if isinstance(r.storage_data, _StorageInfo)}
         staged = [one for report in reports for one in report.staged]
-        concurrency = self._target.options.concurrency
-        store = self._opened()
         self._open = ()
-        try:
-            _raise_failures(reports)
-            _check_complete(metadata, items, store.uri)
-            objects = commit.publish(store, staged, concurrency)
-            metadata.version = CURRENT_DCP_VERSION
-            metadata.storage_data = items
-            metadata.storage_meta = self.storage_meta()
-            md.add_extras(metadata, self._save_id, __version__, objects)
-            data = md.dump(metadata)
-        except BaseException as error:
-            self._withdraw(store, staged, error)
-            raise
-        try:
-            commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
-        except UncertainCommitError as error:
-            error.located(rank=self._rank)
-            raise
-        except CheckpointError as error:
-            self._withdraw(store, staged, error)
-            raise
-        # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
-        self._remove_previous(store, md.objects_of(metadata))
+        with self._opened() as store:
+            try:
+                _raise_failures(reports)
+                _check_complete(metadata, items, store.uri)
+                objects = commit.publish(store, staged, self._target.options.concurrency)
+                data = self._described(metadata, items, objects)
+            except BaseException as error:
+                self._withdraw(store, staged, error)
+                raise
+            try:
+                commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
+            except UncertainCommitError as error:
+                error.located(rank=self._rank)
+                raise
+            except CheckpointError as error:
+                self._withdraw(store, staged, error)
+                raise
+            # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
+            self._remove_previous(store, md.objects_of(metadata))
 
     def abort(self) -> None:
         """Give up a save that was begun and whose ``finish`` will not come, on this rank.
@@ -268,14 +267,24 @@ class StorageWriter(dcp_storage.StorageWriter):
         offset = 0
         for item in items:
             encoded = self._encoded(item, planner)
-            info = md.storage_info(name, offset, encoded.nbytes, encoded.payload_offset, encoded.stride)
+            info = md.storage_info(name, offset, encoded.nbytes, encoded.payload)
             results.append(WriteResult(item.index, encoded.nbytes, info))
             offset += encoded.nbytes
             yield from encoded.segments
 
     def _encoded(self, item: WriteItem, planner: SavePlanner) -> Item:
         if item.type is not WriteItemType.BYTE_IO:
-            return encode_tensor(cast(torch.Tensor, planner.resolve_data(item)))
+            tensor = cast(torch.Tensor, planner.resolve_data(item))
+            if tensor.is_meta:
+                raise ConfigurationError(
+                    f"the tensor {item.index.fqn!r} is on the meta device and has no data",
+                    hint="Materialise it before saving, or leave it out",
+                )
+            encoded, planned = encode_tensor(tensor), item.tensor_data
+            if planned is None or tensor.shape != planned.chunk.sizes:
+                # A planner may reshape a tensor after planning; the archive alone then says what it is.
+                encoded = replace(encoded, payload=None)
+            return encoded
         try:
             return encode_bytes(cast(io.BytesIO, planner.resolve_data(item)))
         except Exception as error:
@@ -298,6 +307,16 @@ class StorageWriter(dcp_storage.StorageWriter):
         except Exception:  # noqa: BLE001 - an exception of the caller's own: it would break the gather
             return CheckpointError(f"{type(error).__name__}: {error}", uri=self._target.uri, rank=self._rank)
         return error
+
+    def _described(
+        self, metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], objects: dict[str, ObjectInfo]
+    ) -> bytes:
+        """Complete the planner's metadata with what is stored where, and serialise it."""
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_data = items
+        metadata.storage_meta = self.storage_meta()
+        md.add_extras(metadata, self._save_id, __version__, objects)
+        return md.dump(metadata)
 
     def _withdraw(self, store: ObjectStore, staged: list[StagedObject], error: BaseException) -> None:
         commit.withdraw(store, staged, self._target.options.concurrency)
@@ -326,7 +345,7 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
         raise first
 
 
-def _check_complete(metadata: Metadata, items: dict[MetadataIndex, Any], uri: str) -> None:
+def _check_complete(metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], uri: str) -> None:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
     for fqn, entry in metadata.state_dict_metadata.items():
         chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else [None]

@@ -1,6 +1,7 @@
 """Checkpoints of PyTorch Distributed Checkpoint on object storage: whole or not there at all."""
 
 from cloudckpt.backends.errors import (
+    AccessDeniedError,
     CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -9,8 +10,10 @@ from cloudckpt.backends.errors import (
     ExecutorDiedError,
     ExecutorError,
     IntegrityError,
+    ObjectNotFoundError,
     SaveTimeoutError,
     StorageError,
+    UncertainCommitError,
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.reader import StorageReader
@@ -18,6 +21,7 @@ from cloudckpt.backends.version import __version__
 from cloudckpt.backends.writer import StorageWriter
 
 __all__ = [
+    "AccessDeniedError",
     "CheckpointError",
     "CheckpointExistsError",
     "CheckpointNotFoundError",
@@ -26,10 +30,12 @@ __all__ = [
     "ExecutorDiedError",
     "ExecutorError",
     "IntegrityError",
+    "ObjectNotFoundError",
     "SaveTimeoutError",
     "StorageError",
     "StorageReader",
     "StorageWriter",
+    "UncertainCommitError",
     "UnsafeCheckpointError",
     "__version__",
 ]

@@ -17,6 +17,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.framing import Payload
+
+PAYLOAD = Payload(700, torch.float32, (1, 4))
 
 
 @pytest.fixture
@@ -49,14 +52,14 @@ def test_what_was_read_pickles_again_for_the_other_ranks(stock: bytes) -> None:
 
 
 def test_extras_ride_along_and_stock_classes_carry_them() -> None:
-    info = md.storage_info("__0_0.distcp", 10, 900, 700, (1, 4))
+    info = md.storage_info("__0_0.distcp", 10, 900, PAYLOAD)
     metadata = Metadata({"x": BytesStorageMetadata()}, storage_data={MetadataIndex("x"): info})
     md.add_extras(metadata, "an id", "0.1.0", {})
     read = md.load(md.dump(metadata), uri="memory://x")
     assert md.save_id_of(read) == "an id"
-    assert md.payload_of(read.storage_data[MetadataIndex("x")]) == (700, (1, 4))
+    assert md.payload_of(read.storage_data[MetadataIndex("x")]) == PAYLOAD
     assert md.objects_of(read) == {"__0_0.distcp"}
-    assert md.payload_of(pickle.loads(md.dump(metadata)).storage_data[MetadataIndex("x")]) == (700, (1, 4))
+    assert md.payload_of(pickle.loads(md.dump(metadata)).storage_data[MetadataIndex("x")]) == PAYLOAD
 
 
 class _Runs:
@@ -131,8 +134,9 @@ def test_truncated_metadata_is_damaged_not_a_crash(stock: bytes, cut: int) -> No
         _StorageInfo("__0_0.distcp", -1, 10),
         _StorageInfo("__0_0.distcp", 0, -10),
         _StorageInfo(5, 0, 10),  # type: ignore[arg-type]
-        md.storage_info("__0_0.distcp", 0, 10, 11, None),
-        md.storage_info("__0_0.distcp", 0, 10, 0, (-1,)),
+        md.storage_info("__0_0.distcp", 0, 10, Payload(11, torch.int8)),
+        md.storage_info("__0_0.distcp", 0, 10, Payload(0, torch.int8, (-1,))),
+        md.storage_info("__0_0.distcp", 0, 10, Payload(0, cast(Any, "int8"))),
         "not an info",
     ],
     ids=lambda info: str(vars(info)) if isinstance(info, _StorageInfo) else str(info),

@@ -179,14 +179,15 @@ def test_nothing_committed_is_not_found(uri: str) -> None:
     assert (failure(caught).uri, failure(caught).rank) == (uri, 0)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "empty"])
+@pytest.mark.parametrize("damage", ["missing", "short", "short by a byte", "empty"])
 def test_a_damaged_object_is_named(tmp_path: Path, damage: str) -> None:
     save({"x": WIDE}, str(tmp_path))
     (data,) = tmp_path.glob("*.distcp")
     if damage == "missing":
         data.unlink()
     else:
-        os.truncate(data, 0 if damage == "empty" else data.stat().st_size // 2)
+        size = data.stat().st_size
+        os.truncate(data, {"short": size // 2, "short by a byte": size - 1, "empty": 0}[damage])
     with pytest.raises(CheckpointException) as caught:
         load({"x": torch.empty_like(WIDE)}, str(tmp_path))
     error = failure(caught)
@@ -249,6 +250,9 @@ def test_values_of_plain_python_come_back_equal(uri: str) -> None:
         "f": 0.1,
         "s": "text",
         "b": b"bytes",
+        "nothing": b"",
+        "frozen": frozenset({1}),
+        "range": range(3),
         "n": None,
         "t": (1, "a", (2.5,)),
         "d": {"deep": [1, {"deeper": True}]},
@@ -264,6 +268,17 @@ def test_values_of_plain_python_come_back_equal(uri: str) -> None:
     rng = back.pop("rng")
     assert torch.equal(rng, values.pop("rng"))  # type: ignore[arg-type]
     assert back == values
+
+
+def test_bytes_made_of_a_number_are_not_plain_data(uri: str) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (bytes, (1 << 40,))
+
+    save({"x": Bomb()}, uri)
+    with pytest.raises(CheckpointException) as caught:
+        load({"x": 0}, uri)
+    assert isinstance(failure(caught), cloudckpt.IntegrityError)
 
 
 def test_a_rank_s_own_metadata_is_found_as_dcp_looks_for_it(uri: str) -> None:

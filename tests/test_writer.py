@@ -6,7 +6,7 @@ import pickle
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -164,12 +164,24 @@ def test_a_reset_without_an_id_stays_where_it_is(uri: str) -> None:
         ("nosuchprotocol://x", False),
         ("s3://", False),
         ("", False),
+        ("s3:bucket/x", False),
+        ("file://", False),
+        (cast(Any, None), False),
+        (cast(Any, 5), False),
     ],
     ids=str,
 )
 def test_valid_checkpoint_ids_are_the_uris_of_the_contract(checkpoint_id: str | Path, valid: bool) -> None:
     assert cloudckpt.StorageWriter.validate_checkpoint_id(checkpoint_id) is valid
     assert cloudckpt.StorageReader.validate_checkpoint_id(checkpoint_id) is valid
+
+
+@pytest.mark.parametrize("switch", ["false", 1, None])
+def test_a_switch_that_is_not_a_bool_is_refused(uri: str, switch: Any) -> None:
+    with pytest.raises(cloudckpt.ConfigurationError, match="overwrite"):
+        cloudckpt.StorageWriter(uri, overwrite=switch)
+    with pytest.raises(cloudckpt.ConfigurationError, match="trust"):
+        cloudckpt.StorageReader(uri, trust=switch)
 
 
 def test_a_repr_shows_where_and_no_secret() -> None:
