@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upl
 from cloudckpt.backends.stores import files, open_store
 from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
+from support.jobs import count_to, try_to_create, write_beyond_the_limit
 
 
 class TestLocalStore(StoreConformance):
@@ -230,7 +230,7 @@ def test_a_file_that_may_not_grow_fails_the_write_that_needs_it(
     root: Path, processes: ProcessPoolExecutor
 ) -> None:
     """The kernel writes up to the limit (a short write) and refuses the rest."""
-    errors = processes.submit(_write_beyond_the_limit, str(root)).result()
+    errors = processes.submit(write_beyond_the_limit, str(root)).result()
     assert len(errors) == 2
     for error in errors:
         assert (error.uri, error.object_name) == (f"file://{root}", "name")
@@ -378,14 +378,14 @@ def test_the_root_itself_may_be_a_symbolic_link(tmp_path: Path) -> None:
 def test_of_racing_processes_one_creates(store: ObjectStore, processes: ProcessPoolExecutor) -> None:
     for round_ in range(10):
         name = f"name{round_}"
-        won = list(processes.map(_try_to_create, [store] * 2, [name] * 2, [b"one", b"two"]))
+        won = list(processes.map(try_to_create, [store] * 2, [name] * 2, [b"one", b"two"]))
         assert sum(won) == 1
         assert store.get(name)[0] == (b"one", b"two")[won.index(True)]
 
 
 def test_no_update_of_racing_processes_is_lost(store: ObjectStore, processes: ProcessPoolExecutor) -> None:
     store.put("counter", b"0", Create())
-    list(processes.map(_count_to, [store] * 2, [40] * 2))
+    list(processes.map(count_to, [store] * 2, [40] * 2))
     assert store.get("counter")[0] == b"80"
 
 
@@ -427,45 +427,3 @@ def _preadv_at_most(limit: int) -> Callable[[int, list[memoryview], int], int]:
         return len(got)
 
     return preadv
-
-
-def _write_beyond_the_limit(root: str) -> list[StorageError]:
-    store = open_store(Target.parse(root))
-    errors = []
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        upload = store.begin_upload("name")
-        writes: list[Callable[[], object]] = [
-            lambda: store.put("name", bytes(200_000), Create()),
-            lambda: store.upload_part(upload, 1, 0, [memoryview(bytes(70_000))] * 2),
-        ]
-        for write in writes:
-            try:
-                write()
-            except StorageError as error:
-                errors.append(error)
-        store.abort_upload(upload)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    return errors
-
-
-def _try_to_create(store: ObjectStore, name: str, data: bytes) -> bool:
-    try:
-        store.put(name, data, Create())
-    except PreconditionFailedError:
-        return False
-    return True
-
-
-def _count_to(store: ObjectStore, times: int) -> None:
-    done = 0
-    while done < times:
-        data, info = store.get("counter")
-        assert info.version is not None
-        try:
-            store.put("counter", b"%d" % (int(data) + 1), Update(info.version))
-        except PreconditionFailedError:
-            continue
-        done += 1
