@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -23,12 +24,9 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.load import load
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.sizes import StoredSize
-from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target, is_checkpoint_uri
 
 
-class StorageReader(dcp_storage.StorageReader):
+class StorageReader(Addressed, dcp_storage.StorageReader):
     """Loads a DCP checkpoint from object storage, ours or stock.
 
     Bytes go straight into a tensor's memory where it is contiguous and of the stored type, and through a
@@ -47,13 +45,11 @@ class StorageReader(dcp_storage.StorageReader):
     """
 
     def __init__(self, uri: str | os.PathLike[str], *, trust: bool = False, **options: Any) -> None:
-        super().__init__()
-        self._target = Target.parse(uri, **options)
+        super().__init__(uri, options)
         self._trust = true_or_false("trust", trust)
         self._begin()
 
     def _begin(self) -> None:
-        self._store: ObjectStore | None = None
         self._rank = 0
         self._metadata: Metadata | None = None
         self._absence: CheckpointError | None = None
@@ -63,27 +59,16 @@ class StorageReader(dcp_storage.StorageReader):
         return {"target": self._target, "trust": self._trust}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._target = state["target"]
+        self._target, self._store = state["target"], None
         self._trust = state["trust"]
         self._begin()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target.uri!r}, trust={self._trust})"
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The checkpoint's URI, without options."""
-        return self._target.uri
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URI that cloudckpt can load from."""
-        return is_checkpoint_uri(checkpoint_id)
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Make ready for another load, from ``checkpoint_id`` where one is given, with the same options."""
-        if checkpoint_id is not None:
-            self._target = self._target.moved_to(checkpoint_id)
+        self._move(checkpoint_id)
         self._begin()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - DCP's interface
@@ -173,11 +158,6 @@ class StorageReader(dcp_storage.StorageReader):
         future: Future[None] = Future()
         future.set_result(None)
         return future
-
-    def _opened(self) -> ObjectStore:
-        if self._store is None:
-            self._store = open_store(self._target)
-        return self._store
 
 
 class _Absent(Mapping[str, Any]):

@@ -27,6 +27,7 @@ from torch.futures import Future
 
 from cloudckpt.backends import commit, layout
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -39,15 +40,13 @@ from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
-from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target, is_checkpoint_uri
 from cloudckpt.backends.upload import StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
 _log = logging.getLogger(__name__)
 
 
-class StorageWriter(dcp_storage.StorageWriter):
+class StorageWriter(Addressed, dcp_storage.StorageWriter):
     """Saves a DCP checkpoint to object storage, whole or not at all.
 
     ``write_data`` stores every part of a rank's objects and leaves the uploads open. ``finish`` on the
@@ -67,13 +66,11 @@ class StorageWriter(dcp_storage.StorageWriter):
     """
 
     def __init__(self, uri: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
-        super().__init__()
-        self._target = Target.parse(uri, **options)
+        super().__init__(uri, options)
         self._overwrite = true_or_false("overwrite", overwrite)
         self._begin()
 
     def _begin(self) -> None:
-        self._store: ObjectStore | None = None
         self._save_id = uuid.uuid4().hex
         self._rank = 0
         self._use_collectives = True
@@ -86,29 +83,17 @@ class StorageWriter(dcp_storage.StorageWriter):
         return {"target": self._target, "overwrite": self._overwrite}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._target = state["target"]
+        self._target, self._store = state["target"], None
         self._overwrite = state["overwrite"]
         self._begin()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target.uri!r}, overwrite={self._overwrite})"
 
-    @property
-    def checkpoint_id(self) -> str:
-        """The checkpoint's URI, without options."""
-        return self._target.uri
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URI that cloudckpt can save to."""
-        return is_checkpoint_uri(checkpoint_id)
-
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Make ready for another save, to ``checkpoint_id`` where one is given, with the same options."""
         self._sweep()
-        if checkpoint_id is not None:
-            self._target = self._target.moved_to(checkpoint_id)
-            self._store = None
+        self._move(checkpoint_id)
 
     def set_up_storage_writer(
         self,
@@ -230,11 +215,6 @@ class StorageWriter(dcp_storage.StorageWriter):
     @property
     def _metadata_name(self) -> str:
         return md.metadata_name(None if self._use_collectives else self._rank)
-
-    def _opened(self) -> ObjectStore:
-        if self._store is None:
-            self._store = open_store(self._target)
-        return self._store
 
     def _sweep(self) -> None:
         """Abort what this rank left pending: a failed save, or one whose end it never heard of."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import importlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,11 +26,12 @@ from cloudckpt.backends.store import (
     PendingUpload,
     Upload,
 )
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target
 
 T = TypeVar("T")
 
-WRITER_SEAM = "cloudckpt.backends.writer.open_store"
-READER_SEAM = "cloudckpt.backends.reader.open_store"
+SEAM = "cloudckpt.backends.addressed.open_store"
 
 
 class InjectedFault(StorageError):
@@ -178,20 +178,18 @@ class FaultyStore(ObjectStore):
 
 
 @contextlib.contextmanager
-def injected(fault: Fault | None, rank: int, seam: str = WRITER_SEAM) -> Iterator[Journal]:
+def injected(fault: Fault | None, rank: int) -> Iterator[Journal]:
     """Let every store that the writer opens on this rank fail as ``fault`` says, if it is this rank's.
 
     With ``fault=None`` nothing fails, and the journal tells how many calls there are to fail.
     """
     journal = Journal()
     ours = fault if fault is not None and fault.rank == rank else None
-    module, _, name = seam.rpartition(".")
-    real = getattr(importlib.import_module(module), name)
 
-    def open_faulty(*args: Any, **keywords: Any) -> ObjectStore:
-        return FaultyStore(real(*args, **keywords), ours, journal)
+    def open_faulty(target: Target) -> ObjectStore:
+        return FaultyStore(open_store(target), ours, journal)
 
-    with mock.patch(seam, open_faulty):
+    with mock.patch(SEAM, open_faulty):
         yield journal
 
 

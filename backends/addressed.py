@@ -1,0 +1,39 @@
+"""What a StorageWriter and a StorageReader share: a checkpoint's address, and an open store there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target, is_checkpoint_uri
+
+
+class Addressed:
+    """A checkpoint's URI with its options, kept over ``reset`` and pickling."""
+
+    def __init__(self, uri: str | os.PathLike[str], options: dict[str, Any]) -> None:
+        self._target = Target.parse(uri, **options)
+        self._store: ObjectStore | None = None
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The checkpoint's URI, without options."""
+        return self._target.uri
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this is a URI that cloudckpt can save to and load from."""
+        return is_checkpoint_uri(checkpoint_id)
+
+    def _move(self, checkpoint_id: str | os.PathLike[str] | None) -> None:
+        """Turn to another checkpoint, where one is given, with the same options."""
+        if checkpoint_id is not None:
+            self._target = self._target.moved_to(checkpoint_id)
+            self._store = None
+
+    def _opened(self) -> ObjectStore:
+        if self._store is None:
+            self._store = open_store(self._target)
+        return self._store
