@@ -31,6 +31,7 @@ from torch.serialization import _get_layout
 
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
+from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.store import ObjectInfo
 
 METADATA_NAME = ".metadata"
@@ -104,12 +105,9 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
         UnsafeCheckpointError: it asks for something other than DCP's metadata classes.
         IntegrityError: it is not a whole and consistent ``Metadata``.
     """
-    # With trust, the caller takes whoever wrote the checkpoint at their word.
-    unpickler = pickle.Unpickler(io.BytesIO(data)) if trust else _MetadataUnpickler(data, uri, name)  # noqa: S301
     try:
-        metadata = unpickler.load()
-        if isinstance(unpickler, _MetadataUnpickler):
-            unpickler.settle()
+        # With trust, the caller takes whoever wrote the checkpoint at their word.
+        metadata = pickle.loads(data) if trust else _MetadataUnpickler(data, uri, name).settled()  # noqa: S301
         sound = _is_sound(metadata)
     except UnsafeCheckpointError:
         raise
@@ -139,6 +137,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, data: bytes, uri: str, name: str) -> None:
+        if claims_too_much(data):
+            raise pickle.UnpicklingError("it claims more memory than it can need")
         super().__init__(io.BytesIO(data))
         self._uri, self._name = uri, name
         self._stand_ins: dict[type, type] = {}
@@ -158,10 +158,12 @@ class _MetadataUnpickler(pickle.Unpickler):
             hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
         )
 
-    def settle(self) -> None:
-        """Turn the instances of stand-ins into instances of the real classes."""
+    def settled(self) -> object:
+        """Load, and turn the instances of stand-ins into instances of the real classes."""
+        loaded: object = self.load()
         for instance, real in self._made:
             object.__setattr__(instance, "__class__", real)
+        return loaded
 
     def _stand_in(self, real: type) -> type:
         if real not in self._stand_ins:

@@ -82,6 +82,17 @@ def test_a_dense_tensor_is_sent_from_its_own_memory() -> None:
         assert bytes(payload.data) != before
 
 
+def test_a_tensor_on_a_device_is_gathered_window_by_window() -> None:
+    """No device is at hand: a meta tensor takes the same way up to the copy itself."""
+    tensor = torch.empty(1 << 20, device="meta").reshape(1 << 10, 1 << 10).t()
+    item = encode_tensor(tensor)
+    assert isinstance(item.segments[1], Gathered)
+    assert item.payload is not None
+    assert item.payload.stride == (1, 1 << 10)
+    (first, *_) = windows(item.segments, 1 << 16)
+    assert first.cost < 1 << 17
+
+
 def test_a_value_serialised_by_the_planner_is_taken_as_it_is() -> None:
     assert b"".join(bytes(s.window(0, s.nbytes)) for s in encode_bytes(io.BytesIO(b"abc")).segments) == b"abc"
 
