@@ -160,11 +160,9 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
     except ConfigurationError:  # refused before it was sent
         raise
     except Exception as error:
-        outcome = _read_back(store, name, save_id, error)
+        outcome = _read_back(store, name, save_id, condition, error)
         if outcome is _Outcome.OURS:
             return
-        if isinstance(error, PreconditionFailedError):
-            raise _lost(store.uri, name) from error
         if outcome is _Outcome.UNKNOWN:
             raise UncertainCommitError(
                 f"the commit was sent and no answer came back: {_said(error)}",
@@ -172,6 +170,8 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
                 object_name=name,
                 hint="Its objects stay in case it is committed: look for it, and save again if need be",
             ) from error
+        if isinstance(error, PreconditionFailedError):
+            raise _lost(store.uri, name) from error
         raise CommitError(
             f"the commit failed: {_said(error)}",
             uri=store.uri,
@@ -180,19 +180,36 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
         ) from error
 
 
-def _read_back(store: ObjectStore, name: str, save_id: str, error: Exception) -> _Outcome:
-    """Settle whether a put that raised was carried out after all."""
+def _read_back(
+    store: ObjectStore, name: str, save_id: str, condition: Condition, error: Exception
+) -> _Outcome:
+    """Settle whether a put that raised was carried out after all, or still may be."""
+    found: str | None = None
+    version: str | None = None
     try:
-        data, _ = store.get(name)
+        data, info = store.get(name)
+        version = info.version or ""
         found = md.save_id_of(md.load(data, uri=store.uri, name=name))
-    except ObjectNotFoundError:
-        # A request without an answer may still be on its way; one that was answered is over.
-        return _Outcome.UNKNOWN if isinstance(error, UnansweredError) else _Outcome.NOT_OURS
-    except (IntegrityError, UnsafeCheckpointError):
-        return _Outcome.NOT_OURS
+    except (ObjectNotFoundError, IntegrityError, UnsafeCheckpointError):
+        pass  # nothing is there, or nothing of ours
     except StorageError:
         return _Outcome.UNKNOWN
-    return _Outcome.OURS if found == save_id else _Outcome.NOT_OURS
+    if found == save_id:
+        return _Outcome.OURS
+    if isinstance(error, UnansweredError) and _may_still_hold(condition, version):
+        return _Outcome.UNKNOWN  # the request may be on its way, and would be obeyed when it arrives
+    return _Outcome.NOT_OURS
+
+
+def _may_still_hold(condition: Condition, version: str | None) -> bool:
+    """Whether a put on this condition would succeed where this version is, or nothing."""
+    match condition:
+        case Create():
+            return version is None
+        case Update(expected):
+            return version == expected
+        case Overwrite():
+            return True
 
 
 def _said(error: Exception) -> str:

@@ -15,6 +15,7 @@ from cloudckpt.backends.errors import (
     CheckpointExistsError,
     CommitError,
     ObjectNotFoundError,
+    PreconditionFailedError,
     StorageError,
     UnansweredError,
     UncertainCommitError,
@@ -139,6 +140,30 @@ def test_an_unanswered_commit_under_another_save_s_metadata_has_lost(store: Unre
     with pytest.raises(CommitError) as caught:
         put_metadata(store, NAME, metadata_of("a"), "a", None)
     assert not isinstance(caught.value, UncertainCommitError)
+
+
+def test_an_unanswered_overwrite_whose_turn_may_still_come_is_uncertain(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    store.before = UnansweredError("cut")
+    with pytest.raises(UncertainCommitError):
+        put_metadata(store, NAME, metadata_of("a"), "a", previous)
+
+
+def test_an_unanswered_put_without_a_condition_is_uncertain_whatever_is_there(store: Unreliable) -> None:
+    store.conditional = False
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    store.before = UnansweredError("cut")
+    with pytest.raises(UncertainCommitError):
+        put_metadata(store, NAME, metadata_of("a"), "a", previous)
+
+
+def test_a_lost_precondition_that_cannot_be_read_back_is_uncertain(store: Unreliable) -> None:
+    """It may be our own first try that won."""
+    store.before, store.reads = PreconditionFailedError("412"), StorageError("down")
+    with pytest.raises(UncertainCommitError):
+        put_metadata(store, NAME, metadata_of("a"), "a", None)
 
 
 def test_a_commit_that_cannot_be_read_back_is_uncertain(store: Unreliable) -> None:

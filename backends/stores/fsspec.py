@@ -30,6 +30,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     ObjectNotFoundError,
     StorageError,
+    UnansweredError,
 )
 from cloudckpt.backends.store import (
     Capabilities,
@@ -254,6 +255,9 @@ class FsspecStore(ObjectStore):
             raise ObjectNotFoundError("no such object", uri=self.uri, object_name=name) from error
         except PermissionError as error:
             raise AccessDeniedError("access was denied", uri=self.uri, object_name=name) from error
+        except (TimeoutError, ConnectionError) as error:
+            message = f"{self._target.protocol}:// gave no answer: {type(error).__name__}"
+            raise UnansweredError(message, uri=self.uri, object_name=name) from error
         except Exception as error:  # each file system has exceptions of its own, with no common root
             message = f"{self._target.protocol}:// failed: {type(error).__name__}"
             raise StorageError(message, uri=self.uri, object_name=name) from error
