@@ -151,7 +151,7 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
     condition: Condition = Create() if previous is None else Update(previous.version)
     can = store.capabilities
     if not (can.conditional_create if previous is None else can.conditional_update):
-        _say_unconditional(store.uri)
+        _say_unconditional("/".join(store.uri.split("/")[:3]))  # a bucket, not one of its checkpoints
         if _version(store, name) != (previous and previous.version):
             raise _lost(store.uri, name)
         condition = Overwrite()
@@ -233,12 +233,12 @@ def _lost(uri: str, name: str) -> CheckpointExistsError:
 
 
 @functools.cache
-def _say_unconditional(uri: str) -> None:
+def _say_unconditional(place: str) -> None:
     """Say it, once for a place and process."""
     _log.warning(
         "%s does not honour conditional puts: two jobs that commit the same checkpoint at the same moment "
         "would not notice each other",
-        uri,
+        place,
     )
 
 

@@ -188,6 +188,9 @@ def test_without_conditions_a_commit_checks_first_and_says_so_once(
     previous = commit.find_previous(store, NAME)
     put_metadata(store, NAME, metadata_of("c"), "c", previous)
     assert committed(store) == "c"
+    other = Unreliable(Target.parse(f"{store.uri}/another-step"))
+    other.conditional = False
+    put_metadata(other, NAME, metadata_of("d"), "d", None)
     assert [r.getMessage() for r in caplog.records if "conditional puts" in r.getMessage()].__len__() == 1
 
 
