@@ -54,7 +54,7 @@ class RankReport:
 
     rank: int
     staged: tuple[StagedObject, ...] = ()
-    failure: Exception | None = None
+    failure: BaseException | None = None
 
 
 def find_previous(store: ObjectStore, name: str) -> Previous | None:
@@ -161,11 +161,11 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
         raise
     except Exception as error:
         outcome = _read_back(store, name, save_id, condition, error)
-        if outcome is _Outcome.OURS:
+        if outcome is _Outcome.OURS and isinstance(error, UnansweredError | PreconditionFailedError):
             return
-        if outcome is _Outcome.UNKNOWN:
+        if outcome is not _Outcome.NOT_OURS:  # there or not: the store said that something went wrong
             raise UncertainCommitError(
-                f"the commit was sent and no answer came back: {_said(error)}",
+                f"the commit was sent, and nothing proves that it holds: {_said(error)}",
                 uri=store.uri,
                 object_name=name,
                 hint="Its objects stay in case it is committed: look for it, and save again if need be",

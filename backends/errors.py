@@ -11,7 +11,7 @@ class CheckpointError(Exception):
     Args:
         message: what happened, in one sentence.
         uri: the checkpoint or store concerned, never with a credential in it.
-        object_name: the object below ``uri``, such as ``__0_0.<save id>.distcp``.
+        object_name: the object below ``uri``, such as ``__0_0.<id>.distcp``.
         rank: the rank on which it happened.
         hint: what the reader of the message can do.
 
@@ -92,7 +92,7 @@ class PreconditionFailedError(StorageError, FileExistsError):
 
 
 class UnansweredError(StorageError):
-    """A request went out and no answer came: it may have been carried out, or may be later."""
+    """A request went out and no answer came: it may have been carried out, or still be."""
 
 
 class CommitError(StorageError):

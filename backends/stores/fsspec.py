@@ -217,6 +217,14 @@ class FsspecStore(ObjectStore):
         fs = self._fs
         fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         file = fs.open(path, "wb", autocommit=False)
+        if not hasattr(file, "commit"):
+            # Nothing was written, so that this leaves an empty file at worst.
+            file.close()
+            raise ConfigurationError(
+                f"{self._target.protocol}:// can't hold a file back until it is whole",
+                uri=self.uri,
+                hint="Save to a store that fsspec can write with autocommit=False, such as s3:// or file://",
+            )
         try:
             for block in blocks:
                 file.write(block)
@@ -272,7 +280,9 @@ def _arguments(target: Target) -> dict[str, Any]:
     }
     if target.protocol != "gs":
         return given
-    if refused := [name for name in ("storage_class", "kms_key_name") if getattr(options, name) is not None]:
+    refused = [name for name in ("storage_class", "kms_key_name") if getattr(options, name) is not None]
+    refused += ["checksum"] if options.checksum not in ("auto", "none") else []
+    if refused:
         raise ConfigurationError(f"{', '.join(refused)} can't be honoured by gs:// yet", uri=target.uri)
     token = "anon" if options.anon else options.token and options.token.get_secret_value()
     named = {"endpoint_url": options.endpoint_url, "project": options.project, "token": token}

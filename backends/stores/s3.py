@@ -9,9 +9,15 @@ from http import HTTPStatus
 from typing import Any
 
 import tenacity
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
-from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, IntegrityError, StorageError
+from cloudckpt.backends.errors import (
+    AccessDeniedError,
+    ConfigurationError,
+    IntegrityError,
+    StorageError,
+    UnansweredError,
+)
 from cloudckpt.backends.store import (
     Capabilities,
     Condition,
@@ -30,6 +36,7 @@ from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_checksum import PartChecksum, parameters
 from cloudckpt.backends.stores.s3_client import Clients, LazyClients
 from cloudckpt.backends.stores.s3_errors import code_of, explained, not_s3, status_of
+from cloudckpt.backends.stores.s3_lost import lost_answers
 from cloudckpt.backends.stores.s3_probe import PROBE_NAME, conditions_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.target import Target
@@ -82,9 +89,16 @@ class S3Store(ObjectStore):
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         conditional = self._condition(name, condition)
-        with self._asking(name) as clients:
+        with self._asking(name) as clients, lost_answers() as lost:
             arguments = self._of(clients, "put_object", name, Body=data, **conditional)
-            etag = _version(_past_conflicts()(clients.data.put_object, **arguments), clients)
+            try:
+                answer = _past_conflicts()(clients.data.put_object, **arguments)
+            except (ClientError, BotoCoreError) as error:
+                # A precondition that failed is an answer for every try: none can succeed any more.
+                if not _is_refused_condition(error) and (lost() or _is_from_a_gateway(error)):
+                    raise UnansweredError("a try of the put went out and its answer was lost") from error
+                raise
+            etag = _version(answer, clients)
         return ObjectInfo(name, len(data), etag)
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -132,10 +146,11 @@ class S3Store(ObjectStore):
     def begin_upload(self, name: str) -> Upload:
         with self._asking(name) as clients:
             arguments = self._of(clients, "create_multipart_upload", name)
+            declared = self._declaration()  # other threads may learn meanwhile that the server refuses it
             try:
-                answer = clients.data.create_multipart_upload(**arguments, **self._declaration())
+                answer = clients.data.create_multipart_upload(**arguments, **declared)
             except ClientError as error:
-                if not self._may_do_without_checksum(error):
+                if not declared or not self._may_do_without_checksum(error):
                     raise
                 answer = clients.data.create_multipart_upload(**arguments)
                 self._checksum = None
@@ -234,7 +249,7 @@ class S3Store(ObjectStore):
         return self._checksum.declaration if self._checksum else {}
 
     def _may_do_without_checksum(self, error: ClientError) -> bool:
-        chosen_here = self._checksum is not None and self._target.options.checksum == "auto"
+        chosen_here = self._target.options.checksum == "auto"
         return chosen_here and status_of(error) in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
 
     def _pages(
@@ -271,6 +286,16 @@ def _version(answer: dict[str, Any], clients: Clients) -> str:
     if "ETag" not in answer:
         raise not_s3(clients.endpoint)
     return str(answer["ETag"]).strip('"')
+
+
+def _is_refused_condition(error: Exception) -> bool:
+    return isinstance(error, ClientError) and status_of(error) == HTTPStatus.PRECONDITION_FAILED
+
+
+def _is_from_a_gateway(error: Exception) -> bool:
+    """Tell the answers of something in between, behind which the server may still be at work."""
+    gateway = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
+    return isinstance(error, ClientError) and status_of(error) in gateway
 
 
 def _past_conflicts() -> tenacity.Retrying:

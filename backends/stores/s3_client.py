@@ -29,6 +29,7 @@ from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores.s3_lost import note_lost_answer
 from cloudckpt.backends.target import Target
 
 _Session = TypeVar("_Session", bound=botocore.session.Session)
@@ -189,6 +190,7 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
 
 def _prepared(session: _Session) -> _Session:
     """Return the session with what every session here has in common."""
+    session.register("needs-retry.s3", cast("Any", note_lost_answer))
     session.register("needs-retry.s3", cast("Any", _give_up_on_refusal))
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session

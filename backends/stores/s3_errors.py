@@ -121,7 +121,7 @@ def _error_before_answer(error: BaseException, target: Target, endpoint: str) ->
             return StorageError(f"cannot reach the endpoint {endpoint}", hint=hint)
         case boto.SSLError():
             hint = "Check the certificate, or whether the endpoint speaks https at all"
-            return StorageError(f"no TLS connection to {endpoint}", hint=hint)
+            return UnansweredError(f"no TLS connection to {endpoint}", hint=hint)
         case ResponseParserError():
             return not_s3(endpoint)
         case _:

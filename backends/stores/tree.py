@@ -108,4 +108,7 @@ class Tree:
 
 
 def _is_object(entry: os.DirEntry[str]) -> bool:
-    return not _HIDDEN.fullmatch(entry.name) and entry.is_file()
+    try:
+        return not _HIDDEN.fullmatch(entry.name) and entry.is_file()
+    except OSError:  # a link that leads nowhere, or to itself
+        return False

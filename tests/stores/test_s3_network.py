@@ -14,7 +14,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.store import Create
+from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores.s3 import S3Store
 from support.buckets import (
     OPERATIONS,
@@ -144,6 +144,26 @@ def test_a_conditional_put_whose_answer_was_lost_is_a_lost_condition(
     with pytest.raises(PreconditionFailedError):
         store.put("name", b"data", Create())
     assert bucket.found() == b"data"  # by which the caller tells that it was its own
+
+
+def test_a_put_with_one_try_unanswered_is_unanswered_though_a_later_try_was_refused(
+    stores: Stores, proxy: Proxy, bucket: Bucket
+) -> None:
+    """The first try may still arrive: nothing that it would name may be taken away."""
+    store = stores(retries=1)
+    proxy.spoil("PutObject", [CutRequest(0), Answer(503, "SlowDown")])
+    with pytest.raises(UnansweredError):
+        store.put("name", b"data", Overwrite())
+    assert bucket.found() is None
+
+
+def test_a_put_that_was_refused_each_time_is_over(stores: Stores, proxy: Proxy, bucket: Bucket) -> None:
+    store = stores(retries=1)
+    proxy.spoil("PutObject", itertools.repeat(Answer(503, "SlowDown")))
+    with pytest.raises(StorageError) as caught:
+        store.put("name", b"data", Overwrite())
+    assert not isinstance(caught.value, UnansweredError)
+    assert bucket.found() is None
 
 
 def test_an_error_that_a_broken_network_made_keeps_its_fields_in_a_pickle(
