@@ -57,11 +57,13 @@ class Downloader:
         ]
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
             futures = [pool.submit(self._serve, name, request) for name, request in requests]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                if (error := future.exception()) is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise error
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:  # Ctrl-C too: what has not begun never will
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def each(self, task: Callable[[_A], _B], arguments: Sequence[_A]) -> list[_B]:
         """Run small reads side by side; results in order."""

@@ -114,7 +114,7 @@ def encode_tensor(tensor: torch.Tensor) -> Item:
     tensor = tensor.detach()
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
         whole = io.BytesIO()
-        torch.save(tensor.cpu(), whole)
+        torch.save(tensor.cpu().clone(), whole)  # a view would bring its whole storage along
         return encode_bytes(whole)
     shape = tuple(tensor.shape)
     row_major = strides.row_major(shape)

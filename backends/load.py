@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
+from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.ranges import GAP, Extent, Piece, cut
@@ -60,6 +61,7 @@ class _Load:
         self._wholes: defaultdict[tuple[str, int, int], list[Callable[[memoryview], None]]] = defaultdict(
             list
         )
+        self._devices: set[torch.device] = set()
         self._one_at_a_time = threading.Lock()
 
     def run(self, items: Sequence[ReadItem]) -> None:
@@ -74,6 +76,7 @@ class _Load:
         for (name, offset, size), takers in self._wholes.items():
             self._wanted[name].append(_extent(offset, size, functools.partial(_give, takers)))
         self._downloader.read(self._wanted)
+        await_copies(self._devices)
 
     def _info(self, item: ReadItem) -> _StorageInfo:
         info: _StorageInfo | None = self._metadata.storage_data.get(item.storage_index)
@@ -153,6 +156,8 @@ class _Load:
         target = self._planner.resolve_tensor(item)
         if target.layout is torch.strided:  # of others, what is copied into a detached one doesn't come back
             target = target.detach()
+        await_caller(target)
+        self._devices.add(target.device)
         if target.shape != item.lengths:
             raise ConfigurationError(
                 f"the destination of {item.dest_index.fqn!r} has shape {tuple(target.shape)}, "

@@ -20,8 +20,8 @@ GAP = 64 << 10
 class Piece:
     """A part of a box that is read at once.
 
-    ``starts`` and ``lengths`` are within the box; ``first`` to ``first
-    + span`` in elements of the stored memory.
+    ``starts`` and ``lengths`` say which part of the box. Its elements lie from ``first`` on in the stored
+    memory, and ``span`` elements hold them all.
     """
 
     starts: tuple[int, ...]

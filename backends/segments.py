@@ -120,7 +120,7 @@ class Window:
 
     @property
     def cost(self) -> int:
-        """Bytes of memory held for the window, from ``buffers`` on or already."""
+        """Bytes of memory that the window needs: values held already, and copies that ``buffers`` makes."""
         return sum(
             stop - start + 2 * _ELEMENT for segment, start, stop in self.pieces if not segment.borrowed
         )

@@ -57,8 +57,6 @@ class Capabilities:
     """``put`` with :class:`Create` is atomic: of many racing writers one wins."""
     conditional_update: bool
     """``put`` with :class:`Update` is atomic."""
-    pending_listed: bool = True
-    """``pending_uploads`` finds the uploads that other processes left open."""
 
 
 @dataclass(frozen=True, slots=True)

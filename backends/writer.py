@@ -28,6 +28,7 @@ from torch.futures import Future
 from cloudckpt.backends import commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
+from cloudckpt.backends.devices import await_caller
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -118,6 +119,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             layout.check_part_size(self._target.options, store.part_limits, store.uri)
             if self._coordinator:
                 self._previous = commit.find_previous(store, self._metadata_name)
+                if self._previous is None or self._overwrite:
+                    _ = store.capabilities  # found out now, not when all bytes are sent
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
             raise
@@ -147,13 +150,10 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         results: list[WriteResult] = []
         try:
             report = commit.RankReport(self._rank, tuple(self._stage(plan, planner, results)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must learn of it
+        except BaseException as error:  # noqa: BLE001 - Ctrl-C too: the other ranks must learn of it
             results.clear()
             self._sweep()
             report = commit.RankReport(self._rank, failure=self._explained(error))
-        except BaseException:
-            self._sweep()
-            raise
         if not self._coordinator and self._store is not None:
             self._store.close()
         results.append(WriteResult(_REPORT, 0, report))
@@ -260,6 +260,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                     f"the tensor {item.index.fqn!r} is on the meta device and has no data",
                     hint="Materialise it before saving, or leave it out",
                 )
+            await_caller(tensor)
             encoded, planned = encode_tensor(tensor), item.tensor_data
             if planned is None or tensor.shape != planned.chunk.sizes:
                 # A planner may reshape a tensor after planning; the archive alone then says what it is.
@@ -275,7 +276,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
             ) from error
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explained(self, error: BaseException) -> BaseException:
         """The error as the other ranks should see it."""
         if isinstance(error, CheckpointError):
             error.located(uri=self._target.uri, rank=self._rank)

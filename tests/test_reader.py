@@ -124,6 +124,21 @@ def test_distant_rows_are_not_read_with_what_lies_between(uri: str, bytes_read: 
     assert sum(bytes_read) == state["x"].nbytes
 
 
+def test_an_interrupt_stops_a_load_before_everything_is_read(
+    uri: str, bytes_read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"t{i}": torch.full((1 << 18,), float(i)) for i in range(64)}
+    save(state, uri)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cloudckpt.backends.download.wait", interrupted)
+    with pytest.raises(CheckpointException):
+        load(state, uri, concurrency=1, memory_limit="1MiB")
+    assert len(bytes_read) < 64
+
+
 def test_many_small_tensors_come_in_few_requests(uri: str, bytes_read: list[int]) -> None:
     state = {f"t{i}": torch.full((100,), float(i)) for i in range(500)}
     save(state, uri)

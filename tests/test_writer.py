@@ -112,6 +112,18 @@ def test_an_interrupt_during_the_commit_takes_nothing_away(uri: str, monkeypatch
     assert torch.equal(loaded(uri), OLD["x"])
 
 
+def test_an_interrupt_while_sending_leaves_nothing(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: DefaultSavePlanner, write_item: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DefaultSavePlanner, "resolve_data", interrupted)
+        with pytest.raises(CheckpointException) as caught:
+            save(OLD, uri)
+    assert isinstance(failure(caught), KeyboardInterrupt)
+    assert objects(uri) == []
+
+
 def test_no_object_name_is_used_twice(uri: str) -> None:
     seen: set[str] = set()
     writer = cloudckpt.StorageWriter(uri, overwrite=True)

@@ -185,8 +185,7 @@ class StoreConformance(ABC):
         assert self.raw_read(store, name) is None
 
         upload = store.begin_upload(name)
-        if store.capabilities.pending_listed:
-            assert [pending.upload for pending in store.pending_uploads(name)] == [upload]
+        assert [pending.upload for pending in store.pending_uploads(name)] == [upload]
         store.complete_upload(upload, [store.upload_part(upload, 1, 0, [memoryview(b"parts")])])
         assert self.raw_read(store, name) == b"parts"
 
@@ -464,8 +463,7 @@ class StoreConformance(ABC):
         store.upload_part(upload, 1, 0, [memoryview(b"data")])
         self.reopen(store).abort_upload(upload)
         self._assert_nothing_visible(store, "folder/name")
-        if store.capabilities.pending_listed:
-            assert list(store.pending_uploads()) == []
+        assert list(store.pending_uploads()) == []
 
     def test_aborting_twice_is_no_error(self, store: ObjectStore) -> None:
         upload = store.begin_upload("name")
@@ -501,8 +499,6 @@ class StoreConformance(ABC):
         store.abort_upload(upload)
 
     def test_pending_uploads_are_listed_until_they_end(self, store: ObjectStore) -> None:
-        if not store.capabilities.pending_listed:
-            pytest.skip("the store does not list pending uploads")
         uploads = [store.begin_upload(name) for name in ("a/1", "a/2", "b/1", "a/1")]
         for upload in uploads:
             store.upload_part(upload, 1, 0, [memoryview(b"data")])
