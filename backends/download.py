@@ -86,7 +86,8 @@ class Downloader:
 
     def _transfer(self, name: str, request: Request, cost: int) -> None:
         if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
-            self._check_size(name, request)
+            with self._damage_named(name):
+                self._check_size(name, self._store.stat(name).size)
         scratch = bytes_of(torch.empty(cost, dtype=torch.uint8)) if cost else memoryview(b"")
         buffers, given = request.buffers(scratch)
         self._fill(name, request.start, buffers)
@@ -95,18 +96,15 @@ class Downloader:
                 extent.deliver(own)
             extent.done()
 
-    def _check_size(self, name: str, request: Request) -> None:
-        last = request.extents[-1]
-        with self._damage_named(name):
-            size, needed = self._store.stat(name).size, last.start + last.size
-            if size < needed:
-                raise IntegrityError(f"it has {size} bytes and should have {needed}")
-
     def _fill(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         with self._damage_named(name):
             size = self._store.read_into(name, offset, buffers)
-            if size is not None and size < self._least_sizes[name]:
-                raise IntegrityError(f"it has {size} bytes and should have {self._least_sizes[name]}")
+            if size is not None:
+                self._check_size(name, size)
+
+    def _check_size(self, name: str, size: int) -> None:
+        if size < self._least_sizes[name]:
+            raise IntegrityError(f"it has {size} bytes and should have {self._least_sizes[name]}")
 
     @contextlib.contextmanager
     def _damage_named(self, name: str) -> Iterator[None]:

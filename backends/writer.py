@@ -9,6 +9,7 @@ import pickle
 import traceback
 import uuid
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, cast
 
@@ -193,7 +194,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 self._withdraw(store, staged, error)
                 raise
             # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
-            self._remove_previous(store, md.objects_of(metadata))
+            self._remove_previous(store, objects.keys())
 
     def abort(self) -> None:
         """Give up a save that was begun and whose ``finish`` will not come, on this rank.
@@ -304,7 +305,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         if isinstance(error, CheckpointError):
             error.located(rank=self._rank)
 
-    def _remove_previous(self, store: ObjectStore, current: frozenset[str]) -> None:
+    def _remove_previous(self, store: ObjectStore, current: AbstractSet[str]) -> None:
         if self._previous is None:
             return
         try:
