@@ -9,13 +9,16 @@ a part lives only until the part is sent.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.segments import Segment, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
+
+Observer = Callable[[str, int], None]
+"""Told of an object's name and how many more of its bytes are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,15 @@ class Uploader:
         store: where to.
         concurrency: requests in flight.
         memory_limit: bytes held beyond the caller's tensors.
+        observer: told of every part that is stored, on the thread that sent it.
     """
 
-    def __init__(self, store: ObjectStore, concurrency: int, memory_limit: int) -> None:
+    def __init__(
+        self, store: ObjectStore, concurrency: int, memory_limit: int, observer: Observer | None = None
+    ) -> None:
         self._store = store
         self._concurrency = concurrency
+        self._observer = observer
         self._budget = Budget(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
         self._failed = threading.Event()
@@ -100,10 +107,14 @@ class Uploader:
         try:
             if self._failed.is_set():
                 raise _NotSentError
-            return self._store.upload_part(upload.result(), number, window.offset, window.buffers())
+            part = self._store.upload_part(upload.result(), number, window.offset, window.buffers())
         except BaseException:
             self._failed.set()
             raise
+        else:
+            if self._observer is not None:
+                self._observer(upload.result().name, part.size)
+            return part
         finally:
             self._budget.release(window.cost)
             self._room.release()

@@ -42,7 +42,7 @@ from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
-from cloudckpt.backends.upload import StagedObject, Uploader
+from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         self._coordinator = True
         self._previous: commit.Previous | None = None
         self._open: tuple[str, ...] = ()
+        self._observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration; a save under way and its connections stay behind."""
@@ -209,6 +210,13 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             commit.abandon(self._opened(), f"__{self._rank}_", self._open)
             self._open = ()
 
+    def observe(self, observer: Observer | None) -> None:
+        """Call ``observer`` with an object's name and a number of bytes whenever so many have been stored.
+
+        It is called from the threads that send, and must not raise. It does not travel in a pickle.
+        """
+        self._observer = observer
+
     def storage_meta(self) -> StorageMeta:
         """What DCP records about where and by which save."""
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
@@ -232,7 +240,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         call = uuid.uuid4().hex
         named = {f"__{self._rank}_{i}.{call}{md.DATA_SUFFIX}": items for i, items in enumerate(buckets)}
         self._open = tuple(named)
-        return Uploader(store, options.concurrency, options.memory_limit).send(
+        return Uploader(store, options.concurrency, options.memory_limit, self._observer).send(
             {
                 name: (
                     self._segments(name, items, planner, results),
