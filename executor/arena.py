@@ -1,0 +1,164 @@
+"""An arena: memory that a trainer and its checkpoint process both map, through one descriptor."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import mmap
+import os
+import secrets
+from typing import Any, Self
+
+import torch
+
+from cloudckpt.backends.errors import ExecutorError
+
+_GRAIN = 2 << 20
+"""Bytes to which sizes are rounded up: a huge page."""
+
+_identities = itertools.count()
+
+
+class Arena:
+    """Shared memory that keeps its pages from one snapshot to the next.
+
+    On Linux it is a ``memfd``: one descriptor however many tensors lie in it, no limit but the machine's
+    memory, and it grows and shrinks in place. Elsewhere it is POSIX shared memory, which is as large as the
+    system lets such a segment be and is made anew when it has to grow.
+
+    Attributes:
+        fd: its descriptor; -1 before there is memory.
+        nbytes: its size.
+        identity: changes when another descriptor has to be given to the checkpoint process.
+    """
+
+    def __init__(self) -> None:
+        self.fd = -1
+        self.nbytes = 0
+        self.identity = -1
+        self._map: mmap.mmap | None = None
+        self._pinned: int | None = None
+
+    @classmethod
+    def attach(cls, fd: int, nbytes: int) -> Self:
+        """Map the arena behind a descriptor, which belongs to it from now on."""
+        arena = cls()
+        arena.fd = fd
+        arena._remap(nbytes)
+        return arena
+
+    def reserve(self, nbytes: int) -> None:
+        """Be at least ``nbytes`` large, and not more than twice that: what it held before is lost.
+
+        Raises:
+            ExecutorError: there is not that much memory.
+        """
+        wanted = max(1, -(-nbytes // _GRAIN)) * _GRAIN
+        if wanted <= self.nbytes <= 2 * wanted:
+            return
+        self._unmap()
+        if self.fd == -1 or (wanted > self.nbytes and not _GROWS_IN_PLACE):
+            self._release()
+            self.fd, self.identity = new_descriptor(), next(_identities)
+        try:
+            os.ftruncate(self.fd, wanted)
+            if wanted > self.nbytes and hasattr(os, "posix_fallocate"):
+                # Memory that isn't there shows here as an error and not later as a bus error.
+                os.posix_fallocate(self.fd, self.nbytes, wanted - self.nbytes)
+        except OSError as error:
+            self._release()
+            raise ExecutorError(
+                f"a snapshot needs {wanted:,} bytes of shared memory, and there is no room: {error.strerror}",
+                hint=f"Give the job more memory, or save a smaller state{_LIMIT}",
+            ) from error
+        self._remap(wanted)
+
+    def follow(self, nbytes: int) -> None:
+        """Map it anew, at the size that the other process has given it."""
+        if nbytes != self.nbytes:
+            self._unmap()
+            self._remap(nbytes)
+
+    def touch(self) -> None:
+        """Have every page there: the first touch is what makes a first copy slow."""
+        if self._map is not None:
+            ctypes.memset(self.address, 0, self.nbytes)
+
+    def pin(self) -> None:
+        """Lock the pages for copies from a CUDA device that need no stop on the way; once is enough."""
+        if self._pinned is None and self._map is not None:
+            address = self.address
+            if int(_cudart().cudaHostRegister(address, self.nbytes, 0)) == 0:
+                self._pinned = address
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the pages are locked for CUDA."""
+        return self._pinned is not None
+
+    @property
+    def address(self) -> int:
+        """Where this process has mapped it."""
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, count=1).data_ptr()
+
+    def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
+        """A tensor of bytes over a stretch of it, with a storage of just that size."""
+        return torch.frombuffer(self._mapped, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def close(self) -> None:
+        """Give the memory back, once no tensor over it is left."""
+        self._unmap()
+        self._release()
+
+    @property
+    def _mapped(self) -> mmap.mmap:
+        if self._map is None:
+            raise ExecutorError("an arena without memory was used")
+        return self._map
+
+    def _remap(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._map = mmap.mmap(self.fd, nbytes) if nbytes else None
+
+    def _unmap(self) -> None:
+        if self._pinned is not None:
+            _cudart().cudaHostUnregister(self._pinned)
+            self._pinned = None
+        # Not closed by hand: a tensor that is left keeps its memory mapped, and is valid.
+        self._map = None
+
+    def _release(self) -> None:
+        if self.fd != -1:
+            os.close(self.fd)
+        self.fd, self.nbytes = -1, 0
+
+
+_GROWS_IN_PLACE = hasattr(os, "memfd_create")
+_LIMIT = (
+    ""
+    if _GROWS_IN_PLACE
+    else ". On this system a snapshot can be as large as a segment of POSIX shared memory"
+)
+
+
+def new_descriptor() -> int:
+    """A descriptor of shared memory of no size yet."""
+    if _GROWS_IN_PLACE:
+        return os.memfd_create("cloudckpt", os.MFD_CLOEXEC)
+    return _shared_memory_descriptor()
+
+
+def _shared_memory_descriptor() -> int:
+    """POSIX shared memory with no name left, as the standard library's `shared_memory` makes it."""
+    posix: Any = importlib.import_module("_posixshmem")  # as far as the standard library goes
+    name = f"/cloudckpt-{secrets.token_hex(6)}"
+    fd = posix.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
+    posix.shm_unlink(name)
+    return int(fd)
+
+
+def _cudart() -> Any:
+    """CUDA's runtime, where there is a device."""
+    cuda: Any = torch.cuda
+    return cuda.cudart()

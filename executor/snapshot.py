@@ -1,0 +1,224 @@
+"""A snapshot: the state as it is now, its tensors' bytes in an arena and the rest pickled.
+
+Pickling does the walking: it visits containers, values and objects in any nesting, keeps what is shared
+shared, and hands every tensor over here instead of looking into it. A DTensor or ShardedTensor travels as
+its local tensors and its description.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.storage import TypedStorage
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.executor import copying, unpickle
+from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.layout import Layout, View, lay_out
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the checkpoint process needs, beside the arena, to have the state again.
+
+    Attributes:
+        pickled: the state without its tensors.
+        meshes: pickled device meshes, which tensors share.
+        views: a view for each tensor.
+        extents: offset and size in the arena of what the views lie in, in bytes.
+    """
+
+    pickled: bytes
+    meshes: tuple[bytes, ...]
+    views: list[View]
+    extents: list[tuple[int, int]]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensors, memory that they share counted once."""
+        return sum(nbytes for _, nbytes in self.extents)
+
+
+def take(state: Mapping[str, Any], arena: Arena) -> Snapshot:
+    """Copy the state into the arena; from its return on, the state may change.
+
+    Raises:
+        ConfigurationError: a value can't be pickled.
+        ExecutorError: there is not enough memory.
+    """
+    pickled, collector, layout = _described(state)
+    arena.reserve(layout.nbytes)
+    copying.copy(layout, arena)
+    extents = [(offset, source.nbytes) for source, offset in zip(layout.sources, layout.offsets, strict=True)]
+    return Snapshot(pickled, tuple(collector.meshes.values()), layout.views, extents)
+
+
+def measure(state: Mapping[str, Any]) -> int:
+    """Bytes of the arena that a snapshot of the state takes."""
+    return _described(state)[2].nbytes
+
+
+def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
+    """The state again, its tensors over the arena: they last until another snapshot is taken into it."""
+    return _Restorer(taken, arena).load()  # type: ignore[no-any-return]
+
+
+def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
+    # As DCP does: objects with a state_dict() stand for it, at the top level.
+    told = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+    out = io.BytesIO()
+    collector = _Collector(out)
+    try:
+        collector.dump(told)
+    except Exception as error:
+        raise ConfigurationError(
+            f"{_culprit(told)} can't be pickled: {type(error).__name__}: {error}",
+            hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
+        ) from error
+    return out.getvalue(), collector, lay_out(collector.tensors)
+
+
+def _culprit(state: Mapping[str, Any], above: str = "") -> str:
+    """The deepest key whose value doesn't pickle."""
+    for key, value in state.items():
+        try:
+            _Collector(io.BytesIO()).dump(value)
+        except Exception:  # noqa: BLE001 - whatever it is, it has been caught once already
+            path = f"{above}{key}"
+            return _culprit(value, f"{path}.") if isinstance(value, Mapping) else f"the value at {path!r}"
+    return f"the value at {above.rstrip('.')!r}" if above else "the state"
+
+
+class _Collector(pickle.Pickler):
+    """Pickles a state and sets its tensors aside, as numbers."""
+
+    def __init__(self, out: io.BytesIO) -> None:
+        super().__init__(out, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[torch.Tensor] = []
+        self.meshes: dict[int, bytes] = {}
+        self._mesh_numbers: dict[int, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._alive: list[Any] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        """A description of what is not pickled as it is, or None."""
+        if isinstance(obj, torch.Tensor):
+            return self._tensor(obj)
+        if isinstance(obj, DeviceMesh):
+            return ("mesh", self._mesh(obj))
+        if isinstance(obj, TypedStorage):
+            return ("typed", self._storage(obj.untyped()), obj.dtype)  # type: ignore[no-untyped-call]
+        if isinstance(obj, torch.UntypedStorage):
+            return ("storage", self._storage(obj))
+        return None
+
+    def _tensor(self, tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, DTensor):
+            return ("dtensor", tensor._local_tensor, tensor._spec)  # noqa: SLF001 - to_local() would copy a view of it
+        if isinstance(tensor, ShardedTensor):
+            return ("sharded", tensor.local_shards(), tensor.metadata(), tensor.sharding_spec())
+        if type(tensor) not in _PLAIN:
+            if isinstance(tensor, AsyncCollectiveTensor):
+                return self._tensor(tensor.wait())
+            if _is_wrapper(tensor):
+                return None  # its own pickling takes it apart, down to tensors with memory
+        if (
+            tensor.layout is not torch.strided
+            or tensor.is_quantized
+            or tensor.is_meta
+            or tensor.is_nested
+            or torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
+        ):
+            return None
+        return self._number(tensor, tensor)
+
+    def _number(self, key: Any, tensor: torch.Tensor) -> int:
+        number = self._numbers.get(id(key))
+        if number is None:
+            number = self._numbers[id(key)] = len(self.tensors)
+            self._alive.append(key)  # or its id could come again
+            self.tensors.append(tensor.detach())
+        return number
+
+    def _storage(self, storage: torch.UntypedStorage) -> int:
+        whole = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        whole.set_(storage, 0, (storage.nbytes(),), (1,))
+        return self._number(storage, whole)
+
+    def _mesh(self, mesh: DeviceMesh) -> int:
+        """Pickled on its own: its tensors are no state, and outlive the arena's next snapshot."""
+        if id(mesh) not in self.meshes:
+            self.meshes[id(mesh)] = pickle.dumps(mesh)
+            self._alive.append(mesh)
+            self._mesh_numbers[id(mesh)] = len(self._mesh_numbers)
+        return self._mesh_numbers[id(mesh)]
+
+
+def _is_wrapper(tensor: Any) -> bool:
+    """Whether it is of a class that stands in front of other tensors, with no memory of its own."""
+    undispatched: Any = torch.Tensor
+    return is_traceable_wrapper_subclass(tensor) or (
+        type(tensor).__torch_dispatch__ is not undispatched.__torch_dispatch__
+    )
+
+
+class _Restorer(unpickle.Unpickler):
+    """Unpickles a state, with tensors over the arena for the numbers in it."""
+
+    def __init__(self, taken: Snapshot, arena: Arena) -> None:
+        super().__init__(io.BytesIO(taken.pickled))
+        self._extents = [arena.bytes_at(*extent).untyped_storage() for extent in taken.extents]
+        self._tensors = [self._view(view) for view in taken.views]
+        self._meshes = [unpickle.loads(mesh) for mesh in taken.meshes]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """What `_Collector.persistent_id` described."""
+        match pid:
+            case int():
+                return self._tensors[pid]
+            case ("mesh", number):
+                return self._meshes[number]
+            case ("dtensor", local, spec):
+                return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+            case ("sharded", shards, metadata, spec):
+                return _sharded(shards, metadata, spec)
+            case ("typed", number, dtype):
+                storage = self._tensors[number].untyped_storage()
+                return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+            case ("storage", number):
+                return self._tensors[number].untyped_storage()
+            case _:
+                raise pickle.UnpicklingError(f"an unknown persistent id: {pid!r}")
+
+    def _view(self, view: View) -> torch.Tensor:
+        if view.extent < 0:
+            return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
+        tensor = torch.empty(0, dtype=view.dtype)
+        return tensor.set_(
+            self._extents[view.extent], view.offset // tensor.itemsize, view.shape, view.stride
+        )
+
+
+def _sharded(shards: list[Shard], metadata: ShardedTensorMetadata, spec: Any) -> ShardedTensor:
+    """A ShardedTensor without its process group, which is the trainer's."""
+    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(  # noqa: SLF001 - as ShardedTensor itself
+        shards, metadata, spec
+    )
+    made._metadata = metadata  # noqa: SLF001 - the original, with its placements
+    made._process_group = made._sharded_tensor_id = None  # noqa: SLF001
+    made._init_rrefs = False  # noqa: SLF001
+    return made  # type: ignore[no-any-return]
