@@ -1,0 +1,140 @@
+"""What the trainers of a job agree on about a save: the group that serves it, and how it ended.
+
+Every save is an *attempt* with a number. Ranks join it, and the last to join says which generation of the
+group serves it: the one that all have alive, or a new one with the attempt's number. At the end every rank
+reports; the first to write the attempt's *verdict* decides it for all. Both keys are written once, by
+compare-and-set, so that ranks agree whatever they saw themselves.
+
+Nothing here runs on the trainer's own thread, and no call can block for longer than its time: the store may
+be cut off.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cloudckpt.executor import failures
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a rank brings to an attempt.
+
+    Attributes:
+        call: how many saves this rank has been asked for.
+        subject: what is saved, where that is the same on every rank.
+        generation: of the group that its checkpoint process is alive in.
+        failure: a pickled error, when this rank can't take part.
+    """
+
+    call: int
+    subject: str
+    generation: int | None
+    failure: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How an attempt begins: by ``generation``, or not at all when there is a ``refusal``, a pickled error.
+
+    Ranks with as many calls as ``rejoin`` aren't refused; they try the next attempt.
+    """
+
+    generation: int
+    call: int = 0
+    refusal: bytes | None = None
+    rejoin: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How an attempt ended. The group goes on only after a ``sound`` one."""
+
+    sound: bool
+    failure: bytes | None = None
+
+
+class Trial(ABC):
+    """One attempt under way, from the agreement to the verdict."""
+
+    def __init__(self, attempt: int, generation: int) -> None:
+        self.attempt = attempt
+        self.generation = generation
+
+    @abstractmethod
+    def watch(self, wake: Callable[[], None], timeout: float) -> None:
+        """Call ``wake`` when `verdict` or `lost` has something to tell, for at most ``timeout`` seconds."""
+
+    @property
+    @abstractmethod
+    def verdict(self) -> Verdict | None:
+        """The verdict, once there is one."""
+
+    @property
+    @abstractmethod
+    def lost(self) -> str | None:
+        """Why no verdict will be heard of here."""
+
+    @abstractmethod
+    def report(self, failure: bytes | None, *, sound: bool) -> None:
+        """Say how it ended on this rank. An unsound failure decides the attempt on its own."""
+
+
+class Council(ABC):
+    """The ranks of one executor."""
+
+    @abstractmethod
+    def convene(self, standing: Standing, timeout: float) -> Trial:
+        """Join the next attempt and wait for the others, for at most ``timeout`` seconds.
+
+        Raises:
+            ExecutorError: the store can't be reached, or ranks are missing.
+            Exception: what keeps a rank from taking part, on every rank.
+        """
+
+    @abstractmethod
+    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:
+        """The value that rank 0 gives; each rank gives its own and gets that one."""
+
+    @abstractmethod
+    def leave(self, timeout: float) -> None:
+        """Wait until the others have heard the last verdict: the store may end with this process."""
+
+
+class SoloCouncil(Council):
+    """A single process, which agrees with itself."""
+
+    def __init__(self) -> None:
+        self._attempt = 0
+
+    def convene(self, standing: Standing, timeout: float) -> Trial:  # noqa: ARG002 - the interface
+        self._attempt += 1
+        if standing.failure is not None:
+            raise failures.loads(standing.failure)
+        return _SoloTrial(self._attempt, standing.generation or self._attempt)
+
+    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:  # noqa: ARG002 - the interface
+        return value
+
+    def leave(self, timeout: float) -> None:
+        """Nobody else listens."""
+
+
+class _SoloTrial(Trial):
+    _verdict: Verdict | None = None
+
+    def watch(self, wake: Callable[[], None], timeout: float) -> None:
+        """The verdict is this process's own report."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self._verdict
+
+    @property
+    def lost(self) -> str | None:
+        return None
+
+    def report(self, failure: bytes | None, *, sound: bool) -> None:
+        self._verdict = Verdict(sound, failure)

@@ -1,0 +1,240 @@
+"""The council of a job with several ranks: it meets in the store that the job has."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import DistError, DistStoreError, Store
+
+from cloudckpt.backends.errors import CheckpointError, ExecutorError
+from cloudckpt.executor import failures
+from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor.rendezvous import MeetingPlace
+
+T = TypeVar("T")
+
+_GRACE = 5.0
+"""Seconds that an answer may take beyond the time it was asked to."""
+
+
+class StoreCouncil(Council):
+    """Ranks that meet in a store."""
+
+    def __init__(self, place: MeetingPlace) -> None:
+        self._place = place
+        self._next = 1
+        self._ahead = 0  # calls that the others have had and this rank has not
+        self._last: int | None = None
+
+    def convene(self, standing: Standing, timeout: float) -> Trial:
+        standing = replace(standing, call=standing.call + self._ahead)
+        agreement, attempt = self._bounded("convene", lambda: self._join(standing, timeout), timeout)
+        self._next = attempt + 1
+        if agreement.refusal is not None:
+            raise failures.loads(agreement.refusal)
+        self._ahead += agreement.call - standing.call
+        self._last = attempt
+        return _StoreTrial(self._place, attempt, agreement.generation)
+
+    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:
+        def ask() -> bool:
+            store = self._place.connect("topics", timeout)
+            if self._place.rank == 0:
+                store.set(topic, str(int(value)))
+                return value
+            store.wait([topic], timedelta(seconds=timeout))
+            followed = store.get(topic) == b"1"
+            if store.add(f"{topic}/heard-by", 1) == self._place.world_size - 1:
+                store.delete_key(topic)
+                store.delete_key(f"{topic}/heard-by")
+            return followed
+
+        return self._bounded(f"agree on {topic}", ask, timeout)
+
+    def leave(self, timeout: float) -> None:
+        last = self._last
+        if self._place.rank != 0 or last is None:
+            return
+
+        def wait() -> None:
+            store = self._place.connect("council", timeout)
+            if store.check([f"{last}/verdict"]):
+                store.wait([f"{last}/heard"], timedelta(seconds=timeout))
+
+        try:
+            self._bounded("leave", wait, timeout)
+        except ExecutorError:
+            return  # whoever has not heard it is gone
+
+    def _bounded(self, what: str, ask: Callable[[], T], timeout: float) -> T:
+        """The answer of a store that may be cut off, in which case it would never return."""
+        answer: Future[T] = Future()
+        threading.Thread(target=_into, args=(answer, ask), name=f"cloudckpt-{what}", daemon=True).start()
+        try:
+            return answer.result(timeout + _GRACE)
+        except (TimeoutError, DistError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise ExecutorError(
+                f"the ranks could not {what}: the store at {self._place.host}:{self._place.port} "
+                f"did not answer within {timeout:g} s ({type(error).__name__}: {error})",
+                rank=self._place.rank,
+                hint="Look whether that host is up and reachable from here; the next save tries again",
+            ) from error
+
+    def _join(self, standing: Standing, timeout: float) -> tuple[Agreement, int]:
+        """The attempt's agreement and number, whoever wrote it."""
+        deadline = time.monotonic() + timeout
+        store = self._place.connect("council", timeout)
+        attempt = self._next
+        while True:
+            while store.check([f"{attempt}/agreement"]):
+                attempt += 1  # it began or was given up without this rank
+            store.set(f"{attempt}/standing/{self._place.rank}", _text(standing))
+            self._forget(store, attempt - 2)
+            # A rank counts once, also when a try of its own that was given up comes back to life.
+            first = store.add(f"{attempt}/came/{self._place.rank}", 1) == 1
+            if first and store.add(f"{attempt}/joined", 1) == self._place.world_size:
+                _write_once(store, f"{attempt}/agreement", self._presided(store, attempt))
+            try:
+                remaining = max(0.001, deadline - time.monotonic())
+                store.wait([f"{attempt}/agreement"], timedelta(seconds=remaining))
+            except DistStoreError:
+                _write_once(store, f"{attempt}/agreement", self._given_up(store, attempt, timeout))
+            agreement: Agreement = _value(store.get(f"{attempt}/agreement"))
+            if agreement.rejoin != standing.call:
+                return agreement, attempt
+            attempt += 1
+
+    def _presided(self, store: Store, attempt: int) -> Agreement:
+        """What follows from everybody's standing."""
+        standings = self._standings(store, attempt)
+        for standing in standings.values():
+            if standing.failure is not None:
+                return Agreement(attempt, refusal=standing.failure)
+        call = max(standing.call for standing in standings.values())
+        behind = [rank for rank, standing in standings.items() if standing.call < call]
+        subjects = {standing.subject for standing in standings.values()}
+        if behind and len(subjects) > 1:
+            refusal = ExecutorError(
+                f"rank {behind[0]} is behind: it is to save {standings[behind[0]].subject}, "
+                "and other ranks have gone on to the next save",
+                rank=behind[0],
+                hint="Every rank must save at the same steps",
+            )
+            return Agreement(attempt, refusal=failures.dumps(refusal), rejoin=call)
+        generations = {standing.generation for standing in standings.values()}
+        (alive,) = generations if len(generations) == 1 else (None,)
+        return Agreement(alive if alive is not None else attempt, call=call)
+
+    def _given_up(self, store: Store, attempt: int, timeout: float) -> Agreement:
+        missing = [
+            rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/standing/{rank}"])
+        ]
+        named = ", ".join(str(rank) for rank in missing[:8]) + (", …" if len(missing) > 8 else "")  # noqa: PLR2004
+        refusal = ExecutorError(
+            f"rank {named} did not come to this save within {timeout:g} s"
+            if missing
+            else "the ranks met too late",
+            rank=missing[0] if missing else None,
+            hint="Every rank must save at the same steps; raise start_timeout if some come later. "
+            "The next save tries again",
+        )
+        return Agreement(attempt, refusal=failures.dumps(refusal))
+
+    def _standings(self, store: Store, attempt: int) -> dict[int, Standing]:
+        keys = [f"{attempt}/standing/{rank}" for rank in range(self._place.world_size)]
+        values = store.multi_get(keys)
+        return {rank: _value(value) for rank, value in enumerate(values)}
+
+    def _forget(self, store: Store, attempt: int) -> None:
+        """Drop what nobody can ask for any more. Agreements stay: they tell a late rank to go on."""
+        for name in ("standing", "came"):
+            store.delete_key(f"{attempt}/{name}/{self._place.rank}")
+        if self._place.rank == 0:
+            for name in ("joined", "failure", "reported"):
+                store.delete_key(f"{attempt}/{name}")
+
+
+class _StoreTrial(Trial):
+    def __init__(self, place: MeetingPlace, attempt: int, generation: int) -> None:
+        super().__init__(attempt, generation)
+        self._place = place
+        self._verdict: Verdict | None = None
+        self._lost: str | None = None
+        self._wake: Callable[[], None] = lambda: None
+
+    @property
+    def verdict(self) -> Verdict | None:
+        return self._verdict
+
+    @property
+    def lost(self) -> str | None:
+        return self._lost
+
+    def watch(self, wake: Callable[[], None], timeout: float) -> None:
+        self._wake = wake
+        threading.Thread(
+            target=self._listen, args=(timeout,), name=f"cloudckpt-verdict-{self.attempt}", daemon=True
+        ).start()
+
+    def report(self, failure: bytes | None, *, sound: bool) -> None:
+        threading.Thread(
+            target=self._tell, args=(failure, sound), name=f"cloudckpt-report-{self.attempt}", daemon=True
+        ).start()
+
+    def _listen(self, timeout: float) -> None:
+        key = f"{self.attempt}/verdict"
+        try:
+            store = self._place.connect("council", timeout)
+            store.wait([key], timedelta(seconds=timeout))
+            self._verdict = _value(store.get(key))
+            if store.add(f"{self.attempt}/heard-by", 1) == self._place.world_size:
+                store.set(f"{self.attempt}/heard", "1")
+        except (DistError, CheckpointError) as error:
+            if self._verdict is None:
+                self._lost = f"{type(error).__name__}: {error}"
+        self._wake()
+
+    def _tell(self, failure: bytes | None, sound: bool) -> None:
+        try:
+            store = self._place.connect("council", _GRACE)
+            if not sound:
+                _write_once(store, f"{self.attempt}/verdict", Verdict(sound=False, failure=failure))
+                return
+            if failure is not None:
+                store.compare_set(f"{self.attempt}/failure", "", _text(failure))
+            if store.add(f"{self.attempt}/reported", 1) == self._place.world_size:
+                first = f"{self.attempt}/failure"
+                found = _value(store.get(first)) if store.check([first]) else None
+                _write_once(store, f"{self.attempt}/verdict", Verdict(sound=True, failure=found))
+        except (DistError, CheckpointError) as error:
+            self._lost = f"{type(error).__name__}: {error}"
+            self._wake()
+
+
+def _into(answer: Future[T], ask: Callable[[], T]) -> None:
+    try:
+        answer.set_result(ask())
+    except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
+        answer.set_exception(error)
+
+
+def _write_once(store: Store, key: str, value: Agreement | Verdict) -> None:
+    store.compare_set(key, "", _text(value))
+
+
+def _text(value: object) -> str:
+    """A value as the store takes it, which is text."""
+    return pickle.dumps(value).hex()
+
+
+def _value(text: bytes) -> Any:
+    return pickle.loads(bytes.fromhex(text.decode()))  # noqa: S301 - written by a trainer of this job
