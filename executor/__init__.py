@@ -1,5 +1,8 @@
-"""The background process that takes a snapshot of the training state and saves it while training goes on.
+"""The background process that takes a snapshot of the training state and saves it while training goes on."""
 
-Nothing is here yet: the process arrives in a later release. Until then a save runs in the training process,
-or in the process that `torch.distributed.checkpoint.async_save` starts.
-"""
+from cloudckpt.executor.handle import SaveHandle
+from cloudckpt.executor.process_executor import ProcessExecutor
+from cloudckpt.executor.progress import Progress
+from cloudckpt.executor.rendezvous import ProcessGroupInfo
+
+__all__ = ["ProcessExecutor", "ProcessGroupInfo", "Progress", "SaveHandle"]

@@ -1,0 +1,169 @@
+"""The checkpoint process as its trainer holds it: started, spoken to, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cloudckpt.executor import quiet, unpickle
+from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest
+from cloudckpt.executor.progress import ProgressBoard
+
+_START = (
+    # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.
+    "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
+    "sys.path[:] = json.loads(sys.argv[1]); "
+    "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
+"""The whole program: nothing of the trainer's main script runs again."""
+
+_SEND_TIMEOUT = 60
+"""Seconds that a message may wait for the process to read it."""
+
+
+class CheckpointProcess:
+    """One checkpoint process of this rank.
+
+    It is made on the supervisor's thread and ends with it: the kernel kills a process whose parent thread is
+    gone. Its process group is its own, so that Ctrl-C at the terminal reaches the trainer alone.
+    """
+
+    def __init__(self, hello: Hello, board: ProgressBoard) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT, 0))
+        self.generation = hello.generation
+        self.serves = False
+        self._described: dict[int, int] = {}
+        with theirs:
+            fds = (theirs.fileno(), board.fd)
+            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, on our own module
+                [sys.executable, "-c", _START, json.dumps(unpickle.search_path()), *map(str, fds)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                process_group=0,
+                env=os.environ | {"OMP_NUM_THREADS": str(quiet.threads())},
+            )
+        self._connection = Connection(ours.detach())
+        self._exit = _ExitWatch(self._process)
+        self.send(hello)
+
+    @property
+    def pid(self) -> int:
+        """The process's id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def waitables(self) -> list[Any]:
+        """What to wait on: its messages, and its end."""
+        return [self._connection, self._exit]
+
+    def send(self, message: object) -> None:
+        """Send a message.
+
+        Raises:
+            OSError: the process is gone, or does not read.
+        """
+        self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
+
+    def send_save(self, request: SaveRequest, arena: Arena) -> None:
+        """Send a save, and the arena's descriptor when the process doesn't hold it yet.
+
+        Raises:
+            OSError: the process is gone, or does not read.
+        """
+        self.send(request)
+        if request.arena.described:
+            reduction.send_handle(self._connection, arena.fd, self.pid)
+            self._described[request.arena.index] = arena.identity
+
+    def news_of(self, index: int, arena: Arena) -> ArenaNews:
+        """What to tell of an arena."""
+        return ArenaNews(index, arena.nbytes, described=self._described.get(index) != arena.identity)
+
+    def receive(self) -> Any:
+        """The next message, or None when there is none.
+
+        Raises:
+            EOFError, OSError: the process is gone.
+        """
+        if not self._connection.poll():
+            return None
+        return pickle.loads(self._connection.recv_bytes())  # noqa: S301 - from our own process
+
+    def exit_code(self, timeout: float) -> int | None:
+        """Its exit code, negative for a signal; None when it doesn't end within ``timeout`` seconds."""
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def end(self, timeout: float) -> bool:
+        """End it, and tell whether it is gone.
+
+        It has ``timeout`` seconds to take back what the save under way has left open; then it is killed.
+        """
+        self._process.terminate()
+        gone = self.exit_code(timeout) is not None
+        if not gone:
+            self._process.kill()
+            gone = self.exit_code(_SEND_TIMEOUT) is not None
+        self._connection.close()
+        self._exit.close()
+        return gone
+
+
+class _ExitWatch:
+    """Something that `multiprocessing.connection.wait` finds ready when the process has ended.
+
+    The end of the connection would not do: a process that the trainer forked may hold its other side open.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        if hasattr(os, "pidfd_open"):
+            self._fd = os.pidfd_open(process.pid)
+            return
+        self._fd, write = os.pipe()
+        threading.Thread(
+            target=_close_at_exit, args=(process, write), name="cloudckpt-exit", daemon=True
+        ).start()
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
+
+
+def _close_at_exit(process: subprocess.Popen[bytes], fd: int) -> None:
+    process.wait()
+    os.close(fd)
+
+
+def exit_words(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "is gone"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name} (exit code {code})"

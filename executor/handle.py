@@ -1,0 +1,102 @@
+"""The handle of a save in the background."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cloudckpt.executor import unpickle
+from cloudckpt.executor.progress import Progress
+
+_WAITING = Progress(0, 0, "waiting")
+
+
+class SaveHandle(Future[Metadata]):
+    """A save that goes on while training does: a future of DCP's ``Metadata``.
+
+    It ends when every rank's has ended, and alike on each: with the metadata once the checkpoint is
+    committed, or with the error that failed the save. A save that was skipped is ``cancelled()``; one that
+    was accepted can't be cancelled.
+
+    Attributes:
+        staged: done when the state has been copied: from then on it may change. It is done already when
+            ``execute_save`` was given the state itself and not a future of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.staged: Future[None] = Future()
+        self._read: Callable[[], Progress] = lambda: _WAITING
+        self._sealed: bytes | None = None
+        self._unsealing = threading.Lock()
+        self._metadata: Metadata | None = None
+
+    @property
+    def progress(self) -> Progress:
+        """This rank's part: bytes done and in all, the phase, and the object last written to."""
+        return self._read()
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """The checkpoint's metadata, once it is committed.
+
+        Raises:
+            TimeoutError: it did not end in ``timeout`` seconds.
+            CancelledError: it was skipped.
+            Exception: what failed the save, on whichever rank.
+        """
+        super().result(timeout)
+        with self._unsealing:
+            # Unpickled by whoever wants it, not while training goes on.
+            if self._metadata is None and self._sealed is not None:
+                self._metadata, self._sealed = unpickle.loads(self._sealed), None
+        return self._metadata  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
+
+
+class Delivery:
+    """The side of a handle that the executor holds."""
+
+    def __init__(self) -> None:
+        self.handle = SaveHandle()
+        self.handle.set_running_or_notify_cancel()
+        self.handle.staged.set_running_or_notify_cancel()
+
+    def follow(self, read: Callable[[], Progress]) -> None:
+        """Tell progress from ``read`` on."""
+        self.handle._read = read  # noqa: SLF001 - the other half of one object
+
+    def staged(self) -> None:
+        """The state may change from now on."""
+        self.handle.staged.set_result(None)
+
+    def done(self, sealed: bytes | None, last: Progress) -> None:
+        """End well, with pickled metadata."""
+        handle = self.handle
+        if handle.done():  # the executor was closed meanwhile
+            return
+        handle._sealed = sealed  # noqa: SLF001 - see above
+        handle._read = lambda: last  # noqa: SLF001
+        if not handle.staged.done():
+            handle.staged.set_result(None)
+        handle.set_result(None)  # type: ignore[arg-type]  # `result` unseals what there is
+
+    def failed(self, error: BaseException, last: Progress) -> None:
+        """End with an error."""
+        handle = self.handle
+        if handle.done():
+            return
+        handle._read = lambda: last  # noqa: SLF001 - see above
+        if not handle.staged.done():
+            handle.staged.set_exception(error)
+        handle.set_exception(error)
+
+
+def skipped() -> SaveHandle:
+    """The handle of a save that never began."""
+    handle = SaveHandle()
+    for future in (handle, handle.staged):
+        future.cancel()
+        future.set_running_or_notify_cancel()
+    return handle

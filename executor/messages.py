@@ -1,0 +1,78 @@
+"""What crosses between the trainer and its checkpoint process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.snapshot import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first message: who the process is, and where it meets the others.
+
+    Without a place it saves alone. ``group_timeout`` is in seconds.
+    """
+
+    rank: int
+    generation: int
+    parent_pid: int
+    log_level: int
+    main_script: dict[str, str]
+    place: MeetingPlace | None
+    start_timeout: float
+    group_timeout: float
+    disable_automatic_gc: bool
+    disable_manual_gc: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The process has met the others and serves, or tells the pickled error that keeps it from that."""
+
+    generation: int
+    failure: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaNews:
+    """An arena as it is now; when ``described``, its descriptor comes right behind the message."""
+
+    index: int
+    nbytes: int
+    described: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """One save. ``storage`` is the pickled pair of writer and planner."""
+
+    number: int
+    arena: ArenaNews
+    snapshot: Snapshot
+    storage: bytes
+    checkpoint_id: str | None
+    no_dist: bool
+    use_collectives: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProofRequest:
+    """Show that the group works: a barrier, and nothing saved."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of a request.
+
+    ``result`` is a pickled ``Metadata``; ``failure`` a pickled exception. A failure is ``sound`` when every
+    rank has met it in the same place, so that the group can go on.
+    """
+
+    number: int
+    result: bytes | None = None
+    failure: bytes | None = None
+    sound: bool = True

@@ -1,0 +1,51 @@
+"""The arenas of an executor, handed out to one save at a time."""
+
+from __future__ import annotations
+
+import threading
+
+from cloudckpt.executor.arena import Arena
+
+
+class ArenaPool:
+    """As many arenas as snapshots may be held at once. They keep their pages from save to save."""
+
+    def __init__(self, snapshots: int) -> None:
+        self._arenas = [Arena() for _ in range(snapshots)]
+        self._free = list(range(snapshots))
+        self._changed = threading.Condition()
+
+    def __getitem__(self, index: int) -> Arena:
+        return self._arenas[index]
+
+    def __len__(self) -> int:
+        return len(self._arenas)
+
+    @property
+    def busy(self) -> bool:
+        """Whether none is free."""
+        with self._changed:
+            return not self._free
+
+    def acquire(self) -> int:
+        """The index of an arena that was free, or once one is."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free)
+            # The one used last has pages that are touched already.
+            return self._free.pop()
+
+    def release(self, index: int) -> None:
+        """Give an arena back."""
+        with self._changed:
+            self._free.append(index)
+            self._changed.notify()
+
+    def replace(self, index: int) -> None:
+        """Leave an arena to a process that can't be ended, and give back a new one."""
+        self._arenas[index] = Arena()
+        self.release(index)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for arena in self._arenas:
+            arena.close()

@@ -1,0 +1,272 @@
+"""The ProcessExecutor: DCP saves in a background process, which training neither waits for nor depends on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import threading
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.writer import StorageWriter as OurWriter
+from cloudckpt.executor import quiet, snapshot
+from cloudckpt.executor.council import Council, SoloCouncil
+from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
+from cloudckpt.executor.pool import ArenaPool
+from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag
+from cloudckpt.executor.store_council import StoreCouncil
+from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+
+OnBusy = Literal["wait", "skip", "raise"]
+
+
+class ProcessExecutor:
+    """Saves DCP checkpoints from a process of its own, one a rank.
+
+    ``execute_save`` copies the state into shared memory and returns; the checkpoint process plans, writes
+    and commits it with the other ranks' while training goes on. A process that dies, freezes or loses its
+    network fails the save it served, with the same error on every rank; the next save starts a new one.
+
+    Every rank makes an executor and calls it at the same steps. No call uses the training group's
+    collectives; where the processes meet is agreed on through its store.
+
+    Args:
+        save_timeout: seconds that a save may take, from the moment it is its turn.
+        start_timeout: seconds that the ranks wait for each other before a save, and for a process to start.
+        snapshots: how many states may be held at once: 2 lets a snapshot be taken while the one before is
+            saved, for as much memory again.
+        on_busy: what a save does that finds no snapshot free: ``"wait"`` for one, ``"skip"`` (the handle is
+            cancelled) or ``"raise"`` an ``ExecutorError``. All ranks do as rank 0 must.
+        use_prefix_store: where the processes meet, as in `ProcessGroupInfo`; by default
+            ``DCP_USE_PREFIX_STORE`` and, where that says nothing, the store that training has.
+
+    Raises:
+        ConfigurationError: an argument can't be used, or ``CLOUDCKPT_CPUS`` can't.
+    """
+
+    def __init__(
+        self,
+        save_timeout: float = 1800.0,
+        start_timeout: float = 300.0,
+        *,
+        snapshots: int = 1,
+        on_busy: OnBusy = "wait",
+        use_prefix_store: bool | None = None,
+    ) -> None:
+        for name, seconds in (("save_timeout", save_timeout), ("start_timeout", start_timeout)):
+            if not 0 < seconds < threading.TIMEOUT_MAX:
+                raise ConfigurationError(f"{name} is {seconds!r}", hint="Give a positive number of seconds")
+        if snapshots not in (1, 2):
+            raise ConfigurationError(f"snapshots is {snapshots!r}", hint="Give 1 or 2")
+        if on_busy not in get_args(OnBusy):
+            raise ConfigurationError(f"on_busy is {on_busy!r}", hint="Give 'wait', 'skip' or 'raise'")
+        quiet.check()
+        self._save_timeout = save_timeout
+        self._start_timeout = start_timeout
+        self._on_busy = on_busy
+        self._use_prefix_store = use_prefix_store
+        self._arenas = ArenaPool(snapshots)
+        self._calls = 0
+        self._closed = False
+        self._owner = os.getpid()
+        self._served: tuple[dist.ProcessGroup | None, bool] | None = None
+        self._place: MeetingPlace | None = None
+        self._meeting: Meeting | None = None
+        self._council: Council = SoloCouncil()
+        self._supervisor: Supervisor | None = None
+        atexit.register(self.close)
+
+    def execute_save(
+        self,
+        staging_future_or_state_dict: dict[str, Any] | Future[dict[str, Any]],
+        *,
+        checkpoint_id: str | os.PathLike[str] | None = None,
+        storage_writer: StorageWriter | None = None,
+        planner: SavePlanner | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        use_collectives: bool = True,
+    ) -> SaveHandle:
+        """Take a snapshot of the state and save it in the background.
+
+        Returns when the state has been copied and may change, or at once when it was given as a future.
+        The arguments are those of DCP's own executors. Without a writer, cloudckpt's own saves to
+        ``checkpoint_id``.
+
+        Raises:
+            ConfigurationError: there is nothing to save to, or the arguments contradict an earlier call's.
+            ExecutorError: the executor is closed, or busy and told to raise.
+        """
+        writer, uri = _writer(storage_writer, checkpoint_id)
+        supervisor = self._ready(process_group, no_dist)
+        self._calls += 1
+        if self._on_busy != "wait" and self._council.follow_first(
+            f"busy/{self._calls}", self._arenas.busy, self._start_timeout
+        ):
+            if self._on_busy == "skip":
+                return skipped()
+            raise ExecutorError(
+                "the save before is still going on and no snapshot is free",
+                uri=uri,
+                hint="Save less often, or give snapshots=2 or on_busy='wait'",
+            )
+        job = Job(
+            number=self._calls,
+            subject=uri or "",
+            delivery=Delivery(),
+            uri=uri,
+            checkpoint_id=None if checkpoint_id is None else os.fspath(checkpoint_id),
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+        try:
+            job.storage = _pickled(writer, planner)
+            if isinstance(staging_future_or_state_dict, Future):
+                job.state = staging_future_or_state_dict
+            else:
+                job.arena = self._arenas.acquire()
+                job.taken = snapshot.take(staging_future_or_state_dict, self._arenas[job.arena])
+                job.delivery.staged()
+        except Exception as error:  # noqa: BLE001 - the handle raises it, on every rank
+            job.failure = error
+        except BaseException:
+            if job.arena is not None:
+                self._arenas.release(job.arena)
+            raise
+        supervisor.submit(job)
+        return job.delivery.handle
+
+    def warmup(
+        self,
+        state_dict: dict[str, Any] | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+    ) -> None:
+        """Start the process, meet the other ranks, prove the group, and touch a snapshot's memory.
+
+        Blocks until every rank has: what is wrong with the network is learned before step 0.
+
+        Raises:
+            ExecutorError: a rank is missing, or the processes can't reach each other.
+            ExecutorDiedError: a process ended while it started.
+        """
+        supervisor = self._ready(process_group, no_dist)
+        self._calls += 1
+        job = Job(number=self._calls, subject="warm-up", delivery=Delivery())
+        supervisor.submit(job)
+        if state_dict is not None:
+            self._touch(snapshot.measure(state_dict))
+        job.delivery.handle.exception()
+        error = job.delivery.handle.exception()
+        if error is not None:
+            raise error
+
+    @property
+    def pid(self) -> int | None:
+        """The checkpoint process's id, while there is one."""
+        return self._supervisor.pid if self._supervisor is not None else None
+
+    @property
+    def generation(self) -> int | None:
+        """Which group of processes serves; it changes when a new one had to be formed."""
+        return self._supervisor.generation if self._supervisor is not None else None
+
+    def close(self, timeout: float | None = None) -> None:
+        """Wait for the saves under way, then end the process. Their handles tell how they ended.
+
+        Each has its deadline, so that this ends too; after ``timeout`` seconds, or at Ctrl-C, what has not
+        ended is given up and fails. Leaving a ``with`` block and the interpreter do this as well.
+        """
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        if self._supervisor is not None and not self._supervisor.close(timeout):
+            return  # what could not be ended may still hold the arenas
+        self._arenas.close()
+        self._meeting = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ready(self, process_group: dist.ProcessGroup | None, no_dist: bool) -> Supervisor:
+        """The supervisor, after the ranks have agreed where to meet."""
+        if self._closed:
+            raise ExecutorError("the executor is closed", hint="Make a new one")
+        if self._supervisor is not None:
+            if self._served != (process_group, no_dist):
+                raise ConfigurationError(
+                    "an executor serves one process group, and this call names another than the first",
+                    hint="Make an executor for each",
+                )
+            return self._supervisor
+        if (
+            not no_dist
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size(process_group) > 1
+        ):
+            if self._meeting is None:
+                self._meeting = Meeting(process_group, self._use_prefix_store)
+            self._place = self._meeting.place(self._start_timeout)
+            self._council = StoreCouncil(self._place)
+        terms = Terms(
+            rank=self._place.rank if self._place is not None else 0,
+            place=self._place,
+            save_timeout=self._save_timeout,
+            start_timeout=self._start_timeout,
+            disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),
+            disable_manual_gc=flag("DCP_DISABLE_MANUAL_GC"),
+        )
+        self._served = (process_group, no_dist)
+        self._supervisor = Supervisor(terms, self._council, self._arenas)
+        return self._supervisor
+
+    def _touch(self, nbytes: int) -> None:
+        """Fault the arenas in, all of them: a first touch is many times slower than a copy."""
+        taken = [self._arenas.acquire() for _ in range(len(self._arenas))]
+        try:
+            for index in taken:
+                self._arenas[index].reserve(nbytes)
+                self._arenas[index].touch()
+        finally:
+            for index in taken:
+                self._arenas.release(index)
+
+
+def _writer(
+    writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None
+) -> tuple[StorageWriter, str | None]:
+    """What to save with, and what to call it."""
+    if writer is None:
+        if checkpoint_id is None:
+            raise ConfigurationError(
+                "there is nothing to save to", hint="Give storage_writer, checkpoint_id, or both"
+            )
+        writer = OurWriter(os.fspath(checkpoint_id))
+    name = checkpoint_id if checkpoint_id is not None else getattr(writer, "checkpoint_id", None)
+    return writer, None if name is None else str(name)
+
+
+def _pickled(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
+    try:
+        return pickle.dumps((writer, planner), pickle.HIGHEST_PROTOCOL)
+    except Exception as error:
+        raise ConfigurationError(
+            "the storage writer or planner can't be sent to the checkpoint process: "
+            f"{type(error).__name__}: {error}",
+            hint="Its class must be importable there, and what it holds must pickle",
+        ) from error

@@ -1,0 +1,144 @@
+"""How far a save is: written by the checkpoint process, read by its trainer, without a word between them."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from cloudckpt.executor.arena import new_descriptor
+
+Phase = Literal["waiting", "starting", "planning", "writing", "committing", "committed", "done", "failed"]
+
+_PHASES: tuple[Phase, ...] = get_args(Phase)
+_SIZE = 4096
+_SEQUENCE = struct.Struct("=Q")
+_BEAT = struct.Struct("=d")
+_BEAT_AT = 8
+_FIELDS = struct.Struct("=QQQBdH")
+"""Save, bytes done, bytes in all, phase, when it last advanced, length of the object's name."""
+_FIELDS_AT = 16
+_NAME_AT = _FIELDS_AT + _FIELDS.size
+_NAME_ROOM = 1024
+_TRIES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far this rank's part of a save is.
+
+    Attributes:
+        bytes_done: bytes stored so far.
+        bytes_total: bytes that this rank stores in all; its whole snapshot until the save is planned.
+        phase: ``"waiting"`` for its turn, ``"starting"`` the process, ``"planning"``, ``"writing"``,
+            ``"committing"`` (on the coordinator: uploads are completed, metadata is published),
+            ``"committed"``, then ``"done"`` or ``"failed"``.
+        object_name: what was stored last: an object's name, or a tensor's with another library's writer.
+    """
+
+    bytes_done: int
+    bytes_total: int
+    phase: Phase
+    object_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the board said at one moment. Times are of ``time.monotonic()``, which processes share."""
+
+    save: int
+    progress: Progress
+    beat: float
+    advanced: float
+
+
+class ProgressBoard:
+    """A page of shared memory: one process writes, another reads.
+
+    A sequence number is odd while the page is being written, so that a reader knows to look again. A writer
+    that was killed in the middle leaves it odd for good; the reader then takes what is there.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        if fd is None:
+            fd = new_descriptor()
+            os.ftruncate(fd, _SIZE)
+        self.fd = fd
+        self._map = mmap.mmap(fd, _SIZE)
+        self._lock = threading.Lock()
+        self._reading = Reading(0, Progress(0, 0, "waiting"), 0.0, 0.0)
+
+    @classmethod
+    def attach(cls, fd: int) -> Self:
+        """The board behind a descriptor."""
+        return cls(fd)
+
+    def begin(self, save: int, bytes_total: int) -> None:
+        """Turn to another save."""
+        with self._lock:
+            self._write(save, Progress(0, bytes_total, "planning"))
+
+    def phase(self, phase: Phase, bytes_total: int | None = None) -> None:
+        """Enter a phase; ``bytes_total`` where more is known of it now."""
+        with self._lock:
+            now = self._reading.progress
+            total = now.bytes_total if bytes_total is None else bytes_total
+            self._write(self._reading.save, Progress(now.bytes_done, total, phase, now.object_name))
+
+    def stored(self, name: str, nbytes: int) -> None:
+        """Count bytes stored of an object."""
+        with self._lock:
+            now = self._reading.progress
+            self._write(
+                self._reading.save, Progress(now.bytes_done + nbytes, now.bytes_total, now.phase, name)
+            )
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        _BEAT.pack_into(self._map, _BEAT_AT, time.monotonic())
+
+    def read(self) -> Reading:
+        """What it says now."""
+        for _ in range(_TRIES):
+            (before,) = _SEQUENCE.unpack_from(self._map)
+            reading = self._parse()
+            if before % 2 == 0 and _SEQUENCE.unpack_from(self._map) == (before,):
+                return reading
+        return self._parse()
+
+    def close(self) -> None:
+        """Give descriptor and page back."""
+        self._map.close()
+        os.close(self.fd)
+
+    def _write(self, save: int, progress: Progress) -> None:
+        now = time.monotonic()
+        self._reading = Reading(save, progress, now, now)
+        name = (progress.object_name or "").encode()[:_NAME_ROOM]
+        (sequence,) = _SEQUENCE.unpack_from(self._map)
+        sequence += sequence % 2  # one that was left odd
+        _SEQUENCE.pack_into(self._map, 0, sequence + 1)
+        _FIELDS.pack_into(
+            self._map,
+            _FIELDS_AT,
+            save,
+            progress.bytes_done,
+            progress.bytes_total,
+            _PHASES.index(progress.phase),
+            now,
+            len(name),
+        )
+        self._map[_NAME_AT : _NAME_AT + len(name)] = name
+        _BEAT.pack_into(self._map, _BEAT_AT, now)
+        _SEQUENCE.pack_into(self._map, 0, sequence + 2)
+
+    def _parse(self) -> Reading:
+        (beat,) = _BEAT.unpack_from(self._map, _BEAT_AT)
+        save, done, total, phase, advanced, length = _FIELDS.unpack_from(self._map, _FIELDS_AT)
+        name = bytes(self._map[_NAME_AT : _NAME_AT + min(length, _NAME_ROOM)]).decode(errors="replace")
+        progress = Progress(done, total, _PHASES[min(phase, len(_PHASES) - 1)], name or None)
+        return Reading(save, progress, beat, advanced)

@@ -1,0 +1,321 @@
+"""The supervisor: a thread of the trainer that serves saves in order, and outlives its checkpoint process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cloudckpt.backends.errors import CheckpointError, ExecutorError
+from cloudckpt.executor import failures, snapshot
+from cloudckpt.executor.child import CheckpointProcess
+from cloudckpt.executor.council import Council, Standing, Trial, Verdict
+from cloudckpt.executor.handle import Delivery
+from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.pool import ArenaPool
+from cloudckpt.executor.progress import Progress, ProgressBoard
+from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.unpickle import MainScript
+from cloudckpt.executor.vigil import Alarm, Decided, Vigil
+
+_log = logging.getLogger(__name__)
+
+_GRACE = 5.0
+"""Seconds left for the other ranks' word, and for a process to end by itself."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One save as it was asked for, or the proof that saves will work when there is nothing to ``storage``.
+
+    The state is in ``taken`` already, or comes with a future. A ``failure`` here keeps all ranks from saving.
+    """
+
+    number: int
+    subject: str
+    delivery: Delivery
+    uri: str | None = None
+    storage: bytes | None = None
+    checkpoint_id: str | None = None
+    no_dist: bool = False
+    use_collectives: bool = True
+    state: Future[dict[str, Any]] | None = None
+    arena: int | None = None
+    taken: snapshot.Snapshot | None = None
+    failure: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What holds for every process that the supervisor starts. Times are in seconds."""
+
+    rank: int
+    place: MeetingPlace | None
+    save_timeout: float
+    start_timeout: float
+    disable_automatic_gc: bool
+    disable_manual_gc: bool
+
+
+class Supervisor:
+    """Serves jobs one after another with a checkpoint process, and starts a new one when that is gone."""
+
+    def __init__(self, terms: Terms, council: Council, arenas: ArenaPool) -> None:
+        self._terms = terms
+        self._council = council
+        self._arenas = arenas
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._pending: list[Job] = []
+        self._process: CheckpointProcess | None = None
+        self._board = ProgressBoard()
+        self._alarm = Alarm()
+        self._vigil: Vigil | None = None
+        self._abandoned = False
+        self._unkillable = False
+        # A daemon, or the interpreter could not end before close(), which an exit handler calls, is called.
+        self._thread = threading.Thread(target=self._run, name="cloudckpt-supervisor", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int | None:
+        """The checkpoint process's id, while one serves."""
+        process = self._process
+        return process.pid if process is not None else None
+
+    @property
+    def generation(self) -> int | None:
+        """The generation of the group that its process is in."""
+        process = self._process
+        return process.generation if process is not None else None
+
+    def submit(self, job: Job) -> None:
+        """Serve a job after those before it."""
+        self._pending.append(job)
+        job.delivery.follow(lambda: self._progress(job.number))
+        self._jobs.put(job)
+
+    def close(self, timeout: float | None) -> bool:
+        """Serve what was submitted, end the process, and tell whether all that ended in time.
+
+        What has not ended after ``timeout`` seconds, or by a Ctrl-C, is given up.
+        """
+        self._jobs.put(None)
+        try:
+            self._thread.join(timeout)
+        finally:
+            if self._thread.is_alive():
+                self._abandon()
+        return not self._abandoned
+
+    def _abandon(self) -> None:
+        self._abandoned = True
+        vigil, process = self._vigil, self._process
+        if vigil is not None:
+            vigil.abandoned = True
+        self._alarm.ring()
+        self._thread.join(_GRACE)
+        if self._thread.is_alive() and process is not None:
+            process.end(0)  # the thread waits for a store that is cut off: nothing else can be left behind
+        error = ExecutorError("the executor was closed before the save ended", rank=self._terms.rank)
+        for job in list(self._pending):
+            job.delivery.failed(error, Progress(0, 0, "failed"))
+
+    def _run(self) -> None:
+        try:
+            for job in iter(self._jobs.get, None):
+                try:
+                    self._serve(job)
+                except Exception as error:  # noqa: BLE001 - a bug of ours must not leave the others waiting
+                    _log.exception("the supervisor failed")
+                    self._end_process()
+                    self._finish(job, None, error)
+            self._council.leave(_GRACE)
+        finally:
+            self._end_process()
+            self._alarm.close()
+            self._board.close()
+
+    def _serve(self, job: Job) -> None:
+        if self._abandoned:
+            self._finish(job, None, ExecutorError("the executor was closed before the save began"))
+            return
+        self._stage(job)
+        standing = Standing(
+            call=job.number,
+            subject=job.subject,
+            generation=self._living_generation(),
+            failure=failures.dumps(job.failure) if job.failure is not None else None,
+        )
+        try:
+            trial = self._council.convene(standing, self._terms.start_timeout)
+        except Exception as error:  # noqa: BLE001 - whatever kept a rank from saving, raised by the handle
+            self._finish(job, None, job.failure or error)
+            return
+        trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
+        sealed, failure = self._attempt(job, trial)
+        self._finish(job, sealed, failure)
+
+    def _stage(self, job: Job) -> None:
+        """Take the snapshot of a state that came as a future."""
+        if job.state is None:
+            return
+        try:
+            state = job.state.result(self._terms.save_timeout)
+            job.arena = self._arenas.acquire()
+            job.taken = snapshot.take(state, self._arenas[job.arena])
+            job.delivery.staged()
+        except Exception as error:  # noqa: BLE001 - staging is the caller's code; every rank is told
+            job.failure = error
+        finally:
+            job.state = None
+
+    def _attempt(self, job: Job, trial: Trial) -> tuple[bytes | None, BaseException | None]:
+        """Have the job done, and see what all ranks make of it: a result, or what failed."""
+        answer: Answer | None = None
+        own: bytes | None = None
+        deadline = time.monotonic() + self._terms.start_timeout
+        try:
+            process = self._ensure(trial, job)
+            deadline = time.monotonic() + self._terms.save_timeout
+            answer = self._ask(process, job, trial)
+            own = answer.failure
+        except Decided:
+            pass
+        except Exception as error:  # noqa: BLE001 - told to every rank, raised by the handle
+            own = failures.dumps(error)
+            trial.report(own, sound=False)
+        if answer is not None:
+            if not answer.sound:
+                # The process met a broken group: whoever broke it has a better word for that than this one.
+                self._verdict(trial, time.monotonic() + _GRACE)
+            trial.report(own, sound=answer.sound)
+        verdict = self._verdict(trial, max(deadline, time.monotonic()) + _GRACE)
+        return self._judge(answer, own, verdict, trial)
+
+    def _judge(
+        self, answer: Answer | None, own: bytes | None, verdict: Verdict | None, trial: Trial
+    ) -> tuple[bytes | None, BaseException | None]:
+        if verdict is None or not verdict.sound or answer is None:
+            self._end_process()
+        failure = verdict.failure if verdict is not None and verdict.failure is not None else own
+        if failure is not None:
+            return None, failures.loads(failure)
+        if answer is None:
+            return None, ExecutorError(
+                f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
+                rank=self._terms.rank,
+                hint="If it is there it is whole; the next save starts a new process",
+            )
+        # Without a verdict too: DCP answers well on one rank only after the commit that is everybody's.
+        return answer.result, None
+
+    def _verdict(self, trial: Trial, deadline: float) -> Verdict | None:
+        while trial.verdict is None and trial.lost is None and not self._abandoned:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                break
+            self._alarm.wait(remaining)
+            self._alarm.hush()
+        return trial.verdict
+
+    def _ensure(self, trial: Trial, job: Job) -> CheckpointProcess:
+        """The process of the generation agreed on, started when need be."""
+        process = self._process
+        if process is not None and (process.generation != trial.generation or not process.alive):
+            self._end_process()
+            process = None
+        if process is not None:
+            self._watch(process, trial, job)
+            return process
+        terms = self._terms
+        hello = Hello(
+            rank=terms.rank,
+            generation=trial.generation,
+            parent_pid=os.getpid(),
+            log_level=_log.getEffectiveLevel(),
+            main_script=MainScript.describe(),
+            place=terms.place,
+            start_timeout=terms.start_timeout,
+            group_timeout=terms.start_timeout + terms.save_timeout + 60,
+            disable_automatic_gc=terms.disable_automatic_gc,
+            disable_manual_gc=terms.disable_manual_gc,
+        )
+        process = self._process = CheckpointProcess(hello, self._board)
+        ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
+        if ready.failure is not None:
+            raise failures.loads(ready.failure)
+        process.serves = True
+        return process
+
+    def _watch(self, process: CheckpointProcess, trial: Trial, job: Job) -> Vigil:
+        self._vigil = Vigil(
+            process, trial, self._board, self._alarm, rank=self._terms.rank, save=job.number, uri=job.uri
+        )
+        self._vigil.abandoned = self._abandoned
+        return self._vigil
+
+    def _ask(self, process: CheckpointProcess, job: Job, trial: Trial) -> Answer:
+        vigil = self._watch(process, trial, job)
+        try:
+            if job.taken is None or job.arena is None or job.storage is None:
+                process.send(ProofRequest(job.number))
+            else:
+                arena = self._arenas[job.arena]
+                process.send_save(
+                    SaveRequest(
+                        number=job.number,
+                        arena=process.news_of(job.arena, arena),
+                        snapshot=job.taken,
+                        storage=job.storage,
+                        checkpoint_id=job.checkpoint_id,
+                        no_dist=job.no_dist,
+                        use_collectives=job.use_collectives,
+                    ),
+                    arena,
+                )
+        except OSError as error:
+            if not process.alive:
+                raise vigil.died() from error
+            # It does not read what is sent to it: it is frozen, which the vigil will find.
+        while True:
+            answer = vigil.expect(Answer, self._terms.save_timeout)
+            if answer.number == job.number:
+                return answer
+
+    def _finish(self, job: Job, sealed: bytes | None, failure: BaseException | None) -> None:
+        """Give the arena back, then tell."""
+        last = self._progress(job.number)
+        self._vigil = None
+        if job.arena is not None:
+            give_back = self._arenas.replace if self._unkillable else self._arenas.release
+            give_back(job.arena)
+            self._unkillable = False
+        self._pending.remove(job)
+        if failure is None:
+            job.delivery.done(sealed, replace(last, bytes_done=last.bytes_total, phase="done"))
+            return
+        if isinstance(failure, CheckpointError):
+            failure.located(uri=job.uri)
+        _log.error("the save of %s failed: %s: %s", job.uri or "nothing", type(failure).__name__, failure)
+        job.delivery.failed(failure, replace(last, phase="failed"))
+
+    def _progress(self, number: int) -> Progress:
+        reading = self._board.read()
+        return reading.progress if reading.save == number else Progress(0, 0, "waiting")
+
+    def _living_generation(self) -> int | None:
+        process = self._process
+        return process.generation if process is not None and process.alive else None
+
+    def _end_process(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and not process.end(_GRACE):
+            self._unkillable = True
+            _log.error(
+                "the checkpoint process %d can't be killed; its snapshot's memory is left to it", process.pid
+            )

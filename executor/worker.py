@@ -1,0 +1,239 @@
+"""The checkpoint process's own program: meet the others, then save what is asked for, one after another."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import pickle
+import signal
+import threading
+import traceback
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import torch.distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
+from cloudckpt.backends.writer import StorageWriter as OurWriter
+from cloudckpt.executor import failures, quiet, snapshot, unpickle
+from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.planning import PlanCache, fingerprint
+from cloudckpt.executor.progress import ProgressBoard
+from cloudckpt.executor.watch import watched
+
+_log = logging.getLogger(__name__)
+
+_BEAT = 1.0
+"""Seconds between signs of life."""
+
+_NO_FRAMES = traceback.StackSummary()
+"""An error that comes from another process has its traceback in its notes."""
+
+
+def main(connection_fd: int, board_fd: int) -> None:
+    """Serve the trainer at the other end of the connection until it is gone, or has had enough."""
+    connection = Connection(connection_fd)
+    hello: Hello = unpickle.loads(connection.recv_bytes())
+    unpickle.MainScript.expect(hello.main_script)
+    board = ProgressBoard.attach(board_fd)
+    worker = Worker(hello, connection, board)
+    threading.Thread(target=_end_when_told, args=(worker,), name="cloudckpt-end", daemon=True).start()
+    try:
+        quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
+        _meet(hello)
+    except Exception as error:  # noqa: BLE001 - the trainer raises it
+        connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
+        return
+    if hello.disable_automatic_gc:
+        gc.disable()
+    threading.Thread(target=_beat, args=(board, hello.parent_pid), name="cloudckpt-beat", daemon=True).start()
+    connection.send(Ready(hello.generation))
+    worker.serve()
+    # No farewell to the group: a rank that has to be waited for may be gone.
+    logging.shutdown()
+    os._exit(0)
+
+
+def _start_error(error: Exception, hello: Hello) -> Exception:
+    if isinstance(error, (ExecutorError, ConfigurationError)):
+        return error
+    return ExecutorError(
+        f"the checkpoint process of rank {hello.rank} could not meet the others: "
+        f"{type(error).__name__}: {error}",
+        rank=hello.rank,
+        hint="Look whether every host can reach every other (GLOO_SOCKET_IFNAME names the interface)",
+    )
+
+
+def _meet(hello: Hello) -> None:
+    """Form the group of this generation, and prove it."""
+    if hello.place is None:
+        return
+    dist.init_process_group(
+        "gloo",
+        store=hello.place.connect(f"group/{hello.generation}", hello.start_timeout),
+        rank=hello.place.rank,
+        world_size=hello.place.world_size,
+        timeout=timedelta(seconds=hello.group_timeout),
+    )
+    dist.barrier()
+
+
+def _beat(board: ProgressBoard, parent_pid: int) -> None:
+    pause = threading.Event()
+    while not pause.wait(_BEAT):
+        board.beat()
+        if os.getppid() != parent_pid:
+            os._exit(1)  # nobody is left who could want this save
+
+
+def _end_when_told(worker: Worker) -> None:
+    """On SIGTERM, which every thread has blocked, take back what is open and end."""
+    signal.sigwait({signal.SIGTERM})
+    worker.give_up()
+    os._exit(128 + signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    state: dict[str, Any]
+    writer: StorageWriter
+    planner: SavePlanner | None
+    fingerprint: bytes
+
+
+class Worker:
+    """Serves one trainer."""
+
+    def __init__(self, hello: Hello, connection: Connection, board: ProgressBoard) -> None:
+        self._hello = hello
+        self._connection = connection
+        self._board = board
+        self._arenas: dict[int, Arena] = {}
+        self._plans = PlanCache()
+        self._writer: StorageWriter | None = None
+
+    def serve(self) -> None:
+        """Answer requests in order until the trainer is gone."""
+        while True:
+            try:
+                request = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - from our trainer
+                answer = self._save(request) if isinstance(request, SaveRequest) else self._prove(request)
+                self._connection.send(answer)
+            except (EOFError, OSError):
+                return
+            del request, answer
+            if not self._hello.disable_manual_gc:
+                gc.collect()
+
+    def give_up(self) -> None:
+        """Take back what a save under way has left pending: DCP does not always tell a writer."""
+        writer = self._writer
+        if isinstance(writer, OurWriter):
+            try:
+                writer.abort()
+            except Exception as error:  # noqa: BLE001 - the save has its error already
+                _log.warning("what the failed save left pending could not be aborted, gc will: %s", error)
+
+    def _prove(self, request: ProofRequest) -> Answer:
+        try:
+            if self._grouped:
+                dist.barrier()
+        except RuntimeError as error:
+            return Answer(request.number, failure=failures.dumps(self._lost(error)), sound=False)
+        return Answer(request.number)
+
+    def _save(self, request: SaveRequest) -> Answer:
+        self._board.begin(request.number, request.snapshot.tensor_bytes)
+        try:
+            prepared = self._prepared(request)
+            fingerprints = self._together(prepared)
+            metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
+            return Answer(request.number, result=pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL))
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - the trainer raises it
+            self._plans.forget()
+            self.give_up()
+            alike = isinstance(error, CheckpointException) or not self._grouped
+            lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
+            told = self._lost(error) if lost else failures.original(error)
+            return Answer(request.number, failure=failures.dumps(told), sound=alike)
+        finally:
+            self._writer = None
+
+    def _saved(self, request: SaveRequest, prepared: _Prepared, fingerprints: list[bytes]) -> Metadata:
+        self._writer = prepared.writer
+        planner = prepared.planner or self._plans.planner_for(prepared.writer, fingerprints)
+        watched(prepared.writer, planner, self._board)
+        with warnings.catch_warnings():
+            # A single process is meant when there is one.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+            metadata: Metadata = dcp.save(
+                prepared.state,
+                checkpoint_id=request.checkpoint_id,
+                storage_writer=prepared.writer,
+                planner=planner,
+                no_dist=request.no_dist or not self._grouped,
+                use_collectives=request.use_collectives,
+            )
+            return metadata
+
+    def _prepared(self, request: SaveRequest) -> _Prepared | Exception:
+        """What is to be saved and how, or why it could not be read here."""
+        try:
+            arena = self._arena(request.arena)
+            writer, planner = unpickle.loads(request.storage)
+            state = snapshot.restore(request.snapshot, arena)
+            return _Prepared(state, writer, planner, b"" if planner is not None else fingerprint(state))
+        except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
+            return failures.noted(error)
+
+    def _together(self, prepared: _Prepared | Exception) -> list[bytes]:
+        """Go on only when every rank can: one that stayed away would leave the others in a collective."""
+        if not self._grouped:
+            if isinstance(prepared, Exception):
+                raise prepared
+            return [prepared.fingerprint]
+        told: list[Any] = [None] * dist.get_world_size()
+        failed = isinstance(prepared, Exception)
+        own = failures.dumps(prepared) if isinstance(prepared, Exception) else prepared.fingerprint
+        dist.all_gather_object(told, (failed, own))
+        problems = {rank: failures.loads(data) for rank, (failed, data) in enumerate(told) if failed}
+        if problems:
+            raise CheckpointException("prepare", {rank: (e, _NO_FRAMES) for rank, e in problems.items()})
+        return [data for _, data in told]
+
+    def _lost(self, error: BaseException) -> BaseException:
+        """A collective that failed: what it says is about sockets, and means a rank."""
+        lost = ExecutorError(
+            f"the checkpoint process of rank {self._hello.rank} lost touch with another rank's: "
+            f"{type(error).__name__}: {error}",
+            rank=self._hello.rank,
+            hint="Look at the other ranks' errors; the next save starts new processes",
+        )
+        return failures.noted(lost.with_traceback(error.__traceback__))
+
+    def _arena(self, news: ArenaNews) -> Arena:
+        if news.described:
+            if news.index in self._arenas:
+                self._arenas.pop(news.index).close()
+            self._arenas[news.index] = Arena.attach(reduction.recv_handle(self._connection), news.nbytes)
+        if news.index not in self._arenas:
+            raise ExecutorError(f"arena {news.index} was never described", rank=self._hello.rank)
+        arena = self._arenas[news.index]
+        arena.follow(news.nbytes)
+        return arena
+
+    @property
+    def _grouped(self) -> bool:
+        return self._hello.place is not None
