@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.snapshot import Snapshot
@@ -19,7 +20,7 @@ class Hello:
     generation: int
     parent_pid: int
     log_level: int
-    main_script: dict[str, str]
+    main_script: dict[str, Any]
     place: MeetingPlace | None
     start_timeout: float
     group_timeout: float

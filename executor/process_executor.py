@@ -23,6 +23,7 @@ from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag
 from cloudckpt.executor.store_council import StoreCouncil
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.unpickle import MainScript
 
 OnBusy = Literal["wait", "skip", "raise"]
 
@@ -67,6 +68,12 @@ class ProcessExecutor:
             raise ConfigurationError(f"snapshots is {snapshots!r}", hint="Give 1 or 2")
         if on_busy not in get_args(OnBusy):
             raise ConfigurationError(f"on_busy is {on_busy!r}", hint="Give 'wait', 'skip' or 'raise'")
+        if MainScript.loading:
+            raise ExecutorError(
+                "the training script was imported by its checkpoint process, for a class that it defines, "
+                "and began to train",
+                hint='Put what it does under if __name__ == "__main__", or the class into a module',
+            )
         quiet.check()
         self._save_timeout = save_timeout
         self._start_timeout = start_timeout

@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -140,7 +140,7 @@ class Meeting:
             self._told = True
         try:
             store.wait([self._key], timedelta(seconds=timeout))
-        except DistError as error:
+        except RuntimeError as error:  # what a store raises, of TCP or of files
             raise ExecutorError(
                 f"rank 0 did not say within {timeout:g} s where the checkpoint processes meet",
                 rank=0,

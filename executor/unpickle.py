@@ -17,17 +17,17 @@ class MainScript:
     """
 
     _preparation: dict[str, Any] | None = None
+    loading = False
 
     @classmethod
-    def describe(cls) -> dict[str, str]:
+    def describe(cls) -> dict[str, Any]:
         """What the checkpoint process needs to import it: made in the trainer."""
         prepared = spawn.get_preparation_data("cloudckpt")
-        return {
-            key: prepared[key] for key in ("init_main_from_name", "init_main_from_path") if key in prepared
-        }
+        needed = ("init_main_from_name", "init_main_from_path", "sys_argv")
+        return {key: prepared[key] for key in needed if key in prepared}
 
     @classmethod
-    def expect(cls, description: dict[str, str]) -> None:
+    def expect(cls, description: dict[str, Any]) -> None:
         """Remember where it is, without running it."""
         cls._preparation = dict(description)
 
@@ -36,7 +36,11 @@ class MainScript:
         """Import it under the name ``__mp_main__``, as multiprocessing does, at most once."""
         if cls._preparation:
             preparation, cls._preparation = cls._preparation, None
-            spawn.prepare(preparation)
+            cls.loading = True
+            try:
+                spawn.prepare(preparation)
+            finally:
+                cls.loading = False
 
 
 class Unpickler(pickle.Unpickler):

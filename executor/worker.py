@@ -123,6 +123,7 @@ class Worker:
         self._arenas: dict[int, Arena] = {}
         self._plans = PlanCache()
         self._writer: StorageWriter | None = None
+        self._giving_up = threading.Lock()
 
     def serve(self) -> None:
         """Answer requests in order until the trainer is gone."""
@@ -139,12 +140,13 @@ class Worker:
 
     def give_up(self) -> None:
         """Take back what a save under way has left pending: DCP does not always tell a writer."""
-        writer = self._writer
-        if isinstance(writer, OurWriter):
-            try:
-                writer.abort()
-            except Exception as error:  # noqa: BLE001 - the save has its error already
-                _log.warning("what the failed save left pending could not be aborted, gc will: %s", error)
+        with self._giving_up:  # the thread that ends the process may come to it at the same moment
+            writer, self._writer = self._writer, None
+            if isinstance(writer, OurWriter):
+                try:
+                    writer.abort()
+                except Exception as error:  # noqa: BLE001 - the save has its error already
+                    _log.warning("what the failed save left pending could not be aborted, gc will: %s", error)
 
     def _prove(self, request: ProofRequest) -> Answer:
         try:

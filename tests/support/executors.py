@@ -1,4 +1,4 @@
-"""Executors that live in a rank's process from one call of a pool to the next, and saves that are compared."""
+"""Executors that live in a rank's process from call to call, and saves that are compared."""
 
 from __future__ import annotations
 
@@ -41,17 +41,19 @@ def small_state(step: int, rank: int = 0) -> dict[str, Any]:
 
 def assert_loads(uri: str, expected: dict[str, Any], **options: Any) -> None:
     """Load what was saved into a state of zeros, and compare it bit for bit."""
-    loaded = {
+    loaded: dict[str, Any] = {
         key: torch.zeros_like(value) if isinstance(value, torch.Tensor) else value
         for key, value in expected.items()
     }
-    loaded["nested"] = {"values": [0, ""], "half": torch.zeros_like(expected["nested"]["half"])}
+    half = expected["nested"]["half"]
+    loaded["nested"] = {"values": [0, ""], "half": torch.zeros_like(half)}
     dcp.load(loaded, storage_reader=cloudckpt.StorageReader(uri, **options), no_dist=True)
+    nested: dict[str, Any] = loaded["nested"]
     for key, value in expected.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(loaded[key], value), key
-    assert loaded["nested"]["values"] == expected["nested"]["values"]
-    assert torch.equal(loaded["nested"]["half"], expected["nested"]["half"])
+    assert nested["values"] == expected["nested"]["values"]
+    assert torch.equal(nested["half"], half)
 
 
 def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:

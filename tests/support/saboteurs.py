@@ -61,17 +61,18 @@ class Saboteur(cloudckpt.StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._at(FINISH)
-        put = commit.put_metadata
+        module: Any = commit
+        put = module.put_metadata
 
         def sabotaged(*args: Any) -> None:
             self._at(PUT)
             put(*args)
 
-        commit.put_metadata = sabotaged
+        module.put_metadata = sabotaged
         try:
             super().finish(metadata, results)
         finally:
-            commit.put_metadata = put
+            module.put_metadata = put
         self._at(COMMITTED)
         if self.where == COMMITTED_KILL_1:
             os.kill(int((self.folder / "pid-1").read_text()), signal.SIGKILL)

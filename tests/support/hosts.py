@@ -1,0 +1,61 @@
+"""Two hosts on one machine: network namespaces with a cable between them that a test can pull."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host of a test's own; ``prefix`` before a command line runs it there."""
+
+    namespace: str
+    address: str
+    interface: str
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.namespace)
+
+    def link(self, state: str) -> None:
+        """Set this end of the cable ``up`` or ``down``."""
+        _ip("-n", self.namespace, "link", "set", self.interface, state)
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts that reach each other and nobody else.
+
+    Raises:
+        PermissionError: this process may not make network namespaces, or there is no ``ip`` program.
+    """
+    name = uuid.uuid4().hex[:6]
+    hosts = tuple(Host(f"ckpt-{name}-{n}", f"10.213.77.{n + 1}", f"veth-{name}-{n}") for n in range(2))
+    with contextlib.ExitStack() as stack:
+        for host in hosts:
+            try:
+                _ip("netns", "add", host.namespace)
+            except (subprocess.CalledProcessError, FileNotFoundError) as error:
+                raise PermissionError(f"no network namespaces here: {error}") from error
+            stack.callback(_ip, "netns", "delete", host.namespace)
+        first, second = hosts
+        _ip(
+            "link", "add", first.interface, "netns", first.namespace,
+            "type", "veth", "peer", second.interface, "netns", second.namespace,
+        )  # fmt: skip
+        for host in hosts:
+            _ip("-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.interface)
+            _ip("-n", host.namespace, "link", "set", "lo", "up")
+            host.link("up")
+        yield first, second
+
+
+def _ip(*arguments: str) -> None:
+    program = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
+    subprocess.run([program, *arguments], check=True, capture_output=True)
