@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +17,7 @@ _SCATTERED = 2
 """A tensor that spans more than so many times its own size is gathered, not copied as it lies."""
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(NamedTuple):
     """A tensor as a view of an extent; ``offset`` is in bytes from where the extent begins."""
 
     extent: int
@@ -27,8 +27,7 @@ class View:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """Bytes to copy into an extent: a stretch of a storage, or a tensor to gather row by row."""
 
     memory: torch.UntypedStorage | torch.Tensor
@@ -58,7 +57,7 @@ def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
         if numel == 0:
             placed[index] = View(-1, 0, dtype, shape, stride)
             continue
-        length = span(shape, stride)
+        length = numel if tensor.is_contiguous() else span(shape, stride)
         if length > _SCATTERED * numel or tensor.is_conj() or tensor.is_neg():
             gathered = tensor.resolve_conj().resolve_neg()
             placed[index] = View(len(sources), 0, dtype, shape, row_major(shape))
@@ -87,7 +86,8 @@ def _merge(
     sources: list[Source],
 ) -> None:
     """One extent for each run of overlapping stretches of a storage."""
-    parts.sort()
+    if len(parts) > 1:
+        parts.sort()
     at = 0
     while at < len(parts):
         first = at

@@ -16,15 +16,13 @@ Phase = Literal["waiting", "starting", "planning", "writing", "committing", "com
 
 _PHASES: tuple[Phase, ...] = get_args(Phase)
 _SIZE = 4096
-_SEQUENCE = struct.Struct("=Q")
-_BEAT = struct.Struct("=d")
-_BEAT_AT = 8
+_TURN, _BEAT = 0, 1
+"""Places, in words of 8 bytes: how many readings were written, and the last sign of life."""
+_SLOTS = (16, 2048)
+"""Places of readings, in bytes: of those with an even number, and of those with an odd one."""
 _FIELDS = struct.Struct("=QQQBdH")
 """Save, bytes done, bytes in all, phase, when it last advanced, length of the object's name."""
-_FIELDS_AT = 16
-_NAME_AT = _FIELDS_AT + _FIELDS.size
 _NAME_ROOM = 1024
-_TRIES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,8 @@ class Reading:
 class ProgressBoard:
     """A page of shared memory: one process writes, another reads.
 
-    A sequence number is odd while the page is being written, so that a reader knows to look again. A writer
-    that was killed in the middle leaves it odd for good; the reader then takes what is there.
+    Readings are written in turn to two slots, and shown by the number of the last: a reader sees a whole one
+    wherever the writer was stopped or killed, and looks again when it was overtaken.
     """
 
     def __init__(self, fd: int | None = None) -> None:
@@ -69,6 +67,9 @@ class ProgressBoard:
             os.ftruncate(fd, _SIZE)
         self.fd = fd
         self._map = mmap.mmap(fd, _SIZE)
+        # Through these a word is written at once: `struct` clears it first, and another process sees that.
+        self._integers = memoryview(self._map).cast("Q")
+        self._floats = memoryview(self._map).cast("d")
         self._lock = threading.Lock()
         self._reading = Reading(0, Progress(0, 0, "waiting"), 0.0, 0.0)
 
@@ -94,24 +95,26 @@ class ProgressBoard:
         with self._lock:
             now = self._reading.progress
             self._write(
-                self._reading.save, Progress(now.bytes_done + nbytes, now.bytes_total, now.phase, name)
+                self._reading.save,
+                Progress(min(now.bytes_done + nbytes, now.bytes_total), now.bytes_total, now.phase, name),
             )
 
     def beat(self) -> None:
         """Give a sign of life."""
-        _BEAT.pack_into(self._map, _BEAT_AT, time.monotonic())
+        self._floats[_BEAT] = time.monotonic()
 
     def read(self) -> Reading:
         """What it says now."""
-        for _ in range(_TRIES):
-            (before,) = _SEQUENCE.unpack_from(self._map)
-            reading = self._parse()
-            if before % 2 == 0 and _SEQUENCE.unpack_from(self._map) == (before,):
+        while True:
+            turn = self._integers[_TURN]
+            reading = self._parse(_SLOTS[turn % 2])
+            if self._integers[_TURN] == turn:
                 return reading
-        return self._parse()
 
     def close(self) -> None:
         """Give descriptor and page back."""
+        self._integers.release()
+        self._floats.release()
         self._map.close()
         os.close(self.fd)
 
@@ -119,26 +122,20 @@ class ProgressBoard:
         now = time.monotonic()
         self._reading = Reading(save, progress, now, now)
         name = (progress.object_name or "").encode()[:_NAME_ROOM]
-        (sequence,) = _SEQUENCE.unpack_from(self._map)
-        sequence += sequence % 2  # one that was left odd
-        _SEQUENCE.pack_into(self._map, 0, sequence + 1)
+        turn = self._integers[_TURN] + 1
+        at = _SLOTS[turn % 2]
+        phase = _PHASES.index(progress.phase)
         _FIELDS.pack_into(
-            self._map,
-            _FIELDS_AT,
-            save,
-            progress.bytes_done,
-            progress.bytes_total,
-            _PHASES.index(progress.phase),
-            now,
-            len(name),
+            self._map, at, save, progress.bytes_done, progress.bytes_total, phase, now, len(name)
         )
-        self._map[_NAME_AT : _NAME_AT + len(name)] = name
-        _BEAT.pack_into(self._map, _BEAT_AT, now)
-        _SEQUENCE.pack_into(self._map, 0, sequence + 2)
+        self._map[at + _FIELDS.size : at + _FIELDS.size + len(name)] = name
+        self._floats[_BEAT] = now
+        self._integers[_TURN] = turn
 
-    def _parse(self) -> Reading:
-        (beat,) = _BEAT.unpack_from(self._map, _BEAT_AT)
-        save, done, total, phase, advanced, length = _FIELDS.unpack_from(self._map, _FIELDS_AT)
-        name = bytes(self._map[_NAME_AT : _NAME_AT + min(length, _NAME_ROOM)]).decode(errors="replace")
+    def _parse(self, at: int) -> Reading:
+        beat = self._floats[_BEAT]
+        save, done, total, phase, advanced, length = _FIELDS.unpack_from(self._map, at)
+        start = at + _FIELDS.size
+        name = bytes(self._map[start : start + min(length, _NAME_ROOM)]).decode(errors="replace")
         progress = Progress(done, total, _PHASES[min(phase, len(_PHASES) - 1)], name or None)
         return Reading(save, progress, beat, advanced)

@@ -11,7 +11,7 @@ import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -29,6 +29,8 @@ from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, View, lay_out
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_VALUES = frozenset({str, int, float, bool, dict, list, tuple, type(None)})
+_NEVER_STATEFUL = _PLAIN | _VALUES | {DTensor}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
 
 def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
     # As DCP does: objects with a state_dict() stand for it, at the top level.
-    told = {key: value.state_dict() if isinstance(value, Stateful) else value for key, value in state.items()}
+    told = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
     out = io.BytesIO()
     collector = _Collector(out)
     try:
@@ -90,6 +92,11 @@ def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
             hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
         ) from error
     return out.getvalue(), collector, lay_out(collector.tensors)
+
+
+def _is_stateful(value: Any) -> TypeGuard[Stateful]:
+    # Asking a protocol is slow, and states of thousands of tensors may be flat.
+    return type(value) not in _NEVER_STATEFUL and isinstance(value, Stateful)
 
 
 def _culprit(state: Mapping[str, Any], above: str = "") -> str:
@@ -116,12 +123,14 @@ class _Collector(pickle.Pickler):
 
     def persistent_id(self, obj: Any) -> Any:
         """A description of what is not pickled as it is, or None."""
+        if type(obj) in _VALUES:
+            return None
         if isinstance(obj, torch.Tensor):
             return self._tensor(obj)
         if isinstance(obj, DeviceMesh):
             return ("mesh", self._mesh(obj))
         if isinstance(obj, TypedStorage):
-            return ("typed", self._storage(obj.untyped()), obj.dtype)  # type: ignore[no-untyped-call]
+            return ("typed", self._storage(obj._untyped_storage), obj.dtype)  # noqa: SLF001 - untyped() warns
         if isinstance(obj, torch.UntypedStorage):
             return ("storage", self._storage(obj))
         return None
