@@ -18,7 +18,7 @@ from typing import Self
 
 RANKS = 2
 _TRAIN = Path(__file__).with_name("train.py")
-_WORDS = frozenset({"processes", "resumed", "step", "saving", "saved"})
+_WORDS = frozenset({"processes", "serves", "resumed", "step", "saving", "saved", "not-saved"})
 
 Event = tuple[str, ...]
 """The words of one line that train.py printed, such as ``("step", "3", "loss", "2.5")``."""
@@ -34,6 +34,9 @@ class Job:
     def __init__(self, uri: str, *, steps: int, every: int) -> None:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._ranks: tuple[int, ...] = ()
+        self._servers: dict[int, tuple[int, int]] = {}
+        self._saving: int | None = None
+        self._killed = False
         self._rest: deque[str] = deque(maxlen=100)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         train = [str(_TRAIN), f"--uri={uri}", f"--steps={steps}", f"--every={every}"]
@@ -50,26 +53,40 @@ class Job:
         self._reader.start()
 
     def events(self) -> Iterator[Event]:
-        """Yield what the job says, as it says it, until it ends.
+        """Yield what the job says, as it says it, until it ends or is killed.
 
         Raises:
             JobFailedError: it ended with an error.
         """
         while (event := self._events.get()) is not None:
             yield event
-        if self._agent.wait():
+        self._events.put(None)  # for whoever asks again
+        if self._agent.wait() and not self._killed:
             raise JobFailedError("\n".join(self._rest))
 
-    def silent(self) -> bool:
-        """Tell whether the job has said nothing since the last event that was taken."""
-        return self._events.empty()
+    def saving(self, step: int) -> bool:
+        """Tell whether the save of this step is still under way, by the last that the job said."""
+        return self._saving == step
+
+    def generation(self, rank: int) -> int:
+        """Return the generation of the rank's checkpoint process."""
+        return self._servers[rank][1]
+
+    def kill_checkpoint_process(self, rank: int) -> int:
+        """SIGKILL the checkpoint process of a rank, and return its id."""
+        pid, _ = self._servers[rank]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return pid
 
     def kill(self) -> None:
         """SIGKILL torchrun and every rank, and return when all of them are gone.
 
         torchrun gives each rank a session of its own, so that killing torchrun's group alone would leave
-        the ranks running. The pipe they share ends with the last of them.
+        the ranks running. A checkpoint process ends with its rank. The pipe that all share ends with the
+        last of them.
         """
+        self._killed = True
         for group in (self._agent.pid, *self._ranks):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
@@ -90,16 +107,31 @@ class Job:
 
     def _read(self) -> None:
         assert self._agent.stdout is not None  # noqa: S101 - for type checkers: it was given PIPE
-        with self._agent.stdout as lines:
-            for line in lines:
-                words = tuple(line.split())
-                if not words or words[0] not in _WORDS:
-                    self._rest.append(line.rstrip())
-                    continue
-                if words[0] == "processes":
-                    self._ranks = tuple(map(int, words[1:]))
-                self._events.put(words)
-        self._events.put(None)
+        try:
+            with self._agent.stdout as lines:
+                for line in lines:
+                    words = tuple(line.split())
+                    if not words or words[0] not in _WORDS:
+                        self._rest.append(line.rstrip())
+                        continue
+                    self._note(words)
+                    self._events.put(words)
+        finally:
+            self._saving = None
+            self._events.put(None)
+
+    def _note(self, words: Event) -> None:
+        match words:
+            case ("processes", *pids):
+                self._ranks = tuple(map(int, pids))
+            case ("serves", rank, pid, "generation", generation):
+                self._servers[int(rank)] = int(pid), int(generation)
+            case ("saving", step):
+                self._saving = int(step)
+            case ("saved", step, *_) | ("not-saved", _, step, *_) if self.saving(int(step)):
+                self._saving = None
+            case _:
+                pass
 
 
 def _environment() -> dict[str, str]:

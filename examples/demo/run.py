@@ -1,4 +1,4 @@
-"""Kill a training job in the middle of a save, and watch it lose nothing.
+"""Kill a checkpoint process and then the whole training job in the middle of a save, and lose nothing.
 
     python examples/demo/run.py                                  an S3 server of its own, on this machine
     python examples/demo/run.py --uri s3://your-bucket/prefix    your bucket, with your own credentials
@@ -14,12 +14,13 @@ import contextlib
 import secrets
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from checkpoints import METADATA, child, committed_steps, step_name
-from job import RANKS, Job, JobFailedError
+from job import RANKS, Event, Job, JobFailedError
 from s3_server import s3_server
 from stock import differing, load_everything, stock_reader
 from terminal import INDENT, Story
@@ -33,10 +34,17 @@ from cloudckpt.backends.target import Target
 
 BUCKET = "demo"
 PROBE = "probe"
-SAVES_BEFORE = 2
-"""Saves that the job may finish; the next one is cut off."""
+VICTIM = 1
+"""The rank whose checkpoint process is killed."""
 ATTEMPTS = 5
 """Kills to try: a save may commit in the instant before one arrives."""
+
+WIDTH = 80 - len(INDENT)
+WORTH_A_WORD = 0.1
+"""Seconds of waiting that the reader is told of."""
+ERROR_LINES = 6
+"""Lines of an error that the reader is shown."""
+TOO_FAST = "Every save was over before it could be cut off: this place is too fast."
 
 Losses = dict[int, str]
 """The loss of each step, with all the digits that a float32 has."""
@@ -56,7 +64,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     story = Story()
     began = time.monotonic()
-    story.title("cloudckpt: a training job is killed in the middle of a save")
+    story.title("cloudckpt: a training job is killed in the middle of a save, and goes on")
     try:
         with place(story, args.uri) as uri:
             Demo(story, uri, args.every).play()
@@ -101,6 +109,7 @@ class Demo:
         self._uri = uri
         self._every = every
         self._store = open_store(Target.parse(uri))
+        self._last_error = ""
 
     def play(self) -> None:
         """Play every step.
@@ -113,7 +122,7 @@ class Demo:
             self._store.put(PROBE, b"", Overwrite())  # a wrong bucket, key or folder shows here
             self._store.delete([PROBE])
             self._story.say(f"checkpoints go to {shown(self._uri)}")
-            before: Losses = {}
+            before: Losses = {}  # in the order of the steps
             killed = self._train_and_kill(before)
             newest = self._look_at_what_is_left(killed)
             self._resume(newest, killed, before)
@@ -121,38 +130,109 @@ class Demo:
             self._read_with_stock_dcp(committed_steps(self._uri)[-1])
 
     def _train_and_kill(self, losses: Losses) -> int:
+        """Kill a checkpoint process, then the job; return the step whose save was cut off by that."""
         story, every = self._story, self._every
-        story.step(f"Train a small GPT on {RANKS} ranks, and kill it in the middle of a save")
+        story.step(f"Train a small GPT on {RANKS} ranks, saving in the background")
         story.say(f"FSDP2, AdamW; the text is the LICENSE file; a save every {every} steps")
-        target = every * (SAVES_BEFORE + 1)
-        for _ in range(ATTEMPTS):
-            with Job(self._uri, steps=target + ATTEMPTS * every, every=every) as job:
-                killed = self._kill_in_a_save(job, target, losses)
-            if killed is None:
-                break
-            if killed not in committed_steps(self._uri):
-                story.say(f"saving step {killed} ... SIGKILL: torchrun and every rank are gone")
-                return killed
-            story.say(f"saving step {killed} ... was committed before the kill came; once more")
-            target = killed + every
-        raise JobFailedError("Every save was over before it could be cut off: this place is too fast.")
-
-    def _kill_in_a_save(self, job: Job, first: int, losses: Losses) -> int | None:
-        """Kill the job while a save's uploads are open; return its step, or None if none was caught."""
-        for event in job.events():
-            match event:
-                case ("saving", step) if int(step) >= first:
-                    if self._uploads_seen(job, step_name(int(step))):
-                        job.kill()
-                        return int(step)
-                case _:
+        story.say("each rank has a checkpoint process, which saves while training goes on;")
+        story.say("the next save waits for the one before it")
+        for attempt in range(ATTEMPTS):
+            with Job(self._uri, steps=(3 * ATTEMPTS + attempt) * every, every=every) as job:
+                if attempt == 0:
+                    self._await_a_save(job, losses)
+                    self._kill_a_checkpoint_process(job, losses)
+                    story.step("Kill the whole job in the middle of a save")
+                killed = self._save_under_way(job, losses)
+                job.kill()
+                for event in job.events():  # what it said while it was being killed
                     self._tell(event, losses)
-        return None
+            if killed not in committed_steps(self._uri):
+                story.say(f"saving step-{killed} ... SIGKILL: torchrun and every rank are gone")
+                return killed
+            story.say(f"saving step-{killed} ... was committed before the kill came; once more")
+        raise JobFailedError(TOO_FAST)
 
-    def _uploads_seen(self, job: Job, name: str) -> bool:
+    def _await_a_save(self, job: Job, losses: Losses) -> None:
+        for event in self._told(job, losses):
+            if event[0] == "saved":
+                return
+        raise JobFailedError("No save succeeded.")
+
+    def _kill_a_checkpoint_process(self, job: Job, losses: Losses) -> None:
+        story = self._story
+        story.step(f"Kill the checkpoint process of rank {VICTIM} in the middle of a save")
+        for _ in range(ATTEMPTS):
+            generation = job.generation(VICTIM)
+            failed = self._save_under_way(job, losses)
+            pid = job.kill_checkpoint_process(VICTIM)
+            story.say(f"saving step-{failed} ... SIGKILL to checkpoint process {pid}")
+            errors = self._errors(job, failed, losses)
+            if failed not in committed_steps(self._uri):
+                break
+            story.say(f"saving step-{failed} ... was committed before the kill came; once more")
+        else:
+            raise JobFailedError(TOO_FAST)
+        clear = all(f"rank {VICTIM} (pid {pid}) was killed by SIGKILL" in error for error in errors.values())
+        story.claim(
+            f"its save failed on {len(errors)} of {RANKS} ranks, with one error that names the cause",
+            len(errors) == RANKS and len(set(errors.values())) == 1 and clear,
+        )
+        story.claim(f"{step_name(failed)} cannot be loaded", not self._loadable(failed))
+        self._watch_it_go_on(job, failed, generation, losses)
+
+    def _errors(self, job: Job, step: int, losses: Losses) -> dict[str, str]:
+        """Wait until a save is over; return what each rank had to say of it, if it failed."""
+        errors: dict[str, str] = {}
+        for event in self._told(job, losses):
+            match event:
+                case ("not-saved", rank, of, *words) if int(of) == step:
+                    errors[rank] = " ".join(words)
+                    if len(errors) == RANKS:
+                        break
+                case ("saved", of, *_) if int(of) == step:
+                    break
+                case _:
+                    pass
+        return errors
+
+    def _watch_it_go_on(self, job: Job, failed: int, generation: int, losses: Losses) -> None:
+        """Follow the job to the end of the save after the one that failed."""
+        step = failed + self._every
+        meanwhile = 0
+        for event in self._told(job, losses):
+            match event:
+                case ("not-saved", _, of, *_) if int(of) == step:
+                    break
+                case ("saved", of, _, "meanwhile", steps, *_) if int(of) == step:
+                    meanwhile = int(steps)
+                    break
+                case _:
+                    pass
+        last = next(reversed(losses))
+        self._story.claim(
+            f"training went on through it: steps {failed + 1} to {last} came one by one",
+            list(losses) == list(range(1, last + 1)) and meanwhile > 0,
+        )
+        serving = job.generation(0)
+        self._story.claim(
+            f"the next, {step_name(step)}, was committed by new processes (generation {serving})",
+            self._loadable(step) and serving > generation,
+        )
+
+    def _save_under_way(self, job: Job, losses: Losses) -> int:
+        """Follow the job until a save has its uploads open, and return its step."""
+        for event in self._told(job, losses):
+            match event:
+                case ("saving", step) if self._uploads_seen(job, int(step)):
+                    return int(step)
+                case _:
+                    pass
+        raise JobFailedError(TOO_FAST)
+
+    def _uploads_seen(self, job: Job, step: int) -> bool:
         """Watch a save from the store's side; true once an upload is open, false once the save is over."""
-        while job.silent():
-            if any(self._store.pending_uploads(f"{name}/")):
+        while job.saving(step):
+            if any(self._store.pending_uploads(f"{step_name(step)}/")):
                 return True
         return False
 
@@ -171,7 +251,7 @@ class Demo:
             f"the newest checkpoint is the one before: {step_name(newest)}",
             newest == killed - self._every,
         )
-        story.claim(f"{name} is half-written, and cannot be loaded", not loadable(child(self._uri, name)))
+        story.claim(f"{name} is half-written, and cannot be loaded", not self._loadable(killed))
         return newest
 
     def _resume(self, newest: int, killed: int, before: Losses) -> None:
@@ -180,26 +260,26 @@ class Demo:
         after: Losses = {}
         resumed = 0
         with Job(self._uri, steps=killed + every, every=every) as job:
-            for event in job.events():
+            for event in self._told(job, after, before):
                 match event:
                     case ("resumed", step):
                         resumed = int(step)
                         story.say(f"resumed from {step_name(resumed)}")
                         story.say("step   loss before the kill   loss now")
                     case _:
-                        self._tell(event, after, before)
-        again = range(newest + 1, killed + 1)
+                        pass
+        again = range(newest + 1, max(before) + 1)
         same = sum(before[step] == after.get(step) for step in again)
         story.claim(f"it went on from {step_name(newest)}", resumed == newest)
         story.claim(
             f"the loss goes on where it was: {same} of {len(again)} the same to the last bit",
             same == len(again),
         )
-        story.claim(f"{step_name(killed)} is whole now", loadable(child(self._uri, step_name(killed))))
+        story.claim(f"{step_name(killed)} is whole now", self._loadable(killed))
 
     def _clean_up(self) -> None:
         story = self._story
-        story.step("Clear away what the killed save left")
+        story.step("Clear away what the failed and the killed save left")
         committed = committed_steps(self._uri)
         removed = collect_garbage(self._uri, older_than=timedelta(0))  # nothing saves here at the moment
         uploads, objects = count(len(removed.uploads), "upload"), count(len(removed.objects), "object")
@@ -229,7 +309,21 @@ class Demo:
         different = differing(stock, ours)
         story.claim(f"{len(stock)} values, bit for bit the same", bool(stock) and not different)
 
-    def _tell(self, event: tuple[str, ...], losses: Losses, before: Losses | None = None) -> None:
+    def _loadable(self, step: int) -> bool:
+        """Tell whether there is a checkpoint of this step to load."""
+        try:
+            cloudckpt.StorageReader(child(self._uri, step_name(step))).read_metadata()
+        except CheckpointNotFoundError:
+            return False
+        return True
+
+    def _told(self, job: Job, losses: Losses, before: Losses | None = None) -> Iterator[Event]:
+        """Yield what the job says, told to the reader."""
+        for event in job.events():
+            self._tell(event, losses, before)
+            yield event
+
+    def _tell(self, event: Event, losses: Losses, before: Losses | None = None) -> None:
         match event:
             case ("step", step, "loss", loss):
                 losses[int(step)] = loss
@@ -239,26 +333,35 @@ class Demo:
                     earlier = before.get(int(step))
                     column = f"{float(earlier):.6f}" if earlier else "-"
                     self._story.say(f"{step:>4}   {column:<20}   {float(loss):.6f}")
-            case ("saved", step, "seconds", seconds):
-                stored = self._store.list(f"{step_name(int(step))}/").objects
-                megabytes = sum(info.size for info in stored) / 1e6
-                self._story.say(f"{step_name(int(step))} saved: {megabytes:.0f} MB in {float(seconds):.1f} s")
+            case ("saved", step, seconds, "meanwhile", steps, "waited", waited):
+                self._tell_of_a_save(int(step), float(seconds), int(steps), float(waited))
+            case ("not-saved", rank, step, *words):
+                self._tell_of_a_failure(int(rank), int(step), " ".join(words))
             case _:
                 pass
+
+    def _tell_of_a_save(self, step: int, seconds: float, meanwhile: int, waited: float) -> None:
+        stored = self._store.list(f"{step_name(step)}/").objects
+        megabytes = sum(info.size for info in stored) / 1e6
+        did = [f"did {count(meanwhile, 'step')}"] if meanwhile else []
+        if waited >= WORTH_A_WORD:
+            did.append(f"waited {waited:.1f} s")
+        training = f"; training {', then '.join(did)}" if did else ""
+        self._story.say(f"{step_name(step)} saved: {megabytes:.0f} MB in {seconds:.1f} s{training}")
+
+    def _tell_of_a_failure(self, rank: int, step: int, error: str) -> None:
+        if error == self._last_error:
+            self._story.say(f"{step_name(step)} failed on rank {rank}, with the same error")
+            return
+        self._last_error = error
+        self._story.say(f"{step_name(step)} failed on rank {rank}:")
+        for line in textwrap.wrap(error, WIDTH - 2, max_lines=ERROR_LINES, placeholder=" ..."):
+            self._story.say(f"  {line}")
 
 
 def count(number: int, noun: str) -> str:
     """Return ``1 upload`` or ``3 uploads``."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def loadable(uri: str) -> bool:
-    """Tell whether there is a checkpoint to load at ``uri``."""
-    try:
-        cloudckpt.StorageReader(uri).read_metadata()
-    except CheckpointNotFoundError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _environment() -> Iterator[None]:
 
 
 def _serve() -> None:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else it prints every request
+    # Else it prints every request, and a traceback where two requests to abort one upload meet.
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     from moto.server import ThreadedMotoServer  # noqa: PLC0415 - only this process needs it
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -1,4 +1,4 @@
-"""Train the GPT of model.py on a text with FSDP2, saving to an object store as training goes on.
+"""Train the GPT of model.py on a text with FSDP2, saving to an object store while training goes on.
 
 Run it yourself, as often as you like; it resumes from the newest committed checkpoint:
 
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 import cloudckpt
+from cloudckpt.executor import ProcessExecutor, SaveHandle
 
 BATCH = 8
 """Sequences a rank in one step."""
@@ -53,6 +55,75 @@ class TrainingState:
         )
         self.step = state["step"]
         torch.set_rng_state(state[_rng()])
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    step: int
+    handle: SaveHandle
+    began: float
+    meanwhile: int = 0  # steps that were done before it was
+
+
+class BackgroundSaves:
+    """Saves by the checkpoint processes, one at a time. One that fails is reported, and training goes on."""
+
+    def __init__(self, executor: ProcessExecutor, state: TrainingState, uri: str) -> None:
+        self._executor = executor
+        self._state = state
+        self._uri = uri
+        self._save: _UnderWay | None = None
+        self._generation: int | None = None
+
+    def start(self) -> None:
+        """Start the checkpoint processes, so that a network that they can't use shows before step 0."""
+        self._executor.warmup()
+        self._introduce()
+
+    def begin(self) -> None:
+        """Save to ``<uri>/step-<n>``; this waits for the save before, then no longer than a copy takes."""
+        self.finish()
+        step = self._state.step
+        _say("saving", step)
+        began = time.monotonic()
+        writer = cloudckpt.StorageWriter(child(self._uri, step_name(step)))
+        handle = self._executor.execute_save({"train": self._state}, storage_writer=writer)
+        self._save = _UnderWay(step, handle, began)
+
+    def look(self) -> None:
+        """Tell what became of the save under way, if it is over; to be called after every step."""
+        if self._save is None:
+            return
+        if self._save.handle.done():
+            self._tell(self._save, waited=0)
+        else:
+            self._save.meanwhile += 1
+
+    def finish(self) -> None:
+        """Wait for the save under way, and tell what became of it."""
+        if self._save is None:
+            return
+        began = time.monotonic()
+        self._save.handle.exception()
+        self._tell(self._save, waited=time.monotonic() - began)
+
+    def _tell(self, save: _UnderWay, waited: float) -> None:
+        self._save = None
+        error = save.handle.exception()
+        if error is not None:
+            message = " ".join(str(error).split())
+            _say_here("not-saved", dist.get_rank(), save.step, f"{type(error).__name__}:", message)
+            return
+        self._introduce()
+        seconds = time.monotonic() - save.began
+        _say("saved", save.step, f"{seconds:.2f}", "meanwhile", save.meanwhile, "waited", f"{waited:.2f}")
+
+    def _introduce(self) -> None:
+        """Tell of this rank's checkpoint process when it is a new one."""
+        pid, generation = self._executor.pid, self._executor.generation
+        if pid is not None and generation != self._generation:
+            self._generation = generation
+            _say_here("serves", dist.get_rank(), pid, "generation", generation)
 
 
 def main() -> None:
@@ -85,30 +156,31 @@ def train(uri: str, text: Tensor, steps: int, every: int) -> None:
     state = TrainingState(model, optimizer)
     processes = _gather(os.getpid())
     _say("processes", *processes)
+    with ProcessExecutor() as executor:
+        saves = BackgroundSaves(executor, state, uri)
+        saves.start()
+        resume(state, uri)
+        while state.step < steps:
+            state.step += 1
+            tokens, targets = _batch(text, state.step, shape.context)
+            loss = model(tokens, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            mean = loss.detach()
+            dist.all_reduce(mean)
+            _say("step", state.step, "loss", f"{mean.item() / dist.get_world_size():.9g}")
+            saves.look()
+            if state.step % every == 0:
+                saves.begin()
+        saves.finish()
+
+
+def resume(state: TrainingState, uri: str) -> None:
+    """Take over the newest committed checkpoint, where there is one."""
     if found := _from_rank_0(lambda: committed_steps(uri)):
         dcp.load({"train": state}, storage_reader=cloudckpt.StorageReader(child(uri, step_name(found[-1]))))
         _say("resumed", state.step)
-
-    while state.step < steps:
-        state.step += 1
-        tokens, targets = _batch(text, state.step, shape.context)
-        loss = model(tokens, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach()
-        dist.all_reduce(mean)
-        _say("step", state.step, "loss", f"{mean.item() / dist.get_world_size():.9g}")
-        if state.step % every == 0:
-            save(state, child(uri, step_name(state.step)))
-
-
-def save(state: TrainingState, uri: str) -> None:
-    """Save to ``uri``; when this returns on any rank, the whole checkpoint is committed."""
-    _say("saving", state.step)
-    began = time.monotonic()
-    dcp.save({"train": state}, storage_writer=cloudckpt.StorageWriter(uri))
-    _say("saved", state.step, "seconds", f"{time.monotonic() - began:.2f}")
 
 
 def _tokens(text: Path) -> Tensor:
@@ -142,8 +214,12 @@ def _from_rank_0(ask: Callable[[], list[int]]) -> list[int]:
 
 def _say(*words: object) -> None:
     if dist.get_rank() == 0:
-        sys.stdout.write(" ".join(map(str, words)) + "\n")
-        sys.stdout.flush()
+        _say_here(*words)
+
+
+def _say_here(*words: object) -> None:
+    sys.stdout.write(" ".join(map(str, words)) + "\n")  # at once, or the ranks' lines could mix
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
