@@ -52,6 +52,11 @@ soak: $(READY)  ## the long forms: thousands of random states, for as long as th
 	@echo '==> soak'
 	@$(BIN)/pytest -m soak -n 2
 
+# BENCH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; `--help` lists them.
+.PHONY: bench
+bench: $(READY)  ## what saving costs training, beside DCP's own forms and a bare copy; minutes
+	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+
 .PHONY: lint
 lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports
 	@echo '==> ruff' && $(BIN)/ruff format --check --quiet $(SOURCES) && $(BIN)/ruff check --quiet $(SOURCES)
