@@ -103,7 +103,8 @@ class ProcessExecutor:
     ) -> SaveHandle:
         """Take a snapshot of the state and save it in the background.
 
-        Returns when the state has been copied and may change, or at once when it was given as a future.
+        Returns when the state has been copied and may change, or, when it was given as a future, as soon as
+        there is room for it.
         The arguments are those of DCP's own executors. Without a writer, cloudckpt's own saves to
         ``checkpoint_id``.
 
@@ -135,10 +136,11 @@ class ProcessExecutor:
         )
         try:
             job.storage = _pickled(writer, planner)
+            # In the order of the calls, also for a state that comes later: the one behind must not take it.
+            job.arena = self._arenas.acquire()
             if isinstance(staging_future_or_state_dict, Future):
                 job.state = staging_future_or_state_dict
             else:
-                job.arena = self._arenas.acquire()
                 job.taken = snapshot.take(staging_future_or_state_dict, self._arenas[job.arena])
                 job.delivery.staged()
         except Exception as error:  # noqa: BLE001 - the handle raises it, on every rank

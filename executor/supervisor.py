@@ -162,11 +162,10 @@ class Supervisor:
 
     def _stage(self, job: Job) -> None:
         """Take the snapshot of a state that came as a future."""
-        if job.state is None:
+        if job.state is None or job.arena is None:
             return
         try:
             state = job.state.result(self._terms.save_timeout)
-            job.arena = self._arenas.acquire()
             job.taken = snapshot.take(state, self._arenas[job.arena])
             job.delivery.staged()
         except Exception as error:  # noqa: BLE001 - staging is the caller's code; every rank is told

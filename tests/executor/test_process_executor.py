@@ -117,6 +117,18 @@ def test_a_state_that_comes_as_a_future_is_taken_when_it_is_there(
     assert isinstance(handle.staged.exception(), ValueError)
 
 
+def test_a_state_that_comes_late_keeps_its_turn(executor: ProcessExecutor, tmp_path: Path) -> None:
+    """With one snapshot, a state that is there already waits for the one before, and not in its place."""
+    staging: Future[dict[str, Any]] = Future()
+    first = executor.execute_save(staging, checkpoint_id=f"{tmp_path}/a")
+    threading.Timer(0.2, staging.set_result, (small_state(1),)).start()
+    second = executor.execute_save(small_state(2), checkpoint_id=f"{tmp_path}/b")
+    assert first.done()
+    second.result(timeout=60)
+    assert_loads(f"file://{tmp_path}/a", small_state(1))
+    assert_loads(f"file://{tmp_path}/b", small_state(2))
+
+
 def test_any_dcp_writer_and_planner_will_do(executor: ProcessExecutor, tmp_path: Path) -> None:
     state = small_state(3)
     for _ in range(2):
