@@ -101,8 +101,12 @@ class Vigil:
             SaveTimeoutError: ``timeout`` seconds passed, or the process is frozen.
             ExecutorError: the executor is being closed.
         """
-        began = time.monotonic()
+        began = woke = time.monotonic()
         while True:
+            now = time.monotonic()
+            # A host that was suspended, or too busy for this thread, was so for the process too.
+            began += max(0.0, now - woke - 2 * _TICK)
+            woke = now
             if self._trial.verdict is not None:
                 raise Decided
             if self.abandoned:

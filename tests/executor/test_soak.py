@@ -21,7 +21,7 @@ from support.ranks import RankPool, RankPools
 from support.saboteurs import Saboteur
 
 SHORT, LONG = 25, 200
-SAVE_TIMEOUT = 6.0
+SAVE_TIMEOUT = 10.0
 WARM = 10
 """Saves after which a process must not grow any more."""
 RANKS = 2

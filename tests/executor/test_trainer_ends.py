@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_ctrl_c_reaches_the_trainer_alone(trainers: Any, tmp_path: Path) -> None
     (tmp_path / "go").touch()
     assert trainer.ask("result") == {"error": None}
     assert_loads(f"file://{tmp_path}/step-1", small_state(1))
+
+
+def test_a_host_that_was_suspended_for_longer_than_a_save_may_take_goes_on_with_it(
+    trainers: Any, tmp_path: Path
+) -> None:
+    (trainer,) = trainers(save_timeout=4.0)
+    trainer.ask("warmup")
+    both = [trainer.pid, trainer.ask("pid")]
+    trainer.ask("begin", 1, saboteurs.WROTE, saboteurs.WAIT)
+    until((tmp_path / "reached").exists)
+    for pid in both:
+        os.kill(pid, signal.SIGSTOP)
+    resumed = time.monotonic() + 8
+    until(lambda: time.monotonic() > resumed)
+    (tmp_path / "go").touch()
+    for pid in both:
+        os.kill(pid, signal.SIGCONT)
+    assert trainer.ask("result") == {"error": None}
 
 
 SCRIPT = """
