@@ -46,6 +46,7 @@ def _structure(value: object, meshes: dict[int, str]) -> object:
         return (
             type(value),
             value.dtype,
+            value.requires_grad,
             tuple(value.shape),
             value.stride() if value.layout is torch.strided else None,
         )

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
@@ -143,7 +144,7 @@ class ProcessExecutor:
             else:
                 job.taken = snapshot.take(staging_future_or_state_dict, self._arenas[job.arena])
                 job.delivery.staged()
-        except Exception as error:  # noqa: BLE001 - the handle raises it, on every rank
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - the handle raises it, on every rank
             job.failure = error
         except BaseException:
             if job.arena is not None:

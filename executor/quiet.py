@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -77,10 +78,11 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
     cpus = processors()
     # On Linux both are of a thread, and torch has started some.
     for task in _tasks():
-        if cpus is not None:
-            os.sched_setaffinity(task, cpus)
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
+        with contextlib.suppress(ProcessLookupError):  # one that has ended meanwhile
+            if cpus is not None:
+                os.sched_setaffinity(task, cpus)
+            if hasattr(os, "setpriority"):
+                os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
     logging.basicConfig(
         level=log_level,
         format=f"%(asctime)s [checkpoint process, rank {rank}, generation {generation}] "

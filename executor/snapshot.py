@@ -28,7 +28,7 @@ from cloudckpt.executor import copying, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, View, lay_out
 
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({str, int, float, bool, dict, list, tuple, type(None)})
 _NEVER_STATEFUL = _PLAIN | _VALUES | {DTensor}
 
@@ -145,15 +145,14 @@ class _Collector(pickle.Pickler):
                 return self._tensor(tensor.wait())
             if _is_wrapper(tensor):
                 return None  # its own pickling takes it apart, down to tensors with memory
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_quantized
-            or tensor.is_meta
-            or tensor.is_nested
-            or torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
-        ):
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             return None
-        return self._number(tensor, tensor)
+        zeros = torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
+        number = self._number(tensor, tensor.clone() if zeros else tensor)
+        is_parameter = type(tensor) is torch.nn.Parameter
+        if is_parameter or tensor.requires_grad:
+            return ("leaf", number, is_parameter, tensor.requires_grad)
+        return number
 
     def _number(self, key: Any, tensor: torch.Tensor) -> int:
         number = self._numbers.get(id(key))
@@ -192,6 +191,7 @@ class _Restorer(unpickle.Unpickler):
         super().__init__(io.BytesIO(taken.pickled))
         self._extents = [arena.bytes_at(*extent).untyped_storage() for extent in taken.extents]
         self._tensors = [self._view(view) for view in taken.views]
+        self._leaves: dict[int, torch.Tensor] = {}
         self._meshes = [unpickle.loads(mesh) for mesh in taken.meshes]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -199,6 +199,12 @@ class _Restorer(unpickle.Unpickler):
         match pid:
             case int():
                 return self._tensors[pid]
+            case ("leaf", number, is_parameter, requires_grad):
+                if number not in self._leaves:
+                    tensor = self._tensors[number].requires_grad_(requires_grad)
+                    leaf = torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+                    self._leaves[number] = leaf
+                return self._leaves[number]
             case ("mesh", number):
                 return self._meshes[number]
             case ("dtensor", local, spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 from multiprocessing import connection
@@ -40,16 +41,21 @@ class Alarm:
         self._read, self._write = os.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
+        self._closing = threading.Lock()
+        self._closed = False
 
     def fileno(self) -> int:
         return self._read
 
     def ring(self) -> None:
-        """Wake whoever waits."""
-        try:
-            os.write(self._write, b"!")
-        except BlockingIOError:
-            return  # it rings already
+        """Wake whoever waits, also when that was long ago: its descriptor may be another file's by now."""
+        with self._closing:
+            if self._closed:
+                return
+            try:
+                os.write(self._write, b"!")
+            except BlockingIOError:
+                return  # it rings already
 
     def wait(self, timeout: float) -> None:
         """Wait for a ring, for at most ``timeout`` seconds."""
@@ -65,8 +71,10 @@ class Alarm:
 
     def close(self) -> None:
         """Give both descriptors back."""
-        os.close(self._read)
-        os.close(self._write)
+        with self._closing:
+            self._closed = True
+            os.close(self._read)
+            os.close(self._write)
 
 
 class Vigil:

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -115,6 +116,10 @@ def test_a_state_that_comes_as_a_future_is_taken_when_it_is_there(
     with pytest.raises(ValueError, match="staging failed"):
         handle.result(timeout=60)
     assert isinstance(handle.staged.exception(), ValueError)
+    collective: Future[dict[str, Any]] = Future()  # DCP's exception is no Exception
+    handle = executor.execute_save(collective, checkpoint_id=f"{tmp_path}/c")
+    collective.set_exception(CheckpointException("stage", {}))
+    assert isinstance(handle.exception(timeout=60), CheckpointException)
 
 
 def test_a_state_that_comes_late_keeps_its_turn(executor: ProcessExecutor, tmp_path: Path) -> None:

@@ -124,8 +124,27 @@ def test_a_parameter_comes_back_without_its_graph() -> None:
     with round_trip({"weight": weight, "result": weight * 2}) as (_, restored):
         assert torch.equal(restored["weight"], torch.ones(3))
         assert torch.equal(restored["result"], torch.full((3,), 2.0))
-        assert not restored["weight"].requires_grad
+        assert type(restored["weight"]) is nn.Parameter
+        assert restored["weight"].requires_grad
         assert restored["result"].grad_fn is None
+        assert restored["result"].is_leaf
+
+
+def test_a_module_within_a_value_comes_back_ready_to_train() -> None:
+    linear = nn.Linear(3, 2)
+    linear.bias.requires_grad_(False)
+    with round_trip({"modules": [linear, linear]}) as (_, restored):
+        first, second = restored["modules"]
+        assert first is second
+        assert [type(p) for p in first.parameters()] == [nn.Parameter] * 2
+        assert [p.requires_grad for p in first.parameters()] == [True, False]
+        first(torch.ones(3)).sum().backward()
+        assert first.weight.grad is not None
+
+
+def test_zeros_that_were_never_written_are_zeros() -> None:
+    with round_trip({"zeros": torch._efficientzerotensor(3)}) as (_, restored):
+        assert torch.equal(restored["zeros"], torch.zeros(3))
 
 
 @pytest.mark.parametrize(

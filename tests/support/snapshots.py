@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
 
 from cloudckpt.executor import snapshot
 from cloudckpt.executor.arena import Arena
@@ -34,10 +34,10 @@ def round_trip(state: State) -> Iterator[tuple[Snapshot, State]]:
 
 
 def plain(value: Any) -> Any:
-    """The state with plain tensors for parameters, as a snapshot has them."""
+    """The state with DTensors that need no gradient, as a snapshot has them."""
     if isinstance(value, dict):
         return {key: plain(inner) for key, inner in value.items()}
-    return value.detach() if type(value) is not Tensor and isinstance(value, Tensor) else value
+    return value.detach() if isinstance(value, DTensor) else value
 
 
 def planned(state: State, *, coordinator: bool) -> SavePlan:
