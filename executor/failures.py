@@ -10,6 +10,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.errors import CheckpointError
 
+ANY = (Exception, CheckpointException)
+"""What a save may raise, to be caught: DCP's own exception is not an ``Exception``."""
+
 E = TypeVar("E", bound=BaseException)
 
 

@@ -11,17 +11,16 @@ from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.writer import StorageWriter as OurWriter
-from cloudckpt.executor import quiet, snapshot
+from cloudckpt.executor import failures, quiet, snapshot
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.pool import ArenaPool
-from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag
+from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
 from cloudckpt.executor.store_council import StoreCouncil
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
 from cloudckpt.executor.unpickle import MainScript
@@ -144,7 +143,7 @@ class ProcessExecutor:
             else:
                 job.taken = snapshot.take(staging_future_or_state_dict, self._arenas[job.arena])
                 job.delivery.staged()
-        except (Exception, CheckpointException) as error:  # noqa: BLE001 - the handle raises it, on every rank
+        except failures.ANY as error:  # the handle raises it, on every rank
             job.failure = error
         except BaseException:
             if job.arena is not None:
@@ -223,12 +222,7 @@ class ProcessExecutor:
                     hint="Make an executor for each",
                 )
             return self._supervisor
-        if (
-            not no_dist
-            and dist.is_available()
-            and dist.is_initialized()
-            and dist.get_world_size(process_group) > 1
-        ):
+        if not no_dist and grouped() and dist.get_world_size(process_group) > 1:
             if self._meeting is None:
                 self._meeting = Meeting(process_group, self._use_prefix_store)
             self._place = self._meeting.place(self._start_timeout)

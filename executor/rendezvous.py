@@ -56,10 +56,10 @@ class ProcessGroupInfo:
     def __init__(
         self, process_group: dist.ProcessGroup | None = None, use_prefix_store: bool | None = None
     ) -> None:
-        grouped = _grouped()
+        in_group = grouped()
         self.local_rank: int = dist.get_node_local_rank(fallback_rank=0)
-        self.global_rank: int = dist.get_rank(process_group) if grouped else 0
-        self.world_size: int = dist.get_world_size(process_group) if grouped else 1
+        self.global_rank: int = dist.get_rank(process_group) if in_group else 0
+        self.world_size: int = dist.get_world_size(process_group) if in_group else 1
         self.use_prefix_store: bool = (
             flag("DCP_USE_PREFIX_STORE") if use_prefix_store is None else use_prefix_store
         )
@@ -73,7 +73,7 @@ class ProcessGroupInfo:
             self._hosted, host = host_store()
             return host, self._hosted.port
 
-        ranks = _DistWrapper(process_group, use_dist=grouped, coordinator_rank=0)
+        ranks = _DistWrapper(process_group, use_dist=in_group, coordinator_rank=0)
         address = ranks.broadcast("find a store for the checkpoint processes", choose)
         self.tcp_store_master_addr: str = address[0]
         self.tcp_store_master_port: int = address[1]
@@ -207,7 +207,7 @@ def existing_store() -> tuple[str, int]:
 
 def tcp_store_of_training() -> tuple[str, int] | None:
     """Host and port of the default group's store, where it is a TCP store."""
-    if not _grouped():
+    if not grouped():
         return None
     store = _bottom(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - the one way to it
     return (store.host, store.port) if isinstance(store, TCPStore) else None
@@ -217,7 +217,7 @@ def host_store() -> tuple[TCPStore, str]:
     """Open a store on a port that the system picks, and say under which name this host is reached."""
     names = [socket.getfqdn(), socket.gethostname(), "127.0.0.1"]
     # MASTER_ADDR is where rank 0 of the job is, which need not be this group's.
-    if (not _grouped() or dist.get_rank() == 0) and os.environ.get("MASTER_ADDR"):
+    if (not grouped() or dist.get_rank() == 0) and os.environ.get("MASTER_ADDR"):
         names.insert(0, os.environ["MASTER_ADDR"])
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for name in names:
@@ -236,7 +236,8 @@ def flag(name: str) -> bool:
     return os.environ.get(name) == "1"
 
 
-def _grouped() -> bool:
+def grouped() -> bool:
+    """Whether training has a process group at all."""
     return dist.is_available() and dist.is_initialized()
 
 

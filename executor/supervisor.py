@@ -11,8 +11,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch.distributed.checkpoint.api import CheckpointException
-
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.executor import failures, snapshot
 from cloudckpt.executor.child import CheckpointProcess
@@ -26,9 +24,6 @@ from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
 _log = logging.getLogger(__name__)
-
-_ANY = (Exception, CheckpointException)
-"""What may be raised: DCP's own exception is not an ``Exception``."""
 
 _GRACE = 5.0
 """Seconds left for the other ranks' word, and for a process to end by itself."""
@@ -135,7 +130,7 @@ class Supervisor:
             for job in iter(self._jobs.get, None):
                 try:
                     self._serve(job)
-                except _ANY as error:  # a bug of ours must not leave the others waiting
+                except failures.ANY as error:  # a bug of ours must not leave the others waiting
                     _log.exception("the supervisor failed")
                     self._end_process()
                     self._finish(job, None, error)
@@ -158,7 +153,7 @@ class Supervisor:
         )
         try:
             trial = self._council.convene(standing, self._terms.start_timeout)
-        except _ANY as error:  # whatever kept a rank from saving, raised by the handle
+        except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
             self._finish(job, None, job.failure or error)
             return
         trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
@@ -173,7 +168,7 @@ class Supervisor:
             state = job.state.result(self._terms.save_timeout)
             job.taken = snapshot.take(state, self._arenas[job.arena])
             job.delivery.staged()
-        except _ANY as error:  # staging is the caller's code; every rank is told
+        except failures.ANY as error:  # staging is the caller's code; every rank is told
             job.failure = error
         finally:
             job.state = None
@@ -190,7 +185,7 @@ class Supervisor:
             own = answer.failure
         except Decided:
             pass
-        except _ANY as error:  # told to every rank, raised by the handle
+        except failures.ANY as error:  # told to every rank, raised by the handle
             own = failures.dumps(error)
             trial.report(own, sound=False)
         if answer is not None:
@@ -234,7 +229,6 @@ class Supervisor:
             self._end_process()
             process = None
         if process is not None:
-            self._watch(process, trial, job)
             return process
         terms = self._terms
         hello = Hello(

@@ -163,7 +163,7 @@ class Worker:
             fingerprints = self._together(prepared)
             metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
             return Answer(request.number, result=pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL))
-        except (Exception, CheckpointException) as error:  # noqa: BLE001 - the trainer raises it
+        except failures.ANY as error:  # the trainer raises it
             self._plans.forget()
             self.give_up()
             alike = isinstance(error, CheckpointException) or not self._grouped
