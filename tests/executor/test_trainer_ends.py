@@ -113,6 +113,7 @@ def test_ctrl_c_reaches_the_trainer_alone(trainers: Any, tmp_path: Path) -> None
     trainer.ask("begin", 1, saboteurs.WROTE, saboteurs.WAIT)
     until((tmp_path / "reached").exists)
     trainer.tell("result")
+    until((tmp_path / "waiting-0").exists)
     trainer.process.send_signal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="KeyboardInterrupt"):
         trainer.answer()

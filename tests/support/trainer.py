@@ -49,6 +49,7 @@ class Trainer:
         self.handles.append(self.executor.execute_save(small_state(step, self.rank), storage_writer=writer))
 
     def result(self) -> dict[str, Any]:
+        (self.folder / f"waiting-{self.rank}").touch()
         error = self.handles[-1].exception(timeout=120)
         if error is None:
             return {"error": None}
