@@ -31,7 +31,7 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update
+from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.upload import StagedObject
 
 _log = logging.getLogger(__name__)
@@ -121,22 +121,27 @@ def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: in
             _log.warning("a failed save could not be cleaned up, gc will: %s", error)
 
 
-def abandon(store: ObjectStore, prefix: str, names: Iterable[str]) -> None:
-    """Abort what is pending under these names, found by listing: their upload ids may never have arrived.
+def abandon(store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: Iterable[str]) -> None:
+    """Abort the uploads that were begun, and those of ``unknown`` names, whose ids never arrived.
+
+    Only the latter are looked for by listing what is pending below ``prefix``.
 
     Raises:
-        StorageError: the store could not list or abort.
+        StorageError: the store could not abort or list.
     """
-    mine = frozenset(names)
-    if mine:
+    for upload in begun:
+        store.abort_upload(upload)
+    lost = frozenset(unknown)
+    if lost:
         for pending in list(store.pending_uploads(prefix)):
-            if pending.upload.name in mine:
+            if pending.upload.name in lost:
                 store.abort_upload(pending.upload)
 
 
 class _Outcome(enum.Enum):
     OURS = "our metadata is there"
-    NOT_OURS = "our metadata is not there and can't come any more"
+    NOT_OURS = "another's metadata is there, and ours can't come any more"
+    NOTHING = "no metadata is there, and ours can't come any more"
     UNKNOWN = "nobody can tell"
 
 
@@ -152,8 +157,8 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
     can = store.capabilities
     if not (can.conditional_create if previous is None else can.conditional_update):
         _say_unconditional("/".join(store.uri.split("/")[:3]))  # a bucket, not one of its checkpoints
-        if _version(store, name) != (previous and previous.version):
-            raise _lost(store.uri, name)
+        if (version := _version(store, name)) != (previous and previous.version):
+            raise (_gone if version is None else _lost)(store.uri, name)
         condition = Overwrite()
     try:
         store.put(name, data, condition)
@@ -163,7 +168,10 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
         outcome = _read_back(store, name, save_id, condition, error)
         if outcome is _Outcome.OURS and isinstance(error, UnansweredError | PreconditionFailedError):
             return
-        if outcome is not _Outcome.NOT_OURS:  # there or not: the store said that something went wrong
+        if outcome in (
+            _Outcome.OURS,
+            _Outcome.UNKNOWN,
+        ):  # there or not: the store said that something went wrong
             raise UncertainCommitError(
                 f"the commit was sent, and nothing proves that it holds: {_said(error)}",
                 uri=store.uri,
@@ -171,7 +179,7 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
                 hint="Its objects stay in case it is committed: look for it, and save again if need be",
             ) from error
         if isinstance(error, PreconditionFailedError):
-            raise _lost(store.uri, name) from error
+            raise (_lost if outcome is _Outcome.NOT_OURS else _gone)(store.uri, name) from error
         raise CommitError(
             f"the commit failed: {_said(error)}",
             uri=store.uri,
@@ -198,7 +206,7 @@ def _read_back(
         return _Outcome.OURS
     if isinstance(error, UnansweredError) and _may_still_hold(condition, version):
         return _Outcome.UNKNOWN  # the request may be on its way, and would be obeyed when it arrives
-    return _Outcome.NOT_OURS
+    return _Outcome.NOTHING if version is None else _Outcome.NOT_OURS
 
 
 def _may_still_hold(condition: Condition, version: str | None) -> bool:
@@ -229,6 +237,15 @@ def _lost(uri: str, name: str) -> CheckpointExistsError:
         uri=uri,
         object_name=name,
         hint="Two jobs save to the same place: give each its own URI",
+    )
+
+
+def _gone(uri: str, name: str) -> CommitError:
+    return CommitError(
+        "the checkpoint that this save was to replace has been deleted meanwhile",
+        uri=uri,
+        object_name=name,
+        hint="Nothing was committed; save again",
     )
 
 

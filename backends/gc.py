@@ -1,8 +1,8 @@
 """Garbage: what saves that died left below a prefix, and nothing else.
 
-A save that is killed can't clean up after itself. It leaves open uploads, and if it died inside the commit,
-data objects that no ``.metadata`` names. Both are invisible to every reader and cost money. Only names that
-this library gives are ever touched.
+A save that is killed can't clean up after itself. It leaves open uploads, its marker, and if it died inside
+the commit, data objects that no ``.metadata`` names. All are invisible to every reader and cost money. Only
+names that this library gives are ever touched.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import Any
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, UnsafeCheckpointError
+from cloudckpt.backends.marker import MARKER
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 
 _log = logging.getLogger(__name__)
 
-_DATA = re.compile(r"(?P<folder>(?:.*/)?)__\d+_\d+\.[0-9a-f]{32}\.distcp")
-_METADATA = re.compile(r"(?P<folder>(?:.*/)?)(?:__\d+)?\.metadata")
+_DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
+_METADATA = re.compile(r"(?:.*/)?(?:__\d+)?\.metadata")
+_PROBE = re.compile(r"(?:.*/)?\.cloudckpt-probe\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,46 +40,69 @@ class Garbage:
     """Data objects that no checkpoint names."""
     size: int
     """Bytes of ``objects``."""
+    traces: tuple[str, ...] = ()
+    """Markers of dead saves, and probes of what a store honours that were cut off."""
 
 
 def collect_garbage(
     uri: str | os.PathLike[str],
     *,
     older_than: timedelta = timedelta(days=1),
+    silent_for: timedelta = timedelta(minutes=10),
     dry_run: bool = False,
     **options: Any,
 ) -> Garbage:
     """Remove what saves that died left below ``uri``, which may be a checkpoint or a whole run.
 
-    Age is all that tells a dead save from one in progress: ``older_than`` must be longer than any save
-    takes, unless nothing saves there at the moment. A folder whose ``.metadata`` can't be read is left
-    alone.
+    What is younger than ``older_than`` stays, and so does everything in a folder where a save is in progress:
+    one whose marker was renewed less than ``silent_for`` ago, as it is every minute. Both go by the store's
+    times and this machine's clock. A save that wakes up after it was taken for dead fails and commits
+    nothing. A folder whose ``.metadata`` can't be read is left alone.
 
     Raises:
         StorageError: the store could not list or delete.
     """
     with open_store(Target.parse(uri, **options)) as store:
-        # Uploads first, then objects, then metadata: a save that commits meanwhile is seen as committed.
-        bound = datetime.now(UTC) - older_than
-        pending = [
-            p for p in store.pending_uploads() if _is_ours(p.upload.name) and _is_old(p.started, bound)
-        ]
+        # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
+        # its marker before its first upload, and one that commits between them is seen as committed.
+        pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
         listing = store.list().objects
-        old = [info for info in listing if _DATA.fullmatch(info.name) and _is_old(info.modified, bound)]
+        now = datetime.now(UTC)
+        dead, busy = _markers(listing, now - silent_for)
+        bound = now - older_than
+        traces = dead + [
+            info for info in listing if _PROBE.fullmatch(info.name) and _is_old(info.modified, bound)
+        ]
+        if not dry_run:
+            store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
+        uploads = [p for p in pending if _is_old(p.started, bound) and _parent(p.upload.name) not in busy]
+        old = [
+            info
+            for info in listing
+            if _DATA.fullmatch(info.name) and _is_old(info.modified, bound) and _parent(info.name) not in busy
+        ]
         unnamed = _unnamed(store, old, listing)
         if not dry_run:
-            for one in pending:
+            for one in uploads:
                 store.abort_upload(one.upload)
             store.delete(info.name for info in unnamed)
     return Garbage(
-        tuple(sorted(p.upload.name for p in pending)),
+        tuple(sorted(p.upload.name for p in uploads)),
         tuple(sorted(info.name for info in unnamed)),
         sum(info.size for info in unnamed),
+        tuple(sorted(info.name for info in traces)),
     )
 
 
 def _is_ours(name: str) -> bool:
-    return bool(_DATA.fullmatch(name) or _METADATA.fullmatch(name))
+    return any(pattern.fullmatch(name) for pattern in (_DATA, _METADATA, MARKER))
+
+
+def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[ObjectInfo], set[str]]:
+    """The markers of dead saves, not renewed since ``bound``, and the folders where a save is in progress."""
+    markers = [info for info in listing if MARKER.fullmatch(info.name)]
+    dead = [info for info in markers if _is_old(info.modified, bound)]
+    return dead, {_parent(info.name) for info in markers if info not in dead}
 
 
 def _is_old(when: datetime | None, bound: datetime) -> bool:
@@ -88,11 +113,11 @@ def _unnamed(store: ObjectStore, old: list[ObjectInfo], listing: Iterable[Object
     """Of ``old``, those that no metadata in their folder names; none where that can't be read."""
     candidates: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
     for info in old:
-        candidates[_folder(_DATA, info.name)].append(info)
+        candidates[_parent(info.name)].append(info)
     metadata: defaultdict[str, list[str]] = defaultdict(list)
     for info in listing:
         if _METADATA.fullmatch(info.name):
-            metadata[_folder(_METADATA, info.name)].append(info.name)
+            metadata[_parent(info.name)].append(info.name)
     unnamed: list[ObjectInfo] = []
     for folder, infos in candidates.items():
         # The listing may be older than a commit, so the plain name is always asked for.
@@ -106,9 +131,10 @@ def _unnamed(store: ObjectStore, old: list[ObjectInfo], listing: Iterable[Object
     return unnamed
 
 
-def _folder(pattern: re.Pattern[str], name: str) -> str:
-    match = pattern.fullmatch(name)
-    return match["folder"] if match else ""
+def _parent(name: str) -> str:
+    """The folder of an object, as a prefix of names."""
+    folder, slash, _ = name.rpartition("/")
+    return folder + slash
 
 
 def _named(store: ObjectStore, folder: str, name: str) -> frozenset[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from cloudckpt.backends.store import ObjectInfo
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
 _EXTRAS = "cloudckpt"
+_METADATA = re.compile(r"(__\d+)?\.metadata")
 _LARGEST = (1 << 63) - 1
 """Bytes that an offset can count."""
 
@@ -44,6 +46,11 @@ _LARGEST = (1 << 63) - 1
 def metadata_name(rank: int | None = None) -> str:
     """The name of the global metadata object, or of one rank's own (DCP's ``use_collectives=False``)."""
     return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
+
+
+def is_metadata(name: str) -> bool:
+    """Whether an object of this name is a checkpoint's metadata, of all ranks or of one."""
+    return _METADATA.fullmatch(name) is not None
 
 
 def storage_info(name: str, offset: int, length: int, payload: Payload | None) -> _StorageInfo:

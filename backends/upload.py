@@ -59,6 +59,10 @@ class Uploader:
         self._budget = Budget(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
         self._failed = threading.Event()
+        self.begun: list[Upload] = []
+        """Uploads that the store confirmed, ended or not."""
+        self.unconfirmed: set[str] = set()
+        """Objects whose upload may have been begun without an answer."""
 
     def send(self, objects: Mapping[str, tuple[Iterator[Segment], int]]) -> list[StagedObject]:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
@@ -97,11 +101,15 @@ class Uploader:
             one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ())))
 
     def _begin(self, name: str) -> Upload:
+        self.unconfirmed.add(name)
         try:
-            return self._store.begin_upload(name)
+            upload = self._store.begin_upload(name)
         except BaseException:
             self._failed.set()
             raise
+        self.begun.append(upload)
+        self.unconfirmed.discard(name)
+        return upload
 
     def _send_part(self, upload: Future[Upload], number: int, window: Window) -> Part:
         try:

@@ -39,6 +39,7 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
 )
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
@@ -78,7 +79,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         self._use_collectives = True
         self._coordinator = True
         self._previous: commit.Previous | None = None
-        self._open: tuple[str, ...] = ()
+        self._uploader: Uploader | None = None
+        self._marker: SaveMarker | None = None
         self._observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,7 +141,19 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Nothing to add: names carry an id of their own, so that even a cached plan never reuses one."""
+        """Mark the save as in progress, before any rank begins an upload.
+
+        To the plans there is nothing to add: names carry an id of their own, so that even a cached plan
+        never reuses one.
+
+        Raises:
+            StorageError: the store could not be written to.
+        """
+        try:
+            self._marker = SaveMarker(self._opened(), self._save_id, self._rank)
+        except CheckpointError as error:
+            error.located(uri=self._target.uri, rank=self._rank)
+            raise
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -154,7 +168,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             report = commit.RankReport(self._rank, tuple(self._stage(plan, planner, results)))
         except BaseException as error:  # noqa: BLE001 - Ctrl-C too: the other ranks must learn of it
             results.clear()
-            self._sweep()
+            self._try_to_abandon()
             report = commit.RankReport(self._rank, failure=self._explained(error))
         if not self._coordinator and self._store is not None:
             self._store.close()
@@ -176,13 +190,15 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
         items = {r.index: r.storage_data for r in written if isinstance(r.storage_data, _StorageInfo)}
         staged = [one for report in reports for one in report.staged]
-        self._open = ()
+        self._uploader = None
         with self._opened() as store:
             try:
                 _raise_failures(reports)
                 _check_complete(metadata, items, store.uri)
                 objects = commit.publish(store, staged, self._target.options.concurrency)
                 data = self._described(metadata, items, objects)
+                if self._marker is not None:
+                    self._marker.check()
             except BaseException as error:
                 self._withdraw(store, staged, error)
                 raise
@@ -190,12 +206,17 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
             except UncertainCommitError as error:
                 error.located(rank=self._rank)
+                self._leave_marker()
                 raise
             except CheckpointError as error:
                 self._withdraw(store, staged, error)
                 raise
+            except BaseException:
+                self._leave_marker()
+                raise
             # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
             self._remove_previous(store, objects.keys())
+            self._end_marker()
 
     def abort(self) -> None:
         """Give up a save that was begun and whose ``finish`` will not come, on this rank.
@@ -206,9 +227,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         Raises:
             StorageError: the store could not list or abort what is pending.
         """
-        if self._open:
-            commit.abandon(self._opened(), f"__{self._rank}_", self._open)
-            self._open = ()
+        self._end_marker()
+        self._abandon()
 
     def observe(self, observer: Observer | None) -> None:
         """Call ``observer`` with an object's name and a number of bytes whenever so many have been stored.
@@ -226,12 +246,20 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         return md.metadata_name(None if self._use_collectives else self._rank)
 
     def _sweep(self) -> None:
-        """Abort what this rank left pending: a failed save, or one whose end it never heard of."""
+        """Give up an earlier save, if its end was never heard of."""
+        self._end_marker()
+        self._try_to_abandon()
+
+    def _abandon(self) -> None:
+        uploader, self._uploader = self._uploader, None
+        if uploader is not None:
+            commit.abandon(self._opened(), uploader.begun, f"__{self._rank}_", uploader.unconfirmed)
+
+    def _try_to_abandon(self) -> None:
         try:
-            self.abort()
+            self._abandon()
         except StorageError as error:
-            _log.warning("what an earlier save left pending could not be aborted, gc will: %s", error)
-            self._open = ()
+            _log.warning("what a save left pending could not be aborted, gc will: %s", error)
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
@@ -239,8 +267,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         # An id for this call: a plan that DCP's planner has cached, or a second try, never meets an old name.
         call = uuid.uuid4().hex
         named = {f"__{self._rank}_{i}.{call}{md.DATA_SUFFIX}": items for i, items in enumerate(buckets)}
-        self._open = tuple(named)
-        return Uploader(store, options.concurrency, options.memory_limit, self._observer).send(
+        self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
+        return self._uploader.send(
             {
                 name: (
                     self._segments(name, items, planner, results),
@@ -308,8 +336,20 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         md.add_extras(metadata, self._save_id, __version__, objects)
         return md.dump(metadata)
 
+    def _end_marker(self) -> None:
+        if self._marker is not None:
+            self._marker.end()
+            self._marker = None
+
+    def _leave_marker(self) -> None:
+        """Leave the marker to fall silent: a commit that may still come needs its objects."""
+        if self._marker is not None:
+            self._marker.leave()
+            self._marker = None
+
     def _withdraw(self, store: ObjectStore, staged: list[StagedObject], error: BaseException) -> None:
         commit.withdraw(store, staged, self._target.options.concurrency)
+        self._end_marker()
         if isinstance(error, CheckpointError):
             error.located(rank=self._rank)
 

@@ -200,11 +200,14 @@ def test_a_fault_after_the_writer_prepared_a_plan_leaves_nothing(
                 return result
 
         writer = FailingWriter(place.uri, **place.options)
-        report = attempt(
-            place,
-            lambda: dcp.save(some_state(place), storage_writer=writer),
-            lambda: this == failing_rank,
-        )
+
+        def save_or_abort() -> None:
+            try:
+                dcp.save(some_state(place), storage_writer=writer)
+            finally:  # DCP calls no method of the storage writer after this failure
+                writer.abort()
+
+        report = attempt(place, save_or_abort, lambda: this == failing_rank)
         save_and_load(place, place.writer())
         return report
 
@@ -212,6 +215,9 @@ def test_a_fault_after_the_writer_prepared_a_plan_leaves_nothing(
 
 
 Calls = Callable[[str], list[dict[str, int]]]
+
+COMMIT = 2
+"""Which put of the coordinator's makes ``.metadata`` visible; the first one is of the marker."""
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
@@ -275,11 +281,16 @@ def test_a_fault_with_few_requests_or_little_memory_leaves_nothing_and_does_not_
     assert_failed_cleanly(pool(save))
 
 
+@pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.FAILED_AFTER, Kind.SILENT_BEFORE, Kind.SILENT_AFTER])
+def test_a_put_of_the_marker_that_fails_leaves_nothing(pool: RankPool, place: Place, kind: Kind) -> None:
+    assert_failed_cleanly(pool(fail_then_save_again, place, Fault("put", 0, 1, kind)))
+
+
 @pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.RIVAL])
 def test_a_refused_put_of_the_metadata_leaves_nothing_of_ours(
     pool: RankPool, place: Place, kind: Kind
 ) -> None:
-    reports = pool(save_with_fault, place, Fault("put", 0, 1, kind))
+    reports = pool(save_with_fault, place, Fault("put", 0, COMMIT, kind))
     for report in reports:
         assert isinstance(report.error, CheckpointException)
         expected = CheckpointExistsError if kind is Kind.RIVAL else CommitError
@@ -295,7 +306,7 @@ def test_a_commit_whose_answer_was_lost_is_found_by_reading_back(
     pool: RankPool, place: Place, kind: Kind
 ) -> None:
     """It is a success where no answer came; where the store reported a failure, it may yet not last."""
-    for report in pool(save_with_fault, place, Fault("put", 0, 1, kind)):
+    for report in pool(save_with_fault, place, Fault("put", 0, COMMIT, kind)):
         if kind is Kind.SILENT_AFTER:
             assert report.error is None
         else:
@@ -315,7 +326,7 @@ def test_a_commit_whose_answer_was_lost_is_found_by_reading_back(
 def test_a_commit_that_nobody_answered_is_called_uncertain_and_the_next_save_settles_it(
     pool: RankPool, place: Place
 ) -> None:
-    for report in pool(fail_then_save_again, place, Fault("put", 0, 1, Kind.SILENT_BEFORE)):
+    for report in pool(fail_then_save_again, place, Fault("put", 0, COMMIT, Kind.SILENT_BEFORE)):
         assert isinstance(report.error, CheckpointException)
         assert all(isinstance(failure, UncertainCommitError) for failure in report.failures)
         assert ".metadata" not in report.visible

@@ -1,0 +1,156 @@
+"""The marker of a save in progress: an object that says "don't collect this folder" until the save ends.
+
+Garbage and a save in progress look alike: data objects that no ``.metadata`` names. The coordinator of a save
+therefore puts a marker beside them before any rank begins an upload, renews it while the save lasts, and
+deletes it at the end. The garbage collector deletes the marker of a save that it takes for dead before it
+touches anything else; a save that finds its marker gone does not commit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import socket
+import threading
+import weakref
+from datetime import UTC, datetime
+from typing import Final
+
+from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from cloudckpt.backends.store import ObjectStore, Overwrite, Update
+
+_log = logging.getLogger(__name__)
+
+MARKER: Final = re.compile(r"(?:.*/)?\.cloudckpt-save\.[0-9a-f]{32}")
+"""Names of markers; each speaks for the folder that it is in."""
+RENEWED_EVERY: Final = 60.0
+"""Seconds between two renewals: a small part of the silence after which a save counts as dead."""
+
+
+class SaveMarker:
+    """The marker of one save. Its owner calls ``end`` or ``leave``; one that is dropped falls silent.
+
+    Args:
+        store: the checkpoint's.
+        save_id: 32 hexadecimal digits, of this save alone.
+        rank: of the coordinator, for whoever reads the marker.
+        every: seconds between renewals.
+
+    Raises:
+        StorageError: the marker could not be put; nothing of a save may be sent then.
+    """
+
+    def __init__(self, store: ObjectStore, save_id: str, rank: int, every: float = RENEWED_EVERY) -> None:
+        self._kept = _Kept(store, f".cloudckpt-save.{save_id}", _content(save_id, rank))
+        self._kept.put()
+        self._stop = threading.Event()
+        threading.Thread(
+            target=_keep_renewed, args=(self._kept, self._stop, every), name="cloudckpt-marker", daemon=True
+        ).start()
+        weakref.finalize(self, self._stop.set)
+
+    def check(self) -> None:
+        """Make sure that nobody took this save for dead.
+
+        Raises:
+            CommitError: the marker is gone, and parts of the save may be.
+            StorageError: the store did not say.
+        """
+        if not self._kept.is_there():
+            raise CommitError(
+                "this save was taken for dead and cleaned up: its marker is gone",
+                uri=self._kept.store.uri,
+                object_name=self._kept.name,
+                hint="Nothing was committed; give gc a longer silent_for, and save again",
+            )
+
+    def leave(self) -> None:
+        """Renew no more, and let the marker fall silent where it is."""
+        self._stop.set()
+
+    def end(self) -> None:
+        """Take the marker away: nothing of the save is left that it would have to guard."""
+        self._stop.set()
+        self._kept.remove()
+
+
+class _Kept:
+    """The marker object, as this process last saw it."""
+
+    def __init__(self, store: ObjectStore, name: str, content: bytes) -> None:
+        self.store = store
+        self.name = name
+        self._content = content
+        self._lock = threading.Lock()
+        self._ended = False
+        self._version = ""
+
+    def put(self) -> None:
+        try:
+            self._version = self.store.put(self.name, self._content, Overwrite()).version or ""
+        except BaseException:
+            self.remove()  # it may be there all the same
+            raise
+
+    def renew(self) -> bool:
+        """Put the marker again; False once it is gone, for it must not come back."""
+        with self._lock:
+            if self._ended:
+                return False
+            try:
+                if not self.store.capabilities.conditional_update:
+                    self.store.stat(self.name)
+                    self.store.put(self.name, self._content, Overwrite())
+                    return True
+                self._version = self.store.put(self.name, self._content, Update(self._version)).version or ""
+            except ObjectNotFoundError:
+                return False
+            except PreconditionFailedError:  # gone; or renewed by the first try of this very put
+                return self._found_again()
+            except StorageError as error:
+                _log.warning("the marker of a save could not be renewed, the next time may do: %s", error)
+            return True
+
+    def is_there(self) -> bool:
+        try:
+            self.store.stat(self.name)
+        except ObjectNotFoundError:
+            return False
+        return True
+
+    def remove(self) -> None:
+        with self._lock:
+            self._ended = True
+            try:
+                self.store.delete([self.name])
+            except StorageError as error:
+                _log.warning("the marker of a save stays behind until gc: %s", error)
+
+    def _found_again(self) -> bool:
+        try:
+            self._version = self.store.stat(self.name).version or ""
+        except ObjectNotFoundError:
+            return False
+        except StorageError as error:
+            _log.warning("the marker of a save could not be looked at, the next time may do: %s", error)
+        return True
+
+
+def _keep_renewed(kept: _Kept, stop: threading.Event, every: float) -> None:
+    while not stop.wait(every) and kept.renew():
+        pass
+
+
+def _content(save_id: str, rank: int) -> bytes:
+    """What a person who finds the marker wants to know."""
+    return json.dumps(
+        {
+            "save_id": save_id,
+            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "rank": rank,
+        }
+    ).encode()
