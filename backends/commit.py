@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from cloudckpt.backends import metadata as md
@@ -98,7 +98,7 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
                 object_name=name,
                 hint="Nothing was committed and the checkpoint before is untouched; save again",
             )
-        return info
+        return replace(info, checksum=one.checksum)
 
     outcomes = _side_by_side([functools.partial(complete, one) for one in staged], concurrency)
     for outcome in outcomes:

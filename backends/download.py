@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -89,11 +89,13 @@ class Downloader:
             with self._damage_named(name):
                 self._check_size(name, self._store.stat(name).size)
         scratch = bytes_of(torch.empty(cost, dtype=torch.uint8)) if cost else memoryview(b"")
-        buffers, given = request.buffers(scratch)
+        buffers, arrivals = request.buffers(scratch)
         self._fill(name, request.start, buffers)
-        for extent, own in zip(request.extents, given, strict=True):
-            if extent.deliver is not None and own is not None:
-                extent.deliver(own)
+        for extent, arrival in zip(request.extents, arrivals, strict=True):
+            if extent.check is not None:
+                extent.check(arrival.views)
+            if extent.deliver is not None:
+                extent.deliver(arrival.body)
             extent.done()
 
     def _fill(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
@@ -121,7 +123,17 @@ class Downloader:
             ) from error
 
 
-def in_reads(start: int, into: memoryview, most: int) -> Iterable[tuple[int, memoryview]]:
-    """Cut a long run into reads of at most ``most`` bytes."""
-    for at in range(0, into.nbytes, most):
-        yield start + at, into[at : at + most]
+def in_reads(start: int, into: memoryview, most: int, chunk: int = 1) -> Iterator[tuple[int, memoryview]]:
+    """Cut a long run into reads of at most ``most`` bytes.
+
+    ``start`` is where the run begins in a segment whose chunks have ``chunk`` bytes; where it can be, a cut
+    is between two of them, so that neither read needs bytes of the other to verify its own.
+    """
+    at = 0
+    while at < into.nbytes:
+        stop = at + most
+        if stop < into.nbytes:
+            aligned = stop - (start + stop) % chunk
+            stop = aligned if aligned > at else stop
+        yield start + at, into[at:stop]
+        at = stop

@@ -7,6 +7,7 @@ import io
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
+from cloudckpt.backends.checksum import Checks, Chunk, chunk_size
 from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
@@ -58,9 +60,7 @@ class _Load:
         self._trust = trust
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._wanted: defaultdict[str, list[Extent]] = defaultdict(list)
-        self._wholes: defaultdict[tuple[str, int, int], list[Callable[[memoryview], None]]] = defaultdict(
-            list
-        )
+        self._wholes: dict[tuple[str, int, int], _Whole] = {}
         self._devices: set[torch.device] = set()
         self._one_at_a_time = threading.Lock()
 
@@ -68,13 +68,17 @@ class _Load:
         infos = [self._info(item) for item in items]
         for item, info, stored in zip(items, infos, self._stored(items, infos), strict=True):
             if item.type is LoadItemType.BYTE_IO:
-                self._whole(info, functools.partial(self._take_value, item, info))
+                self._whole(item, info, functools.partial(self._take_value, item, info))
             elif stored is None:
-                self._whole(info, functools.partial(self._take_whole_tensor, item, info))
+                self._whole(item, info, functools.partial(self._take_whole_tensor, item, info))
             else:
                 self._want_tensor(item, info, stored)
-        for (name, offset, size), takers in self._wholes.items():
-            self._wanted[name].append(_extent(offset, size, functools.partial(_give, takers)))
+        for whole in self._wholes.values():
+            info = whole.info
+            extent = Extent(
+                info.offset, info.length, _nothing, deliver=functools.partial(_give, whole.takers)
+            )
+            self._wanted[info.relative_path].append(self._checked(extent, whole.fqn, info))
         self._downloader.read(self._wanted)
         await_copies(self._devices)
 
@@ -127,8 +131,22 @@ class _Load:
     def _locate(self, info: _StorageInfo) -> Stored | None:
         return locate(info.offset, info.length, functools.partial(self._downloader.fetch, info.relative_path))
 
-    def _whole(self, info: _StorageInfo, take: Callable[[memoryview], None]) -> None:
-        self._wholes[info.relative_path, info.offset, info.length].append(take)
+    def _whole(self, item: ReadItem, info: _StorageInfo, take: Callable[[memoryview], None]) -> None:
+        place = (info.relative_path, info.offset, info.length)
+        self._wholes.setdefault(place, _Whole(item.storage_index.fqn, info)).takers.append(take)
+
+    def _checked(self, extent: Extent, fqn: str, info: _StorageInfo) -> Extent:
+        """The extent, widened to whole chunks of its item, and with a check of them."""
+        checks = md.checks_of(self._metadata, info)
+        if checks is None:
+            return extent
+        start = extent.start - info.offset
+        chunks = checks.covering(*checks.with_framing(start, start + extent.size))
+        if not chunks:
+            return extent
+        lead, trail = start - chunks[0].start, chunks[-1].stop - start - extent.size
+        check = functools.partial(_check, checks, chunks, fqn, info)
+        return replace(extent, lead=lead, trail=trail, check=check)
 
     def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn
@@ -190,26 +208,35 @@ class _Load:
             )
         target = self._target(item)
         if target.layout is not torch.strided:
-            self._whole(info, functools.partial(self._take_whole_tensor, item, info))
+            self._whole(item, info, functools.partial(self._take_whole_tensor, item, info))
             return
         first = sum(at * step for at, step in zip(item.storage_offsets, stored.stride, strict=True))
         start = stored.offset + first * itemsize
         lengths = tuple(item.lengths)
+        chunk = self._chunk(info, stored)
         if (memory := _memory_for(target, stored)) is not None:
             todo = [
-                functools.partial(_extent_into, at, piece)
-                for at, piece in in_reads(start, memory, self._downloader.largest)
+                functools.partial(_extent_into, stored.offset + at, piece)
+                for at, piece in in_reads(start - stored.offset, memory, self._downloader.largest, chunk or 1)
             ]
         else:
-            most, gap = max(1, self._downloader.largest // itemsize), GAP // itemsize
+            # What lies in a chunk is read as a whole to verify it, holes and all.
+            most, gap = max(1, self._downloader.largest // itemsize), max(GAP, chunk) // itemsize
             todo = [
                 functools.partial(_piece_extent, item, start, piece, target, stored)
                 for piece in cut(lengths, stored.stride, 0, most, gap)
             ]
         done = _Countdown(len(todo), functools.partial(self._commit, item, target))
-        self._wanted[info.relative_path].extend(make(done.step) for make in todo)
+        fqn = item.storage_index.fqn
+        self._wanted[info.relative_path].extend(self._checked(make(done.step), fqn, info) for make in todo)
         if not todo:
             self._commit(item, target)
+
+    def _chunk(self, info: _StorageInfo, stored: Stored) -> int:
+        """Bytes of a chunk of the payload; 0 where the item has no checksums."""
+        if md.checks_of(self._metadata, info) is None:
+            return 0
+        return chunk_size(strides.span(stored.shape, stored.stride) * stored.dtype.itemsize)
 
     def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
         with self._one_at_a_time:
@@ -236,8 +263,25 @@ def _nothing() -> None:
     """There is nothing to do once these bytes have arrived."""
 
 
-def _extent(offset: int, size: int, deliver: Callable[[memoryview], None]) -> Extent:
-    return Extent(offset, size, _nothing, deliver=deliver)
+@dataclass(slots=True)
+class _Whole:
+    """An item that is read whole, and who takes it."""
+
+    fqn: str
+    info: _StorageInfo
+    takers: list[Callable[[memoryview], None]] = field(default_factory=list)
+
+
+def _check(
+    checks: Checks, chunks: Sequence[Chunk], fqn: str, info: _StorageInfo, views: Sequence[memoryview]
+) -> None:
+    for damaged in checks.damaged(chunks, views):
+        raise IntegrityError(
+            f"{fqn!r} is damaged: bytes {info.offset + damaged.start} to {info.offset + damaged.stop} of the "
+            "object are not those that were saved",
+            object_name=info.relative_path,
+            hint="Load another step; verify lists all that is damaged in this one",
+        )
 
 
 def _extent_into(offset: int, memory: memoryview, done: Callable[[], None]) -> Extent:

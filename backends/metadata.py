@@ -1,43 +1,41 @@
 """``.metadata``: the only truth about a checkpoint, written with extras and read without running anything.
 
-The file is DCP's own: a pickled ``Metadata``. Two extras ride along that stock readers ignore, both in the
-``__dict__`` of objects that DCP pickles anyway: where an item's raw payload lies, on its ``_StorageInfo``,
-and a plain dict named ``cloudckpt`` on the ``Metadata`` with the save's id, the library's version and the
-table of objects.
+The file is DCP's own: a pickled ``Metadata``. Extras ride along that stock readers ignore. Two are in the
+``__dict__`` of objects that DCP pickles anyway: where an item's raw payload lies and its checksums, on its
+``_StorageInfo``, and a plain dict named ``cloudckpt`` on the ``Metadata`` with the save's id, the library's
+version and the table of objects. The third follows the pickle, where no unpickler looks: its checksum.
 """
 
 from __future__ import annotations
 
-import collections
-import io
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any, cast
 
 import torch
-from torch.distributed._shard.sharded_tensor import metadata as sharded_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import _get_layout
 
+from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
-from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.unpickler import MetadataUnpickler, is_index
 
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
 _EXTRAS = "cloudckpt"
+_SEAL = b"cloudckpt.crc64nvme:"
+_DIGITS = 16
+_SEALED = len(_SEAL) + _DIGITS
+"""Bytes that follow the pickle."""
 _METADATA = re.compile(r"(__\d+)?\.metadata")
 _LARGEST = (1 << 63) - 1
 """Bytes that an offset can count."""
@@ -71,19 +69,46 @@ def payload_of(info: _StorageInfo) -> Payload | None:
     return Payload(noted["payload_offset"], noted["dtype"], noted.get("stride"))
 
 
-def add_extras(metadata: Metadata, save_id: str, version: str, objects: Mapping[str, ObjectInfo]) -> None:
-    """Attach what DCP has no field for."""
+def add_checks(info: _StorageInfo, checks: Checks) -> None:
+    """Attach an item's checksums; their algorithm is one for the whole checkpoint."""
+    info.__dict__.update(spans=checks.spans, sums=checks.sums)
+
+
+def checks_of(metadata: Metadata, info: _StorageInfo) -> Checks | None:
+    """An item's checksums; None for what a stock writer wrote, and in an algorithm that is not known here."""
+    algorithm = ALGORITHMS.get(str(_extras(metadata).get("checksum")))
+    if algorithm is None or "sums" not in info.__dict__:
+        return None
+    return Checks(algorithm, info.__dict__["spans"], info.__dict__["sums"])
+
+
+def add_extras(
+    metadata: Metadata,
+    save_id: str,
+    version: str,
+    objects: Mapping[str, ObjectInfo],
+    algorithm: Algorithm = CRC64NVME,
+) -> None:
+    """Attach what DCP has no field for; ``algorithm`` is that of the items' checksums."""
     metadata.__dict__[_EXTRAS] = {
         "version": version,
         "save_id": save_id,
-        "objects": {name: {"size": info.size, "version": info.version} for name, info in objects.items()},
+        "checksum": algorithm.name,
+        "objects": {
+            name: {"size": info.size, "version": info.version, "checksum": info.checksum}
+            for name, info in objects.items()
+        },
     }
+
+
+def _extras(metadata: Metadata) -> dict[str, Any]:
+    extras = metadata.__dict__.get(_EXTRAS)
+    return cast("dict[str, Any]", extras) if isinstance(extras, dict) else {}
 
 
 def save_id_of(metadata: Metadata) -> str | None:
     """The id of the save that wrote this, None where a stock writer did."""
-    extras = metadata.__dict__.get(_EXTRAS)
-    save_id = extras.get("save_id") if isinstance(extras, dict) else None
+    save_id = _extras(metadata).get("save_id")
     return save_id if isinstance(save_id, str) else None
 
 
@@ -100,9 +125,41 @@ def least_sizes(metadata: Metadata) -> dict[str, int]:
     return sizes
 
 
+def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> tuple[str, torch.Size | None] | None:
+    """An item that the plan has and ``items`` lacks: its name, and a tensor's offsets; None where all are."""
+    for fqn, entry in metadata.state_dict_metadata.items():
+        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else [None]
+        for chunk in chunks:
+            offsets = None if chunk is None else chunk.offsets
+            if MetadataIndex(fqn, offsets) not in items:
+                return fqn, offsets
+    return None
+
+
+def sizes_of(metadata: Metadata) -> dict[str, int]:
+    """Bytes of each object as its writer sent them, where the metadata tells."""
+    objects = _extras(metadata).get("objects")
+    if not isinstance(objects, dict):
+        return {}
+    sizes = {str(name): held.get("size") for name, held in objects.items() if isinstance(held, dict)}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
 def dump(metadata: Metadata) -> bytes:
-    """Serialise as stock DCP does."""
-    return pickle.dumps(metadata)
+    """Serialise as stock DCP does, and add a checksum of that."""
+    data = pickle.dumps(metadata)
+    return data + _SEAL + f"{CRC64NVME.of(data):016x}".encode()
+
+
+def _is_damaged(data: bytes) -> bool:
+    """Whether the bytes are not those that ``dump`` made; False where there is no checksum to tell."""
+    sealed, seal, digits = data[:-_SEALED], data[-_SEALED:-_DIGITS], data[-_DIGITS:]
+    return seal == _SEAL and digits != f"{CRC64NVME.of(sealed):016x}".encode()
+
+
+def _has_lost_its_seal(data: bytes, metadata: object) -> bool:
+    written_here = isinstance(metadata, Metadata) and "checksum" in _extras(metadata)
+    return written_here and data[-_SEALED:-_DIGITS] != _SEAL
 
 
 def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = False) -> Metadata:
@@ -112,11 +169,15 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
         UnsafeCheckpointError: it asks for something other than DCP's metadata classes.
         IntegrityError: it is not a whole and consistent ``Metadata``.
     """
+    if _is_damaged(data):
+        raise _damaged("the checkpoint's metadata is damaged: it does not match its checksum", uri, name)
     try:
         # With trust, the caller takes whoever wrote the checkpoint at their word.
-        metadata = pickle.loads(data) if trust else _MetadataUnpickler(data, uri, name).settled()  # noqa: S301
+        metadata = pickle.loads(data) if trust else MetadataUnpickler(data, uri, name).settled()  # noqa: S301
+        if _has_lost_its_seal(data, metadata):
+            raise _damaged("the checkpoint's metadata is damaged: its checksum is gone", uri, name)
         sound = _is_sound(metadata)
-    except UnsafeCheckpointError:
+    except (UnsafeCheckpointError, IntegrityError):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise IntegrityError(
@@ -135,90 +196,8 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
     return cast(Metadata, metadata)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows DCP's metadata classes and nothing else.
-
-    A pickle can set attributes on whatever ``find_class`` returns, classes included. So it is given stand-
-    ins made for this one read: subclasses whose instances are turned into the real thing afterwards, and
-    plain functions.
-    """
-
-    def __init__(self, data: bytes, uri: str, name: str) -> None:
-        if claims_too_much(data):
-            raise pickle.UnpicklingError("it claims more memory than it can need")
-        super().__init__(io.BytesIO(data))
-        self._uri, self._name = uri, name
-        self._stand_ins: dict[type, type] = {}
-        self._made: list[tuple[object, type]] = []
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (real := _CLASSES.get((module, name))) is not None:
-            return self._stand_in(real)
-        if (function := _FUNCTIONS.get((module, name))) is not None:
-            return lambda *args: function(*args)  # noqa: PLW0108 - a pickle may set attributes on it
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
-        raise UnsafeCheckpointError(
-            f"the checkpoint's metadata asks for {module}.{name}, which DCP's own metadata never needs",
-            uri=self._uri,
-            object_name=self._name,
-            hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
-        )
-
-    def settled(self) -> object:
-        """Load, and turn the instances of stand-ins into instances of the real classes."""
-        loaded: object = self.load()
-        for instance, real in self._made:
-            object.__setattr__(instance, "__class__", real)
-        return loaded
-
-    def _stand_in(self, real: type) -> type:
-        if real not in self._stand_ins:
-
-            def new(cls: type) -> object:
-                instance: object = object.__new__(cls)
-                self._made.append((instance, real))
-                return instance
-
-            self._stand_ins[real] = type(real.__name__, (real,), {"__new__": new})
-        return self._stand_ins[real]
-
-
-def _path_text(*parts: str) -> str:
-    return "/".join(part.strip("/") or "" for part in parts)
-
-
-_CLASSES: dict[tuple[str, str], type] = {
-    (kind.__module__, kind.__qualname__): kind
-    for kind in (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-        TensorStorageMetadata,
-        _StorageInfo,
-        _StoragePrefix,
-    )
-} | {
-    (
-        "torch.distributed._shard.sharded_tensor.metadata",
-        "TensorProperties",
-    ): sharded_metadata.TensorProperties
-}
-
-_FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("pathlib", "PosixPath"): _path_text,
-    ("pathlib", "WindowsPath"): _path_text,
-    ("pathlib._local", "PosixPath"): _path_text,  # where Python 3.13 says that it lives
-    ("pathlib._local", "WindowsPath"): _path_text,
-    (_MEM_FORMAT_ENCODING.__module__, "_MEM_FORMAT_ENCODING"): _MEM_FORMAT_ENCODING,
-    (sharded_metadata.__name__, "MEM_FORMAT_ENCODING"): sharded_metadata.MEM_FORMAT_ENCODING,
-}
+def _damaged(message: str, uri: str, name: str) -> IntegrityError:
+    return IntegrityError(message, uri=uri, object_name=name, hint="Load another step")
 
 
 def _is_sound(metadata: object) -> bool:
@@ -227,7 +206,20 @@ def _is_sound(metadata: object) -> bool:
         and isinstance(metadata.state_dict_metadata, dict)
         and all(_is_entry(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items())
         and isinstance(metadata.storage_data, dict)
-        and all(_is_place(index, info) for index, info in metadata.storage_data.items())
+        and all(
+            _is_place(index, info) and _has_sound_checks(metadata, info)
+            for index, info in metadata.storage_data.items()
+        )
+    )
+
+
+def _has_sound_checks(metadata: Metadata, info: _StorageInfo) -> bool:
+    checks = checks_of(metadata, info)
+    return checks is None or (
+        isinstance(checks.spans, tuple)
+        and all(isinstance(span, int) for span in checks.spans)
+        and isinstance(checks.sums, bytes)
+        and is_consistent(checks, info.length)
     )
 
 
@@ -250,13 +242,12 @@ def _is_entry(fqn: object, entry: object) -> bool:
 
 
 def _is_place(index: object, info: object) -> bool:
-    if not (isinstance(index, MetadataIndex) and isinstance(info, _StorageInfo)):
+    if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, _StorageInfo)):
         return False
     name, payload = info.relative_path, payload_of(info)
     return (
         isinstance(name, str)
-        and not name.startswith("/")
-        and ".." not in name.split("/")
+        and _is_name(name)
         and isinstance(info.offset, int)
         and isinstance(info.length, int)
         and info.offset >= 0
@@ -266,6 +257,15 @@ def _is_place(index: object, info: object) -> bool:
         and isinstance(info.transform_descriptors, list | tuple | None)
         and all(isinstance(descriptor, str) for descriptor in info.transform_descriptors or ())
     )
+
+
+def _is_name(name: str) -> bool:
+    """Whether an object of this name is below the checkpoint, and can be there at all."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
 def _is_payload(length: int, offset: object, dtype: object, stride: object) -> bool:

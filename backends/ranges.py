@@ -7,7 +7,7 @@ into few requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends.strides import span as span_of
@@ -83,7 +83,7 @@ class Extent:
     """A wanted range of an object's bytes.
 
     ``into`` is filled straight from the store; without it the bytes go through a buffer of the reader's to
-    ``deliver``. ``done`` is called once they have arrived.
+    ``deliver``. ``done`` is called once they have arrived and ``check`` has found them right.
     """
 
     start: int
@@ -91,6 +91,30 @@ class Extent:
     done: Callable[[], None]
     into: memoryview | None = None
     deliver: Callable[[memoryview], None] | None = None
+    lead: int = 0
+    """Bytes before ``start`` that are read as well, because a checksum is of them too."""
+    trail: int = 0
+    """Bytes after the range, likewise."""
+    check: Callable[[Sequence[memoryview]], None] | None = None
+    """Called with everything that was read, lead and trail included, before ``deliver``."""
+
+    @property
+    def begin(self) -> int:
+        """First byte that is read."""
+        return self.start - self.lead
+
+    @property
+    def end(self) -> int:
+        """Where reading ends."""
+        return self.start + self.size + self.trail
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Where the bytes of an extent land: its own range, and all that is read for it, in order."""
+
+    body: memoryview
+    views: tuple[memoryview, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,43 +126,47 @@ class Request:
     @property
     def start(self) -> int:
         """First byte."""
-        return self.extents[0].start
+        return self.extents[0].begin
 
     @property
     def buffered(self) -> int:
         """Bytes of memory that the request needs beyond its destinations."""
-        return _aligned(self.widest_gap) + sum(_aligned(e.size) for e in self.extents if e.into is None)
+        return _aligned(self.widest_gap) + sum(
+            _aligned(e.lead) + _aligned(e.trail) + (_aligned(e.size) if e.into is None else 0)
+            for e in self.extents
+        )
 
     @property
     def widest_gap(self) -> int:
         """Bytes of the largest gap between two extents."""
-        return max(
-            (b.start - a.start - a.size for a, b in zip(self.extents, self.extents[1:], strict=False)),
-            default=0,
-        )
+        return max((b.begin - a.end for a, b in zip(self.extents, self.extents[1:], strict=False)), default=0)
 
-    def buffers(self, scratch: memoryview) -> tuple[list[memoryview], list[memoryview | None]]:
-        """Buffers for the whole range, and for each extent the scratch that it was given, if any.
+    def buffers(self, scratch: memoryview) -> tuple[list[memoryview], list[Arrival]]:
+        """Buffers for the whole range, and for each extent where it lands.
 
         ``scratch`` holds at least ``buffered`` bytes. Every gap lands in the same ones.
         """
         buffers: list[memoryview] = []
-        given: list[memoryview | None] = []
+        arrivals: list[Arrival] = []
         used = _aligned(self.widest_gap)
+
+        def own(size: int) -> memoryview:
+            nonlocal used
+            taken = scratch[used : used + size]
+            used += _aligned(size)
+            return taken
+
         at = self.start
         for extent in self.extents:
-            if extent.start > at:
-                buffers.append(scratch[: extent.start - at])
-            if extent.into is None:
-                own = scratch[used : used + extent.size]
-                used += _aligned(extent.size)
-                given.append(own)
-                buffers.append(own)
-            else:
-                given.append(None)
-                buffers.append(extent.into)
-            at = extent.start + extent.size
-        return buffers, given
+            if extent.begin > at:
+                buffers.append(scratch[: extent.begin - at])
+            body = extent.into if extent.into is not None else own(extent.size)
+            pieces = (own(extent.lead), body, own(extent.trail))
+            views = tuple(piece for piece in pieces if piece.nbytes)
+            buffers += views
+            arrivals.append(Arrival(body, views))
+            at = extent.end
+        return buffers, arrivals
 
 
 def _aligned(size: int) -> int:
@@ -151,10 +179,10 @@ def merge(extents: Iterable[Extent], most: int, gap: int = GAP) -> Iterator[Requ
     Extents that follow one another within ``gap`` bytes share a request; those that overlap do not.
     """
     group: list[Extent] = []
-    for extent in sorted(extents, key=lambda extent: extent.start):
+    for extent in sorted(extents, key=lambda extent: extent.begin):
         if group:
-            end = group[-1].start + group[-1].size
-            if not (end <= extent.start <= end + gap and extent.start + extent.size - group[0].start <= most):
+            end = group[-1].end
+            if not (end <= extent.begin <= end + gap and extent.end - group[0].begin <= most):
                 yield Request(tuple(group))
                 group = []
         group.append(extent)

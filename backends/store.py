@@ -70,6 +70,8 @@ class ObjectInfo:
     """Changes with every put: an entity tag, a generation, or the like. None where a listing lacks it."""
     modified: datetime | None = None
     """Time of the last put, with a time zone."""
+    checksum: str | None = None
+    """``<algorithm>:<base64>`` of its bytes, where whoever sent them took it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +176,20 @@ class ObjectStore(abc.ABC):
         """Open a multipart upload. Nothing is visible under ``name`` until it is completed."""
 
     @abc.abstractmethod
-    def upload_part(self, upload: Upload, number: int, offset: int, buffers: Sequence[memoryview]) -> Part:
+    def upload_part(
+        self,
+        upload: Upload,
+        number: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        checksum: str | None = None,
+    ) -> Part:
         """Send one part: the concatenation of ``buffers``, without copying where the store can.
 
         Parts may be sent in any order, side by side, and again. ``offset`` is where the part's first byte
-        lies in the object.
+        lies in the object. ``checksum``, as in :class:`Part`, is of these bytes: a store that sends one of
+        this kind along need not compute it.
         """
 
     @abc.abstractmethod

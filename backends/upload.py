@@ -8,12 +8,14 @@ a part lives only until the part is sent.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
+from cloudckpt.backends.checksum import Algorithm, Fragment, fragments_of
 from cloudckpt.backends.segments import Segment, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 
@@ -27,6 +29,8 @@ class StagedObject:
 
     upload: Upload
     parts: tuple[Part, ...]
+    checksum: str | None = None
+    """``<algorithm>:<base64>`` of all bytes sent."""
 
     @property
     def size(self) -> int:
@@ -34,10 +38,19 @@ class StagedObject:
         return sum(part.size for part in self.parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A staged object, and the checksums of what it holds, which stay on the rank."""
+
+    staged: StagedObject
+    fragments: list[Fragment]
+    """In the order of the object's bytes."""
+
+
 @dataclass(slots=True)
 class _Sending:
     upload: Future[Upload]
-    parts: list[Future[Part]]
+    parts: list[Future[tuple[Part, list[Fragment]]]]
 
 
 class Uploader:
@@ -47,13 +60,20 @@ class Uploader:
         store: where to.
         concurrency: requests in flight.
         memory_limit: bytes held beyond the caller's tensors.
+        algorithm: of the checksums that are taken.
         observer: told of every part that is stored, on the thread that sent it.
     """
 
     def __init__(
-        self, store: ObjectStore, concurrency: int, memory_limit: int, observer: Observer | None = None
+        self,
+        store: ObjectStore,
+        concurrency: int,
+        memory_limit: int,
+        algorithm: Algorithm,
+        observer: Observer | None = None,
     ) -> None:
         self._store = store
+        self._algorithm = algorithm
         self._concurrency = concurrency
         self._observer = observer
         self._budget = Budget(memory_limit)
@@ -64,7 +84,7 @@ class Uploader:
         self.unconfirmed: set[str] = set()
         """Objects whose upload may have been begun without an answer."""
 
-    def send(self, objects: Mapping[str, tuple[Iterator[Segment], int]]) -> list[StagedObject]:
+    def send(self, objects: Mapping[str, tuple[Iterator[Segment], int]]) -> list[Sent]:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
 
         Raises:
@@ -83,7 +103,13 @@ class Uploader:
                 self._failed.set()
                 raise
         _raise_first(sending)
-        return [StagedObject(one.upload.result(), tuple(p.result() for p in one.parts)) for one in sending]
+        return [self._sent(one) for one in sending]
+
+    def _sent(self, one: _Sending) -> Sent:
+        parts, sums = zip(*(part.result() for part in one.parts), strict=True)
+        fragments = list(itertools.chain.from_iterable(sums))
+        checksum = self._algorithm.text(self._algorithm.combine(fragments))
+        return Sent(StagedObject(one.upload.result(), parts, checksum), fragments)
 
     def _send_parts(
         self, pool: ThreadPoolExecutor, one: _Sending, segments: Iterator[Segment], part_size: int
@@ -111,21 +137,31 @@ class Uploader:
         self.unconfirmed.discard(name)
         return upload
 
-    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> Part:
+    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> tuple[Part, list[Fragment]]:
         try:
             if self._failed.is_set():
                 raise _NotSentError
-            part = self._store.upload_part(upload.result(), number, window.offset, window.buffers())
+            to, buffers = upload.result(), window.buffers()
+            fragments = self._fragments(window, buffers)
+            checksum = self._algorithm.text(self._algorithm.combine(fragments))
+            part = self._store.upload_part(to, number, window.offset, buffers, checksum=checksum)
         except BaseException:
             self._failed.set()
             raise
         else:
             if self._observer is not None:
-                self._observer(upload.result().name, part.size)
-            return part
+                self._observer(to.name, part.size)
+            return part, fragments
         finally:
             self._budget.release(window.cost)
             self._room.release()
+
+    def _fragments(self, window: Window, buffers: Sequence[memoryview]) -> list[Fragment]:
+        return [
+            fragment
+            for (segment, start, _), buffer in zip(window.pieces, buffers, strict=True)
+            for fragment in fragments_of(self._algorithm, buffer, start, segment.nbytes)
+        ]
 
 
 class _NotSentError(Exception):

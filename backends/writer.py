@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import pickle
 import traceback
 import uuid
-from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch.distributed.checkpoint import storage as dcp_storage
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout
+from cloudckpt.backends import commit, layout, stage
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.devices import await_caller
+from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
     CommitError,
-    ConfigurationError,
     StorageError,
     UncertainCommitError,
 )
-from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
-from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
@@ -242,6 +234,11 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
 
     @property
+    def _algorithm(self) -> Algorithm:
+        """Of the checksums in the metadata, which is the store's where it checks parts by one."""
+        return ALGORITHMS.get(self._target.options.checksum, CRC64NVME)
+
+    @property
     def _metadata_name(self) -> str:
         return md.metadata_name(None if self._use_collectives else self._rank)
 
@@ -263,55 +260,14 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
-        buckets = layout.distribute(plan.items, layout.usual_part_size(options), options.concurrency)
-        # An id for this call: a plan that DCP's planner has cached, or a second try, never meets an old name.
-        call = uuid.uuid4().hex
-        named = {f"__{self._rank}_{i}.{call}{md.DATA_SUFFIX}": items for i, items in enumerate(buckets)}
-        self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
-        return self._uploader.send(
-            {
-                name: (
-                    self._segments(name, items, planner, results),
-                    layout.part_size_for(items, options, store.part_limits),
-                )
-                for name, items in named.items()
-            }
+        self._uploader = Uploader(
+            store, options.concurrency, options.memory_limit, self._algorithm, self._observer
         )
-
-    def _segments(
-        self, name: str, items: list[WriteItem], planner: SavePlanner, results: list[WriteResult]
-    ) -> Iterator[Segment]:
-        offset = 0
-        for item in items:
-            encoded = self._encoded(item, planner)
-            info = md.storage_info(name, offset, encoded.nbytes, encoded.payload)
-            results.append(WriteResult(item.index, encoded.nbytes, info))
-            offset += encoded.nbytes
-            yield from encoded.segments
-
-    def _encoded(self, item: WriteItem, planner: SavePlanner) -> Item:
-        if item.type is not WriteItemType.BYTE_IO:
-            tensor = cast(torch.Tensor, planner.resolve_data(item))
-            if tensor.is_meta:
-                raise ConfigurationError(
-                    f"the tensor {item.index.fqn!r} is on the meta device and has no data",
-                    hint="Materialise it before saving, or leave it out",
-                )
-            await_caller(tensor)
-            encoded, planned = encode_tensor(tensor), item.tensor_data
-            if planned is None or tensor.shape != planned.chunk.sizes:
-                # A planner may reshape a tensor after planning; the archive alone then says what it is.
-                encoded = replace(encoded, payload=None)
-            return encoded
-        try:
-            return encode_bytes(cast(io.BytesIO, planner.resolve_data(item)))
-        except Exception as error:
-            raise ConfigurationError(
-                f"the value at {item.index.fqn!r} cannot be saved: {type(error).__name__}: {error}",
-                uri=self._target.uri,
-                rank=self._rank,
-                hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
-            ) from error
+        objects = stage.laid_out(plan.items, planner, self._rank, options, store)
+        sent = self._uploader.send({one.name: (one.segments(), one.part_size) for one in objects})
+        for one, its in zip(objects, sent, strict=True):
+            results += one.results(self._algorithm, its.fragments)
+        return [its.staged for its in sent]
 
     def _explained(self, error: BaseException) -> BaseException:
         """The error as the other ranks should see it."""
@@ -327,13 +283,16 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         return error
 
     def _described(
-        self, metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], objects: dict[str, ObjectInfo]
+        self,
+        metadata: Metadata,
+        items: dict[MetadataIndex, _StorageInfo],
+        objects: dict[str, ObjectInfo],
     ) -> bytes:
         """Complete the planner's metadata with what is stored where, and serialise it."""
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = items
         metadata.storage_meta = self.storage_meta()
-        md.add_extras(metadata, self._save_id, __version__, objects)
+        md.add_extras(metadata, self._save_id, __version__, objects, self._algorithm)
         return md.dump(metadata)
 
     def _end_marker(self) -> None:
@@ -377,13 +336,10 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
 
 def _check_complete(metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], uri: str) -> None:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
-    for fqn, entry in metadata.state_dict_metadata.items():
-        chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else [None]
-        for chunk in chunks:
-            index = MetadataIndex(fqn, None if chunk is None else chunk.offsets)
-            if index not in items:
-                raise CommitError(
-                    f"no rank wrote {fqn!r}" + (f" at {tuple(chunk.offsets)}" if chunk else ""),
-                    uri=uri,
-                    hint="The save planner planned an item that no rank was given; nothing was committed",
-                )
+    if (missing := md.missing_item(metadata, items)) is not None:
+        fqn, offsets = missing
+        raise CommitError(
+            f"no rank wrote {fqn!r}" + (f" at {tuple(offsets)}" if offsets is not None else ""),
+            uri=uri,
+            hint="The save planner planned an item that no rank was given; nothing was committed",
+        )

@@ -83,12 +83,14 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
                 os.sched_setaffinity(task, cpus)
             if hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
+    # Others' loggers stay at warnings: what the store's client logs for debugging holds signed headers.
     logging.basicConfig(
-        level=log_level,
+        level=logging.WARNING,
         format=f"%(asctime)s [checkpoint process, rank {rank}, generation {generation}] "
         "%(levelname)s %(name)s: %(message)s",
         force=True,
     )
+    logging.getLogger("cloudckpt").setLevel(log_level)
     # A mesh's process groups are the trainer's; planning a save asks for its shape alone.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -50,46 +52,65 @@ def test_distant_rows_are_read_one_by_one_and_near_ones_together() -> None:
 
 
 @given(
-    ranges=st.lists(st.tuples(st.integers(0, 500), st.integers(1, 40), st.booleans()), max_size=30),
+    ranges=st.lists(
+        st.tuples(
+            st.integers(20, 500), st.integers(1, 40), st.booleans(), st.integers(0, 20), st.integers(0, 20)
+        ),
+        max_size=30,
+    ),
     most=st.integers(1, 200),
     gap=st.integers(0, 20),
 )
 def test_every_extent_gets_exactly_its_bytes(
-    ranges: list[tuple[int, int, bool]], most: int, gap: int
+    ranges: list[tuple[int, int, bool, int, int]], most: int, gap: int
 ) -> None:
     blob = bytes(i % 253 for i in range(600))
     got: dict[int, bytes] = {}
     direct: dict[int, bytearray] = {}
     extents: list[Extent] = []
-    for number, (start, size, straight) in enumerate(ranges):
+    checked: dict[int, bytes] = {}
+    for number, (start, size, straight, lead, trail) in enumerate(ranges):
+        around: dict[str, Any] = {"lead": lead, "trail": trail}
+        around["check"] = functools.partial(keep_all, checked, number)
         if straight:
             direct[number] = bytearray(size)
-            extents.append(Extent(start, size, lambda: None, into=memoryview(direct[number])))
+            extents.append(Extent(start, size, lambda: None, into=memoryview(direct[number]), **around))
         else:
-            extents.append(Extent(start, size, lambda: None, deliver=functools.partial(keep, got, number)))
+            take = functools.partial(keep, got, number)
+            extents.append(Extent(start, size, lambda: None, deliver=take, **around))
     requests = list(merge(extents, most, gap))
     for request in requests:
         serve(request, blob)
     got |= {number: bytes(data) for number, data in direct.items()}
-    assert got == {number: blob[start : start + size] for number, (start, size, _) in enumerate(ranges)}
+    assert got == {number: blob[start : start + size] for number, (start, size, *_) in enumerate(ranges)}
+    assert checked == {
+        number: blob[start - lead : start + size + trail]
+        for number, (start, size, _, lead, trail) in enumerate(ranges)
+    }
     for request in requests:
         for one, other in itertools.pairwise(request.extents):
-            assert 0 <= other.start - one.start - one.size <= gap
+            assert 0 <= other.begin - one.end <= gap
 
 
 def keep(got: dict[int, bytes], number: int, data: memoryview) -> None:
     got[number] = bytes(data)
 
 
+def keep_all(got: dict[int, bytes], number: int, views: Sequence[memoryview]) -> None:
+    got[number] = b"".join(views)
+
+
 def serve(request: Request, blob: bytes) -> None:
-    buffers, given = request.buffers(memoryview(bytearray(request.buffered)))
+    buffers, arrivals = request.buffers(memoryview(bytearray(request.buffered)))
     at = request.start
     for buffer in buffers:
         buffer[:] = blob[at : at + len(buffer)]
         at += len(buffer)
-    for extent, own in zip(request.extents, given, strict=True):
-        if extent.deliver is not None and own is not None:
-            extent.deliver(own)
+    for extent, arrival in zip(request.extents, arrivals, strict=True):
+        if extent.check is not None:
+            extent.check(arrival.views)
+        if extent.deliver is not None:
+            extent.deliver(arrival.body)
 
 
 def test_small_neighbours_share_a_request_and_a_large_gap_parts_them() -> None:

@@ -158,9 +158,17 @@ class S3Store(ObjectStore):
                 raise not_s3(clients.endpoint)
         return Upload(name, answer["UploadId"])
 
-    def upload_part(self, upload: Upload, number: int, offset: int, buffers: Sequence[memoryview]) -> Part:
+    def upload_part(
+        self,
+        upload: Upload,
+        number: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        checksum: str | None = None,
+    ) -> Part:
         del offset  # S3 goes by the number
-        checksum = self._checksum.of(buffers) if self._checksum else None
+        checksum = self._checksum.given_or_of(checksum, buffers) if self._checksum else None
         body = BuffersBody(buffers)
         arguments = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
         with self._asking(upload.name) as clients:

@@ -48,6 +48,12 @@ class PartChecksum:
         """The parameters of CreateMultipartUpload."""
         return {"ChecksumAlgorithm": self.algorithm.upper()}
 
+    def given_or_of(self, checksum: str | None, buffers: Sequence[memoryview]) -> str:
+        """Return the caller's checksum of the buffers where it is of this algorithm, else a new one."""
+        if checksum is not None and checksum.startswith(f"{self.algorithm}:"):
+            return checksum
+        return self.of(buffers)
+
     def of(self, buffers: Sequence[memoryview]) -> str:
         """Return ``<algorithm>:<base64>`` of the buffers laid end to end."""
         function: Any = getattr(checksums, self.algorithm)

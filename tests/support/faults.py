@@ -131,9 +131,17 @@ class FaultyStore(ObjectStore):
     def begin_upload(self, name: str) -> Upload:
         return self._through("begin_upload", lambda: self._store.begin_upload(name), name)
 
-    def upload_part(self, upload: Upload, number: int, offset: int, buffers: Sequence[memoryview]) -> Part:
+    def upload_part(
+        self,
+        upload: Upload,
+        number: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        checksum: str | None = None,
+    ) -> Part:
         def send() -> Part:
-            return self._store.upload_part(upload, number, offset, buffers)
+            return self._store.upload_part(upload, number, offset, buffers, checksum=checksum)
 
         return self._through("upload_part", send, upload.name)
 

@@ -1,0 +1,115 @@
+"""A rank's save plan, turned into objects to send, and into write results once they are sent."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from cloudckpt.backends import layout
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
+from cloudckpt.backends.devices import await_caller
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.segments import Segment
+from cloudckpt.backends.store import ObjectStore
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """An item in its object."""
+
+    index: MetadataIndex
+    info: _StorageInfo
+    spans: tuple[int, ...]
+    """Bytes of each of its segments."""
+
+
+@dataclass(slots=True)
+class PlannedObject:
+    """An object of this save; its items are made as its segments are taken."""
+
+    name: str
+    part_size: int
+    """Bytes."""
+    _items: Sequence[WriteItem]
+    _planner: SavePlanner
+    _laid: list[_Laid] = field(default_factory=list)
+
+    def segments(self) -> Iterator[Segment]:
+        """The bytes of all items, end to end.
+
+        Raises:
+            ConfigurationError: an item can't be saved.
+        """
+        offset = 0
+        for item in self._items:
+            encoded = _encoded(item, self._planner)
+            info = md.storage_info(self.name, offset, encoded.nbytes, encoded.payload)
+            spans = tuple(segment.nbytes for segment in encoded.segments)
+            self._laid.append(_Laid(item.index, info, spans))
+            offset += encoded.nbytes
+            yield from encoded.segments
+
+    def results(self, algorithm: Algorithm, fragments: Sequence[Fragment]) -> Iterator[WriteResult]:
+        """What DCP wants to know of the items, with their checksums, once all bytes are sent."""
+        sums = joined(algorithm, (span for laid in self._laid for span in laid.spans), fragments)
+        for laid in self._laid:
+            own = b"".join(itertools.islice(sums, len(laid.spans)))
+            md.add_checks(laid.info, Checks(algorithm, laid.spans, own))
+            yield WriteResult(laid.index, laid.info.length, laid.info)
+
+
+def laid_out(
+    items: Sequence[WriteItem], planner: SavePlanner, rank: int, options: Options, store: ObjectStore
+) -> list[PlannedObject]:
+    """Spread a plan's items over objects, whose names nothing ever had before.
+
+    The id is drawn for this call: a plan that DCP's planner has cached, or a second try, never meets an old
+    name.
+    """
+    call = uuid.uuid4().hex
+    buckets = layout.distribute(items, layout.usual_part_size(options), options.concurrency)
+    return [
+        PlannedObject(
+            f"__{rank}_{index}.{call}{md.DATA_SUFFIX}",
+            layout.part_size_for(bucket, options, store.part_limits),
+            bucket,
+            planner,
+        )
+        for index, bucket in enumerate(buckets)
+    ]
+
+
+def _encoded(item: WriteItem, planner: SavePlanner) -> Item:
+    if item.type is not WriteItemType.BYTE_IO:
+        tensor = cast(torch.Tensor, planner.resolve_data(item))
+        if tensor.is_meta:
+            raise ConfigurationError(
+                f"the tensor {item.index.fqn!r} is on the meta device and has no data",
+                hint="Materialise it before saving, or leave it out",
+            )
+        await_caller(tensor)
+        encoded, planned = encode_tensor(tensor), item.tensor_data
+        if planned is None or tensor.shape != planned.chunk.sizes:
+            # A planner may reshape a tensor after planning; the archive alone then says what it is.
+            encoded = replace(encoded, payload=None)
+        return encoded
+    try:
+        return encode_bytes(cast(io.BytesIO, planner.resolve_data(item)))
+    except Exception as error:
+        raise ConfigurationError(
+            f"the value at {item.index.fqn!r} cannot be saved: {type(error).__name__}: {error}",
+            hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
+        ) from error

@@ -1,0 +1,132 @@
+"""Unpickling a DCP ``Metadata`` from whoever wrote it, and running nothing."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import metadata as sharded_metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.serialization import _get_layout
+
+from cloudckpt.backends.errors import UnsafeCheckpointError
+from cloudckpt.backends.pickles import claims_too_much
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows DCP's metadata classes and nothing else.
+
+    A pickle can set attributes on whatever ``find_class`` returns, classes included. So it is given stand-
+    ins made for this one read: subclasses whose instances are turned into the real thing afterwards, and
+    plain functions.
+    """
+
+    def __init__(self, data: bytes, uri: str, name: str) -> None:
+        if claims_too_much(data):
+            raise pickle.UnpicklingError("it claims more memory than it can need")
+        super().__init__(io.BytesIO(data))
+        self._uri, self._name = uri, name
+        self._stand_ins: dict[type, type] = {}
+        self._made: list[tuple[object, type]] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (real := _CLASSES.get((module, name))) is not None:
+            return self._stand_in(real)
+        if (function := _FUNCTIONS.get((module, name))) is not None:
+            return lambda *args: function(*args)  # noqa: PLW0108 - a pickle may set attributes on it
+        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
+            return value
+        raise UnsafeCheckpointError(
+            f"the checkpoint's metadata asks for {module}.{name}, which DCP's own metadata never needs",
+            uri=self._uri,
+            object_name=self._name,
+            hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
+        )
+
+    def settled(self) -> object:
+        """Load, and turn the instances of stand-ins into instances of the real classes."""
+        loaded: object = self.load()
+        for instance, real in self._made:
+            object.__setattr__(instance, "__class__", real)
+        return loaded
+
+    def _stand_in(self, real: type) -> type:
+        if real not in self._stand_ins:
+
+            def new(cls: type) -> object:
+                instance: object = object.__new__(cls)
+                self._made.append((instance, real))
+                return instance
+
+            own: dict[str, object] = {"__new__": new}
+            if real is MetadataIndex:
+                own["__hash__"] = _hash_of_index
+            self._stand_ins[real] = type(real.__name__, (real,), own)
+        return self._stand_ins[real]
+
+
+def _hash_of_index(index: MetadataIndex) -> int:
+    """Hash an index that holds what an index holds; what else a pickle put there may take for ever."""
+    if not is_index(index):
+        raise TypeError("a MetadataIndex does not hold what it should")
+    return hash((index.fqn, index.offset))
+
+
+def is_index(index: MetadataIndex) -> bool:
+    """Whether an index holds what an index holds."""
+    return (
+        isinstance(index.fqn, str)
+        and isinstance(index.offset, torch.Size | None)
+        and isinstance(index.index, int | None)
+    )
+
+
+def _path_text(*parts: str) -> str:
+    return "/".join(part.strip("/") or "" for part in parts)
+
+
+_CLASSES: dict[tuple[str, str], type] = {
+    (kind.__module__, kind.__qualname__): kind
+    for kind in (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+        _StorageInfo,
+        _StoragePrefix,
+    )
+} | {
+    (
+        "torch.distributed._shard.sharded_tensor.metadata",
+        "TensorProperties",
+    ): sharded_metadata.TensorProperties
+}
+
+_FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): _get_layout,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("pathlib", "PosixPath"): _path_text,
+    ("pathlib", "WindowsPath"): _path_text,
+    ("pathlib._local", "PosixPath"): _path_text,  # where Python 3.13 says that it lives
+    ("pathlib._local", "WindowsPath"): _path_text,
+    (_MEM_FORMAT_ENCODING.__module__, "_MEM_FORMAT_ENCODING"): _MEM_FORMAT_ENCODING,
+    (sharded_metadata.__name__, "MEM_FORMAT_ENCODING"): sharded_metadata.MEM_FORMAT_ENCODING,
+}

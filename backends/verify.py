@@ -1,0 +1,204 @@
+"""Verifying a checkpoint: every byte that it consists of is read and compared, no tensor is built."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.checksum import Checks, Chunk
+from cloudckpt.backends.download import Downloader
+from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.ranges import Extent
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target
+from cloudckpt.backends.upload import Observer
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in a checkpoint that is not as it was saved."""
+
+    object_name: str
+    problem: str
+    item: str | None = None
+    """The fully qualified name of the item concerned."""
+    offset: int | None = None
+    """Where in the object the damaged bytes begin; they end within the chunk, 512 KiB at most."""
+
+    def __str__(self) -> str:
+        item = f", item {self.item!r}" if self.item is not None else ""
+        offset = f", from byte {self.offset}" if self.offset is not None else ""
+        return f"{self.object_name}{item}{offset}: {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What ``verify`` found."""
+
+    uri: str
+    objects: int
+    items: int
+    size: int
+    """Bytes that were read and compared."""
+    unverified: int
+    """Items without checksums, as stock writers leave them: only their objects' sizes could be looked at."""
+    damages: tuple[Damage, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damages
+
+
+def verify(uri: str | os.PathLike[str], *, observer: Observer | None = None, **options: Any) -> Verification:
+    """Read a whole checkpoint and compare it with its checksums, ``concurrency`` ranges at a time.
+
+    Holds at most ``memory_limit`` bytes. Nothing that the checkpoint says is run. Damage is reported, not
+    raised. ``observer`` is told of an object's name and how many more of its bytes have been compared, from
+    the threads that read.
+
+    Raises:
+        CheckpointNotFoundError: nothing is committed at ``uri``.
+        UnsafeCheckpointError: reading its metadata would run code.
+        StorageError: the store could not be read.
+    """
+    with open_store(target := Target.parse(uri, **options)) as store:
+        names = [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
+        # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
+        chosen = [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
+        found = [_verified(store, name, target, observer) for name in chosen]
+    return Verification(
+        store.uri,
+        sum(one.objects for one in found),
+        sum(one.items for one in found),
+        sum(one.size for one in found),
+        sum(one.unverified for one in found),
+        tuple(damage for one in found for damage in one.damages),
+    )
+
+
+def _verified(store: ObjectStore, name: str, target: Target, observer: Observer | None) -> Verification:
+    try:
+        data, _ = store.get(name)
+    except ObjectNotFoundError as error:
+        raise CheckpointNotFoundError(
+            "there is no committed checkpoint here", uri=store.uri, object_name=name, hint="Check the URI"
+        ) from error
+    try:
+        metadata = md.load(data, uri=store.uri, name=name)
+    except IntegrityError as error:
+        return Verification(store.uri, 0, 0, len(data), 0, (Damage(name, error.message),))
+    options = target.options
+    damages: list[Damage] = []
+    if (missing := md.missing_item(metadata, metadata.storage_data)) is not None:
+        damages.append(Damage(name, "the metadata does not say where it is stored", missing[0]))
+    least = md.least_sizes(metadata)
+    downloader = Downloader(store, options.concurrency, options.memory_limit, least)
+    sizes = md.sizes_of(metadata)
+    for wrong in downloader.each(
+        lambda one: _size_damage(store, one, least[one], sizes.get(one)), sorted(least)
+    ):
+        damages += [wrong] if wrong else []
+    unreadable = {damage.object_name for damage in damages}
+    reading = _Reading(metadata, damages, observer)
+    downloader.read(
+        {
+            one: extents
+            for one, extents in reading.extents(downloader.largest).items()
+            if one not in unreadable
+        }
+    )
+    return Verification(
+        store.uri,
+        len(least),
+        len(metadata.storage_data),
+        len(data) + reading.size,
+        reading.unverified,
+        tuple(damages),
+    )
+
+
+def _size_damage(store: ObjectStore, name: str, least: int, exact: int | None) -> Damage | None:
+    try:
+        size = store.stat(name).size
+    except ObjectNotFoundError:
+        return Damage(name, "the object is missing")
+    if size < least:
+        return Damage(name, f"the object has {size:,} bytes and should have {exact or least:,}", offset=size)
+    if exact is not None and size != exact:
+        return Damage(name, f"the object has {size:,} bytes and should have {exact:,}", offset=exact)
+    return None
+
+
+class _Reading:
+    """What is read of a checkpoint, and what is found to be wrong with it."""
+
+    def __init__(self, metadata: Metadata, damages: list[Damage], observer: Observer | None) -> None:
+        self._metadata = metadata
+        self._damages = damages
+        self._observer = observer
+        self._lock = threading.Lock()
+        self.size = 0
+        """Bytes compared."""
+        self.unverified = 0
+        """Items without checksums."""
+
+    def extents(self, most: int) -> dict[str, list[Extent]]:
+        """All chunks of all items, in extents of at most ``most`` bytes, by object."""
+        wanted: defaultdict[str, list[Extent]] = defaultdict(list)
+        for index, info in self._metadata.storage_data.items():
+            checks = md.checks_of(self._metadata, info)
+            if checks is None:
+                self.unverified += 1
+                continue
+            for chunks in _grouped(checks.covering(0, info.length), most):
+                start, size = info.offset + chunks[0].start, chunks[-1].stop - chunks[0].start
+                check = functools.partial(self._compare, index.fqn, info, checks, chunks)
+                wanted[info.relative_path].append(Extent(start, size, _nothing, check=check))
+        return wanted
+
+    def _compare(
+        self,
+        fqn: str,
+        info: _StorageInfo,
+        checks: Checks,
+        chunks: Sequence[Chunk],
+        views: Sequence[memoryview],
+    ) -> None:
+        wrong = [
+            Damage(
+                info.relative_path, "these are not the bytes that were saved", fqn, info.offset + chunk.start
+            )
+            for chunk in checks.damaged(chunks, views)
+        ]
+        size = chunks[-1].stop - chunks[0].start
+        with self._lock:
+            self._damages += wrong
+            self.size += size
+        if self._observer is not None:
+            self._observer(info.relative_path, size)
+
+
+def _nothing() -> None:
+    """There is nothing to do with bytes that were compared."""
+
+
+def _grouped(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
+    group: list[Chunk] = []
+    for chunk in chunks:
+        if group and chunk.stop - group[0].start > most:
+            yield group
+            group = []
+        group.append(chunk)
+    if group:
+        yield group
