@@ -54,8 +54,9 @@ soak: $(READY)  ## the long forms: thousands of random states, for as long as th
 
 # BENCH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; `--help` lists them.
 .PHONY: bench
-bench: $(READY)  ## what saving costs training, beside DCP's own forms and a bare copy; minutes
+bench: $(READY)  ## what saving costs training, beside DCP's own forms and a bare copy, and what checksums cost; minutes
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+	@PYTHONPATH=tests $(BIN)/python -m bench.integrity
 
 .PHONY: lint
 lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports

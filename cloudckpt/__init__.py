@@ -1,5 +1,6 @@
 """Checkpoints of PyTorch Distributed Checkpoint on object storage: whole or not there at all."""
 
+from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -16,7 +17,9 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.verify import Damage, Verification, verify
 from cloudckpt.backends.version import __version__
 from cloudckpt.backends.writer import StorageWriter
 
@@ -27,8 +30,10 @@ __all__ = [
     "CheckpointNotFoundError",
     "CommitError",
     "ConfigurationError",
+    "Damage",
     "ExecutorDiedError",
     "ExecutorError",
+    "Garbage",
     "IntegrityError",
     "ObjectNotFoundError",
     "SaveTimeoutError",
@@ -37,5 +42,9 @@ __all__ = [
     "StorageWriter",
     "UncertainCommitError",
     "UnsafeCheckpointError",
+    "Verification",
     "__version__",
+    "collect_garbage",
+    "delete_checkpoint",
+    "verify",
 ]

@@ -47,3 +47,17 @@ def test_a_percentile_is_a_value_that_was_measured() -> None:
     values = [float(value) for value in range(100, 0, -1)]
     assert (percentile(values, 50), percentile(values, 99)) == (50.0, 99.0)
     assert percentile([3.0], 99) == 3.0
+
+
+def test_the_cost_of_checksums_is_measured_with_and_without(tmp_path: Path) -> None:
+    written = tmp_path / "integrity.json"
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.integrity", "--gib=0.03", "--repeats=1", f"--json={written}"],
+        env={**os.environ, "PYTHONPATH": str(_TESTS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    samples = json.loads(written.read_text())["cpu_seconds"]
+    assert all(len(samples[what][kind]) == 1 for what in ("save", "load") for kind in ("with", "without"))
