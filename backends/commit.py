@@ -14,8 +14,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
@@ -46,6 +46,8 @@ class Previous:
 
     version: str
     objects: frozenset[str]
+    data: bytes = field(repr=False, default=b"")
+    """The metadata as it is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def find_previous(store: ObjectStore, name: str) -> Previous | None:
     except (IntegrityError, UnsafeCheckpointError) as error:
         _log.warning("what is overwritten cannot be read, so its objects stay behind: %s", error)
         objects = frozenset()
-    return Previous(info.version or "", objects)
+    return Previous(info.version or "", objects, data)
 
 
 def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:
@@ -186,6 +188,46 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
             object_name=name,
             hint="Nothing was committed and the checkpoint before is untouched; save again",
         ) from error
+
+
+def ensure_whole(
+    store: ObjectStore,
+    name: str,
+    save_id: str,
+    objects: Iterable[ObjectInfo],
+    previous: Previous | None,
+) -> None:
+    """Take the commit back if gc took the save for dead while it committed, and removed what it names.
+
+    Raises:
+        CommitError: it did; there is what was there before, or nothing.
+        UncertainCommitError: it did, and the commit could not be taken back.
+    """
+    missing = next((info.name for info in objects if _version(store, info.name) is None), None)
+    if missing is None:
+        return
+    place: dict[str, Any] = {"uri": store.uri, "object_name": name}
+    try:
+        data, info = store.get(name)
+        if md.save_id_of(md.load(data, uri=store.uri, name=name)) == save_id:
+            if previous is None:
+                store.delete([name])
+            else:
+                can = store.capabilities.conditional_update
+                store.put(name, previous.data, Update(info.version or "") if can else Overwrite())
+    except (ObjectNotFoundError, PreconditionFailedError):
+        pass  # another save or a deletion came in between
+    except CheckpointError as error:
+        raise UncertainCommitError(
+            f"gc removed {missing} while it was committed, and taking that back failed: {error.message}",
+            hint="What is committed there does not load: delete it, and save again",
+            **place,
+        ) from error
+    raise CommitError(
+        f"this save was taken for dead: gc removed {missing} while it was committed",
+        hint="It was taken back, and what was there before is there; give gc a longer silent_for, save again",
+        **place,
+    )
 
 
 def _read_back(

@@ -66,6 +66,14 @@ class SaveMarker:
                 hint="Nothing was committed; give gc a longer silent_for, and save again",
             )
 
+    def is_gone(self) -> bool:
+        """Whether somebody took this save for dead; False where the store doesn't say."""
+        try:
+            return not self._kept.is_there()
+        except StorageError as error:
+            _log.warning("the marker of a save could not be looked at: %s", error)
+            return False
+
     def leave(self) -> None:
         """Renew no more, and let the marker fall silent where it is."""
         self._stop.set()

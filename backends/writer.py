@@ -196,6 +196,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 raise
             try:
                 commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
+                if self._marker is not None and self._marker.is_gone():
+                    self._ensure_whole(store, objects)
             except UncertainCommitError as error:
                 error.located(rank=self._rank)
                 self._leave_marker()
@@ -294,6 +296,10 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         metadata.storage_meta = self.storage_meta()
         md.add_extras(metadata, self._save_id, __version__, objects, self._algorithm)
         return md.dump(metadata)
+
+    def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo]) -> None:
+        name, save_id = self._metadata_name, self._save_id
+        commit.ensure_whole(store, name, save_id, objects.values(), self._previous)
 
     def _end_marker(self) -> None:
         if self._marker is not None:

@@ -258,5 +258,6 @@ def test_withdraw_removes_objects_in_whatever_state(store: Unreliable, how: str)
 
 def test_previous_remembers_what_it_consists_of(store: Unreliable) -> None:
     assert commit.find_previous(store, NAME) is None
-    info = store.put(NAME, metadata_of("a"), Create())
-    assert commit.find_previous(store, NAME) == Previous(info.version or "", frozenset())
+    data = metadata_of("a")
+    info = store.put(NAME, data, Create())
+    assert commit.find_previous(store, NAME) == Previous(info.version or "", frozenset(), data)

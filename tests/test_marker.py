@@ -148,6 +148,40 @@ def test_gc_during_a_save_leaves_it_alone_and_a_save_taken_for_dead_commits_noth
     assert list(store.pending_uploads()) == []
 
 
+@pytest.mark.parametrize("before", [None, {"x": torch.zeros(10)}], ids=["new", "overwritten"])
+@pytest.mark.parametrize("metadata_only", [False, True])
+def test_a_save_that_gc_took_for_dead_in_the_very_moment_of_its_commit_takes_it_back(
+    run: str, monkeypatch: pytest.MonkeyPatch, before: Any, metadata_only: bool
+) -> None:
+    """The process stops after its look at the marker, gc collects, and it wakes up."""
+    if before is not None:
+        dcp.save(before, storage_writer=cloudckpt.StorageWriter(run))
+    store = MemoryStore(Target.parse(run))
+    old = names(store)
+    check = SaveMarker.check
+
+    def stopped(self: SaveMarker) -> None:
+        check(self)
+        if metadata_only:  # gc that finds nothing old enough, yet removes the marker
+            collect_garbage(run, silent_for=NOW)
+        else:
+            collect_garbage(run, older_than=NOW, silent_for=NOW)
+
+    monkeypatch.setattr(SaveMarker, "check", stopped)
+    new, loaded = {"x": torch.arange(10.0)}, {"x": torch.ones(10)}
+    if metadata_only:
+        dcp.save(new, storage_writer=cloudckpt.StorageWriter(run, overwrite=True))
+        dcp.load(loaded, storage_reader=cloudckpt.StorageReader(run))
+        assert torch.equal(loaded["x"], new["x"])
+        return
+    with pytest.raises(CheckpointException, match="taken for dead"):
+        dcp.save(new, storage_writer=cloudckpt.StorageWriter(run, overwrite=True))
+    assert names(store) == old
+    if before is not None:
+        dcp.load(loaded, storage_reader=cloudckpt.StorageReader(run))
+        assert torch.equal(loaded["x"], before["x"])
+
+
 def test_deleting_removes_the_metadata_first_and_leaves_a_save_in_progress_alone(
     run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
