@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
-import tenacity
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     ConfigurationError,
     IntegrityError,
+    ObjectNotFoundError,
     StorageError,
     UnansweredError,
 )
@@ -32,27 +33,29 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
+from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.stores.s3_checksum import PartChecksum, parameters
-from cloudckpt.backends.stores.s3_client import Clients, LazyClients
-from cloudckpt.backends.stores.s3_errors import code_of, explained, not_s3, status_of
-from cloudckpt.backends.stores.s3_lost import lost_answers
+from cloudckpt.backends.stores.s3_checksum import PartChecksum, contradicted, parameters
+from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
 from cloudckpt.backends.stores.s3_probe import PROBE_NAME, conditions_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
+from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
 
 _DELETED_AT_ONCE = 1000
 _MIN_PART = 5 << 20
 _MAX_PART = 5 << 30
 _MAX_PARTS = 10_000
-_CONFLICTS = 4
+
+_log = logging.getLogger(__name__)
 
 
 class S3Store(ObjectStore):
     """Objects below ``s3://bucket/prefix``.
 
     A put with a condition is repeated when its answer is lost, like any request. So a
-    ``PreconditionFailedError`` may mean that the first try of this very put won: the caller tells by what it
+    ``PreconditionFailedError`` may mean that an earlier try of this very put won: the caller tells by what it
     finds in the object.
     """
 
@@ -60,7 +63,7 @@ class S3Store(ObjectStore):
         self._target = target
         self._bucket = target.bucket
         self._prefix = f"{target.path}/" if target.path else ""
-        self._lazy = LazyClients(target)
+        self._requests = Requests(target)
         self._checksum = PartChecksum.chosen(target.options.checksum)
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[Target]]:
@@ -80,8 +83,8 @@ class S3Store(ObjectStore):
     @property
     def capabilities(self) -> Capabilities:
         """What the server honours; asking a server other than AWS itself makes a few requests, once."""
-        with self._asking() as clients:
-            honoured = conditions_honoured(clients, self._bucket, self._prefix)
+        with self._requests.explained():
+            honoured = conditions_honoured(self._requests, self._bucket, self._prefix)
         return Capabilities(
             conditional_create=honoured.create,
             conditional_update=honoured.update,
@@ -89,32 +92,39 @@ class S3Store(ObjectStore):
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         conditional = self._condition(name, condition)
-        with self._asking(name) as clients, lost_answers() as lost:
+
+        def send(clients: Clients) -> str:
             arguments = self._of(clients, "put_object", name, Body=data, **conditional)
-            try:
-                answer = _past_conflicts()(clients.data.put_object, **arguments)
-            except (ClientError, BotoCoreError) as error:
-                # A precondition that failed is an answer for every try: none can succeed any more.
-                if not _is_refused_condition(error) and (lost() or _is_from_a_gateway(error)):
-                    raise UnansweredError("a try of the put went out and its answer was lost") from error
-                raise
-            etag = _version(answer, clients)
-        return ObjectInfo(name, len(data), etag)
+            return _version(clients.data.put_object(**arguments), clients)
+
+        with self._requests.explained(name):
+            outcome = self._requests.outcome(send)
+            # A precondition that failed is an answer for every try: none can succeed any more.
+            if not _is_refused_condition(outcome.error):
+                _check_answered(outcome, "put")
+            return ObjectInfo(name, len(data), outcome.result())
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
-        with self._asking(name) as clients:
-            data, answer = read_whole(clients, self._of(clients, "get_object", name), self._attempts)
-        return data, ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
+        def read(clients: Clients) -> tuple[bytes, ObjectInfo]:
+            data, answer = read_whole(clients, self._of(clients, "get_object", name))
+            info = ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
+            return data, info
+
+        return self._requests.ask(read, name)
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
-        with self._asking(name) as clients:
-            return read_range(clients, self._of(clients, "get_object", name), self._attempts, offset, buffers)
+        def read(clients: Clients) -> int | None:
+            return read_range(clients, self._of(clients, "get_object", name), offset, buffers)
+
+        return self._requests.ask(read, name)
 
     def stat(self, name: str) -> ObjectInfo:
-        with self._asking(name) as clients:
+        def head(clients: Clients) -> ObjectInfo:
             answer = clients.data.head_object(**self._of(clients, "head_object", name))
-            etag = _version(answer, clients)
-        return ObjectInfo(name, answer["ContentLength"], etag, answer.get("LastModified"))
+            version = _version(answer, clients)
+            return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
+
+        return self._requests.ask(head, name)
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         objects: list[ObjectInfo] = []
@@ -135,28 +145,52 @@ class S3Store(ObjectStore):
     def delete(self, names: Iterable[str]) -> None:
         remaining = iter(names)
         while batch := list(itertools.islice(remaining, _DELETED_AT_ONCE)):
-            keys = [{"Key": self._prefix + name} for name in batch]
-            with self._asking() as clients:
-                answer = clients.fs.call_s3(
-                    "delete_objects", Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True}
-                )
-                if failures := answer.get("Errors"):
-                    raise self._not_deleted(failures)
+            self._requests.ask(self._deletion(batch))
+
+    def _deletion(self, names: Sequence[str]) -> Callable[[Clients], None]:
+        keys = [{"Key": self._prefix + name} for name in names]
+
+        def delete(clients: Clients) -> None:
+            answer = clients.fs.call_s3(
+                "delete_objects", Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True}
+            )
+            if failures := answer.get("Errors"):
+                raise self._not_deleted(failures)
+
+        return delete
 
     def begin_upload(self, name: str) -> Upload:
-        with self._asking(name) as clients:
-            arguments = self._of(clients, "create_multipart_upload", name)
+        with self._requests.explained(name):
             declared = self._declaration()  # other threads may learn meanwhile that the server refuses it
-            try:
-                answer = clients.data.create_multipart_upload(**arguments, **declared)
-            except ClientError as error:
-                if not declared or not self._may_do_without_checksum(error):
-                    raise
-                answer = clients.data.create_multipart_upload(**arguments)
-                self._checksum = None
+            outcome = self._begin(name, declared)
+            lost = outcome.lost
+            if declared and self._may_do_without_checksum(outcome.error):
+                outcome = self._begin(name, {})
+                if outcome.error is None:
+                    self._checksum = None
+            upload = Upload(name, outcome.result())
+        if lost or outcome.lost:
+            self._abort_others(upload)
+        return upload
+
+    def _begin(self, name: str, declared: dict[str, str]) -> Outcome[str]:
+        def begin(clients: Clients) -> str:
+            arguments = self._of(clients, "create_multipart_upload", name, **declared)
+            answer = clients.data.create_multipart_upload(**arguments)
             if "UploadId" not in answer:
                 raise not_s3(clients.endpoint)
-        return Upload(name, answer["UploadId"])
+            return str(answer["UploadId"])
+
+        return self._requests.outcome(begin)
+
+    def _abort_others(self, ours: Upload) -> None:
+        """Abort what else is pending under the name: a try began it whose answer was lost."""
+        try:
+            for pending in list(self.pending_uploads(ours.name)):
+                if pending.upload.name == ours.name and pending.upload != ours:
+                    self.abort_upload(pending.upload)
+        except StorageError as error:
+            _log.warning("an upload may have been begun twice, and gc will abort the other: %s", error)
 
     def upload_part(
         self,
@@ -169,48 +203,66 @@ class S3Store(ObjectStore):
     ) -> Part:
         del offset  # S3 goes by the number
         checksum = self._checksum.given_or_of(checksum, buffers) if self._checksum else None
-        body = BuffersBody(buffers)
-        arguments = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
-        with self._asking(upload.name) as clients:
-            answer = clients.data.upload_part(**self._of(clients, "upload_part", upload.name, **arguments))
+
+        def send(clients: Clients) -> Part:
+            body = BuffersBody(buffers)
+            own = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
+            answer = clients.data.upload_part(**self._of(clients, "upload_part", upload.name, **own))
             if "ETag" not in answer:
                 raise not_s3(clients.endpoint)
-        return Part(number, len(body), answer["ETag"], checksum)
+            return Part(number, len(body), answer["ETag"], checksum)
+
+        return self._requests.ask(send, upload.name)
 
     def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
         listed = [
             {"PartNumber": part.number, "ETag": part.etag, **parameters(part.checksum)}
             for part in sorted(parts, key=lambda part: part.number)
         ]
+        own = {"UploadId": upload.upload_id, "MultipartUpload": {"Parts": listed}}
+
+        def complete(clients: Clients) -> dict[str, Any]:
+            arguments = self._of(clients, "complete_multipart_upload", upload.name, **own)
+            answer: dict[str, Any] = clients.patient.complete_multipart_upload(**arguments)
+            return answer
+
         size = sum(part.size for part in parts)
-        with self._asking(upload.name) as clients:
-            arguments = self._of(clients, "complete_multipart_upload", upload.name, UploadId=upload.upload_id)
-            arguments["MultipartUpload"] = {"Parts": listed}
-            calling = _past_conflicts()
-            try:
-                calling(clients.patient.complete_multipart_upload, **arguments)
-            except ClientError as error:
-                # The answer to an earlier try may have been lost, and the upload have ended with it.
-                repeated = calling.statistics["attempt_number"] > 1 or _was_repeated(error)
-                if code_of(error) != "NoSuchUpload" or not repeated:
-                    raise
-                if self.stat(upload.name).size != size:
-                    raise
+        with self._requests.explained(upload.name):
+            outcome = self._requests.outcome(complete, patient=True)
+            # An earlier try may have been carried out, and the upload have ended with it.
+            ended = outcome.attempts > 1 and _is_gone(outcome.error)
+            if not ended:
+                _check_answered(outcome, "completion")
+            if not ended or not self._has_size(upload.name, size):
+                self._check(upload.name, contradicted(outcome.result(), parts))
         info = self.stat(upload.name)
         if info.size != size:
-            self.delete([upload.name])
-            message = f"the completed object has {info.size:,} bytes where its parts have {size:,}"
-            raise IntegrityError(message, uri=self.uri, object_name=upload.name)
+            wrong = f"the completed object has {info.size:,} bytes where its parts have {size:,}"
+            self._check(upload.name, wrong)
         return info
 
+    def _has_size(self, name: str, size: int) -> bool:
+        try:
+            return self.stat(name).size == size
+        except ObjectNotFoundError:
+            return False
+
+    def _check(self, name: str, wrong: str | None) -> None:
+        """Delete a completed object with which something is wrong, and say what."""
+        if wrong is not None:
+            self.delete([name])
+            raise IntegrityError(wrong, uri=self.uri, object_name=name)
+
     def abort_upload(self, upload: Upload) -> None:
-        with self._asking(upload.name) as clients:
-            arguments = self._of(clients, "abort_multipart_upload", upload.name, UploadId=upload.upload_id)
-            try:
-                clients.data.abort_multipart_upload(**arguments)
-            except ClientError as error:
-                if code_of(error) != "NoSuchUpload":
-                    raise
+        def abort(clients: Clients) -> None:
+            own = {"UploadId": upload.upload_id}
+            arguments = self._of(clients, "abort_multipart_upload", upload.name, **own)
+            clients.data.abort_multipart_upload(**arguments)
+
+        with self._requests.explained(upload.name):
+            outcome = self._requests.outcome(abort)
+            if not _is_gone(outcome.error):
+                outcome.result()
 
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
         arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
@@ -221,19 +273,7 @@ class S3Store(ObjectStore):
                 yield PendingUpload(upload, item.get("Initiated"))
 
     def close(self) -> None:
-        self._lazy.close()
-
-    @property
-    def _attempts(self) -> int:
-        return self._target.options.retries + 1
-
-    @contextlib.contextmanager
-    def _asking(self, name: str | None = None) -> Iterator[Clients]:
-        """Lend the clients to the block, and explain what goes wrong in it."""
-        with explained(self._target, self._target.options.endpoint_url or "S3", name):
-            clients = self._lazy.get()
-        with explained(self._target, clients.endpoint, name):
-            yield clients
+        self._requests.close()
 
     def _of(self, clients: Clients, method: str, name: str, **own: Any) -> dict[str, Any]:
         """Return the arguments of a method that concerns one object."""
@@ -256,9 +296,11 @@ class S3Store(ObjectStore):
     def _declaration(self) -> dict[str, str]:
         return self._checksum.declaration if self._checksum else {}
 
-    def _may_do_without_checksum(self, error: ClientError) -> bool:
-        chosen_here = self._target.options.checksum == "auto"
-        return chosen_here and status_of(error) in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+    def _may_do_without_checksum(self, error: Exception | None) -> bool:
+        if self._target.options.checksum != "auto" or not isinstance(error, ClientError):
+            return False
+        refused = status_of(error) in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
+        return refused and not is_of_credentials(error)
 
     def _pages(
         self, method: str, arguments: dict[str, Any], tokens: dict[str, str]
@@ -266,10 +308,7 @@ class S3Store(ObjectStore):
         """Yield the pages of a listing, where ``tokens`` says which fields of a page ask for the next."""
         following: dict[str, str] = {}
         while True:
-            with self._asking() as clients:
-                page: dict[str, Any] = clients.fs.call_s3(method, **arguments, **following)
-                if "Name" not in page and "Bucket" not in page:
-                    raise not_s3(clients.endpoint)
+            page = self._requests.ask(functools.partial(_page, method, {**arguments, **following}))
             yield page
             before = following
             following = {token: page[field] for token, field in tokens.items() if page.get(field)}
@@ -282,11 +321,14 @@ class S3Store(ObjectStore):
         first = failures[0]
         code, key = first.get("Code", "no code"), str(first.get("Key", ""))
         denied = code in ("AccessDenied", "AllAccessDisabled")
-        return (AccessDeniedError if denied else StorageError)(
+        error = (AccessDeniedError if denied else NotDeletedError)(
             f"{len(failures):,} objects were not deleted ({code})",
             object_name=key.removeprefix(self._prefix),
             hint="The credentials need s3:DeleteObject here" if denied else None,
         )
+        if isinstance(error, NotDeletedError):
+            error.code = code
+        return error
 
 
 def _version(answer: dict[str, Any], clients: Clients) -> str:
@@ -296,29 +338,23 @@ def _version(answer: dict[str, Any], clients: Clients) -> str:
     return str(answer["ETag"]).strip('"')
 
 
-def _is_refused_condition(error: Exception) -> bool:
+def _page(method: str, arguments: dict[str, Any], clients: Clients) -> dict[str, Any]:
+    page: dict[str, Any] = clients.fs.call_s3(method, **arguments)
+    if "Name" not in page and "Bucket" not in page:
+        raise not_s3(clients.endpoint)
+    return page
+
+
+def _check_answered(outcome: Outcome[Any], what: str) -> None:
+    """Refuse to call a request failed that may have been carried out, or still be."""
+    if outcome.error is not None and outcome.lost:
+        tries = "its one try" if outcome.attempts == 1 else f"one of {outcome.attempts} tries"
+        raise UnansweredError(f"the {what} went out, and the answer to {tries} was lost") from outcome.error
+
+
+def _is_refused_condition(error: Exception | None) -> bool:
     return isinstance(error, ClientError) and status_of(error) == HTTPStatus.PRECONDITION_FAILED
 
 
-def _is_from_a_gateway(error: Exception) -> bool:
-    """Tell the answers of something in between, behind which the server may still be at work."""
-    gateway = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
-    return isinstance(error, ClientError) and status_of(error) in gateway
-
-
-def _past_conflicts() -> tenacity.Retrying:
-    """Call again while S3 answers that another conditional write is under way."""
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_is_conflict),
-        stop=tenacity.stop_after_attempt(_CONFLICTS),
-        wait=tenacity.wait_random_exponential(multiplier=0.1, max=2.0),
-        reraise=True,
-    )
-
-
-def _is_conflict(error: BaseException) -> bool:
-    return isinstance(error, ClientError) and status_of(error) == HTTPStatus.CONFLICT
-
-
-def _was_repeated(error: ClientError) -> bool:
-    return int(error.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)) > 0
+def _is_gone(error: Exception | None) -> bool:
+    return isinstance(error, ClientError) and code_of(error) == "NoSuchUpload"

@@ -3,10 +3,9 @@
 s3fs takes the options first, so that whatever ``storage_options`` holds means here what it means there. It
 lists and deletes; boto3's core carries the bytes, on connections of its own.
 
-Retries are botocore's standard mode in both (``retries`` + 1 attempts), which backs off with jitter and gives
-up at once on a final answer (400, 403, 404, 412). s3fs's own loop round it is set to a single attempt.
-aiohttp below it repeats a listing once where the connection is lost, which no option turns off. What botocore
-can't see, a body that breaks off after its headers came, is asked for again by ``s3_read``.
+Neither asks again: :mod:`~cloudckpt.backends.stores.retry` does, above both. botocore's standard mode with
+one attempt still follows a bucket into its region. s3fs's own loop is set to a single attempt. aiohttp below
+it repeats a listing once where the connection is lost, which no option turns off and which does no harm.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 import aiobotocore.session
@@ -24,30 +23,35 @@ import botocore.session
 import s3fs
 from botocore import UNSIGNED
 from botocore.config import Config
-from botocore.exceptions import EndpointConnectionError
 from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
-from cloudckpt.backends.stores.s3_lost import note_lost_answer
+from cloudckpt.backends.stores.pace import Pace
 from cloudckpt.backends.target import Target
 
 _Session = TypeVar("_Session", bound=botocore.session.Session)
 
 _CONNECT_SECONDS = 5.0
-_COMPLETE_SECONDS = 600.0
-_CONNECTION_ATTEMPTS = 3
+_PATIENCE: Final = 10
+"""Timeouts that an answer to CompleteMultipartUpload may take: S3 takes minutes for large objects."""
+_ONE_ATTEMPT: Final = {"mode": "standard", "total_max_attempts": 1}
+_CREDENTIALS: Final = frozenset({"aws_access_key_id", "aws_secret_access_key", "aws_session_token"})
 _AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
 class Clients:
     """What one process talks to S3 with. Each client may be used from several threads."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, pace: Pace) -> None:
+        self.pace = pace
         self.fs: Any = _file_system(target.options)
         if unknown := sorted(self.fs.kwargs.keys() - {"profile"}):
             message = f"s3fs knows no {', '.join(unknown)} in storage_options"
             raise ConfigurationError(message, uri=target.uri)
+        if self.fs.config_kwargs["retries"] != _ONE_ATTEMPT:
+            message = "botocore's retries are off, and storage_options turns them on"
+            raise ConfigurationError(message, uri=target.uri, hint="Use the option retries instead")
         self._session = _prepared(botocore.session.Session(**self.fs.kwargs))
         self._lock = threading.Lock()
         self._patient: Any = None
@@ -62,9 +66,15 @@ class Clients:
         with self._lock:
             if self._patient is None:
                 given = self.fs.config_kwargs
-                seconds = max(given["read_timeout"], _COMPLETE_SECONDS)
+                seconds = given["read_timeout"] and given["read_timeout"] * _PATIENCE
                 self._patient = _client(self._session, self.fs, {**given, "read_timeout": seconds})
             return self._patient
+
+    @property
+    def renewable(self) -> bool:
+        """Whether credentials come from where there may be newer ones, and not from ``storage_options``."""
+        fs = self.fs
+        return not (fs.anon or fs.key or fs.secret or fs.token or _CREDENTIALS & fs.client_kwargs.keys())
 
     @property
     def is_aws(self) -> bool:
@@ -99,8 +109,22 @@ class LazyClients:
             with self._lock:
                 made = self._made
                 if made is None or made[0] != os.getpid():
-                    self._made = made = (os.getpid(), Clients(self._target))
+                    clients = Clients(self._target, Pace(self._target.options.concurrency))
+                    self._made = made = (os.getpid(), clients)
         return made[1]
+
+    def renew(self, expired: Clients) -> bool:
+        """Replace clients by new ones, which look for credentials afresh, unless another thread has done so.
+
+        Returns whether there are others now.
+        """
+        if not expired.renewable:
+            return False
+        with self._lock:
+            if self._made is not None and self._made[1] is expired:
+                self._made = (os.getpid(), Clients(self._target, expired.pace))
+                expired.close()
+        return True
 
     def close(self) -> None:
         """Let the connections go; the clients make new ones when they are asked again."""
@@ -159,7 +183,7 @@ def _config(options: Options, given: Mapping[str, Any]) -> dict[str, Any]:
         "connect_timeout": min(options.timeout, _CONNECT_SECONDS),
         "read_timeout": options.timeout,
         "max_pool_connections": options.concurrency,
-        "retries": {"mode": "standard", "total_max_attempts": options.retries + 1},
+        "retries": _ONE_ATTEMPT,
         # No checksum that was not asked for: several servers refuse, or store, the trailer that carries it.
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
@@ -190,8 +214,6 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
 
 def _prepared(session: _Session) -> _Session:
     """Return the session with what every session here has in common."""
-    session.register("needs-retry.s3", cast("Any", note_lost_answer))
-    session.register("needs-retry.s3", cast("Any", _give_up_on_refusal))
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session
 
@@ -200,9 +222,3 @@ def _prepared(session: _Session) -> _Session:
 def _loader(data_path: str | None) -> Any:
     """Return one loader of botocore's service models for all sessions: reading them takes 0.4 s of CPU."""
     return botocore.loaders.create_loader(data_path)
-
-
-def _give_up_on_refusal(caught_exception: Exception | None, attempts: int, **_: object) -> None:
-    """Stop retrying an endpoint that is not there: a name or port that is wrong stays wrong."""
-    if isinstance(caught_exception, EndpointConnectionError) and attempts >= _CONNECTION_ATTEMPTS:
-        raise caught_exception

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -38,10 +38,17 @@ _ACTIONS: Mapping[str, str] = {
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObjects": "s3:DeleteObject",
 }
-_BAD_CREDENTIALS = frozenset(
-    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "ExpiredTokenException"}
-    | {"TokenRefreshRequired", "InvalidClientTokenId", "UnrecognizedClientException", "AuthFailure"}
+EXPIRED: Final = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
 )
+"""Codes of credentials that were good once."""
+_BAD_CREDENTIALS = EXPIRED | {
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidClientTokenId",
+    "UnrecognizedClientException",
+    "AuthFailure",
+}
 _WRONG_REGION = frozenset(
     {
         "PermanentRedirect",
@@ -50,11 +57,23 @@ _WRONG_REGION = frozenset(
         "IllegalLocationConstraintException",
     }
 )
+_OF_CLIENTS = (boto.ClientError, boto.BotoCoreError, ResponseParserError)
 _BAD_BYTES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"})
 _LOGIN_HINT = where_credentials_belong("s3")
 _NOT_S3_HINT = (
     "Check the option endpoint_url and the environment variable AWS_ENDPOINT_URL: not every port speaks S3"
 )
+
+
+class BrokenBodyError(StorageError):
+    """A body ended before its length, or stalled."""
+
+
+class NotDeletedError(StorageError):
+    """A deletion was answered, and left objects behind."""
+
+    code = ""
+    """S3's code of the first failure."""
 
 
 @contextlib.contextmanager
@@ -73,10 +92,12 @@ def not_s3(endpoint: str) -> StorageError:
     return StorageError(f"the endpoint {endpoint} answered, but not as an S3 server does", hint=_NOT_S3_HINT)
 
 
-def client_error(error: BaseException) -> boto.ClientError | None:
-    """Return the server's answer in ``error``, which s3fs hides behind an OSError of its own."""
-    cause = error if isinstance(error, boto.ClientError) else error.__cause__
-    return cause if isinstance(cause, boto.ClientError) else None
+def plain(error: BaseException) -> BaseException:
+    """Return the client's own exception, which s3fs and fsspec hide behind an OSError or two of theirs."""
+    bare: BaseException | None = error
+    while bare is not None and not isinstance(bare, (CheckpointError, *_OF_CLIENTS)):
+        bare = bare.__cause__
+    return error if bare is None else bare
 
 
 def code_of(error: boto.ClientError) -> str:
@@ -89,14 +110,16 @@ def status_of(error: boto.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
+def is_of_credentials(error: boto.ClientError) -> bool:
+    """Say whether the answer is about who asks, whatever its status."""
+    return code_of(error) in _BAD_CREDENTIALS
+
+
 def _error_for(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
-    answer = client_error(error)
-    if answer is not None:
-        return _error_by_code(answer, target, endpoint) or _error_by_status(answer, target)
-    hidden = error.__cause__
-    if isinstance(error, OSError) and isinstance(hidden, boto.BotoCoreError | ResponseParserError):
-        error = hidden
-    return _error_before_answer(error, target, endpoint)
+    bare = plain(error)
+    if isinstance(bare, boto.ClientError):
+        return _error_by_code(bare, target, endpoint) or _error_by_status(bare, target)
+    return _error_before_answer(bare, target, endpoint)
 
 
 def _error_before_answer(error: BaseException, target: Target, endpoint: str) -> CheckpointError:

@@ -1,7 +1,7 @@
 """Reading S3 objects: whole, or a range straight into buffers.
 
-botocore repeats a request until its headers came. A body that breaks off after that is asked for again here,
-from its start and of whatever version is there then, so that bytes of two versions never mix.
+Each function is one attempt. A body that breaks off is asked for again from its start and of whatever version
+is there then, so that bytes of two versions never mix.
 """
 
 from __future__ import annotations
@@ -10,53 +10,41 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import tenacity
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 
 from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import not_s3
+from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3
 
 # urllib3 reads into memory of its own and copies from there, so this is what one read costs in memory.
 _WINDOW = 1 << 18
 
 
-def read_whole(clients: Clients, arguments: dict[str, Any], attempts: int) -> tuple[bytes, dict[str, Any]]:
+def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of an object and the answer that they came with."""
-    for attempt in _attempts(attempts):
-        with attempt:
-            answer = clients.data.get_object(**arguments)
-            with _body(answer) as body:
-                if "ETag" not in answer:
-                    raise not_s3(clients.endpoint)
-                return body.read(), answer
-    raise AssertionError("unreachable: the last attempt raises")
+    answer = clients.data.get_object(**arguments)
+    with _body(answer) as body:
+        if "ETag" not in answer:
+            raise not_s3(clients.endpoint)
+        return body.read(), answer
 
 
 def read_range(
-    clients: Clients, arguments: dict[str, Any], attempts: int, offset: int, buffers: Sequence[memoryview]
+    clients: Clients, arguments: dict[str, Any], offset: int, buffers: Sequence[memoryview]
 ) -> int | None:
-    """Fill ``buffers`` from the object's bytes at ``offset``, in one request unless it breaks off.
+    """Fill ``buffers`` from the object's bytes at ``offset``, in one request.
 
     Returns the object's whole size in bytes, where the answer gives it.
     """
     size = sum(buffer.nbytes for buffer in buffers)
     if not size:
         return None
-    wanted = f"bytes={offset}-{offset + size - 1}"
-    for attempt in _attempts(attempts):
-        with attempt:
-            answer = clients.data.get_object(**arguments, Range=wanted)
-            with _body(answer) as body:
-                _check(answer, offset, size, clients.endpoint)
-                for buffer in buffers:
-                    _fill(body, buffer)
-                return _whole_size(answer)
-    raise AssertionError("unreachable: the last attempt raises")
-
-
-class _BrokenBodyError(StorageError):
-    """A body ended before its length, or stalled."""
+    answer = clients.data.get_object(**arguments, Range=f"bytes={offset}-{offset + size - 1}")
+    with _body(answer) as body:
+        _check(answer, offset, size, clients.endpoint)
+        for buffer in buffers:
+            _fill(body, buffer)
+        return _whole_size(answer)
 
 
 @contextlib.contextmanager
@@ -66,16 +54,7 @@ def _body(answer: dict[str, Any]) -> Iterator[Any]:
         try:
             yield body
         except (HTTPClientError, IncompleteReadError) as error:
-            raise _BrokenBodyError("the answer broke off while it was read") from error
-
-
-def _attempts(count: int) -> tenacity.Retrying:
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_BrokenBodyError),
-        stop=tenacity.stop_after_attempt(count),
-        wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
-        reraise=True,
-    )
+            raise BrokenBodyError("the answer broke off while it was read") from error
 
 
 def _check(answer: dict[str, Any], offset: int, size: int, endpoint: str) -> None:
@@ -106,5 +85,5 @@ def _fill(body: Any, buffer: memoryview) -> None:
     while filled < buffer.nbytes:
         got = body.readinto(buffer[filled : filled + _WINDOW])
         if not got:
-            raise _BrokenBodyError("the answer ended early")
+            raise BrokenBodyError("the answer ended early")
         filled += got

@@ -8,6 +8,7 @@ import pytest
 
 from cloudckpt.backends.errors import (
     AccessDeniedError,
+    ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
     StorageError,
@@ -24,10 +25,31 @@ from support.buckets import (
 )
 from support.proxy import (
     Answer,
+    EditAnswer,
     Proxy,
 )
 
-_CONFLICT = Answer(409, "ConditionalRequestConflict")
+_FINAL = {
+    400: "InvalidRequest",
+    401: "Unauthorized",
+    403: "AccessDenied",
+    404: "NoSuchKey",
+    405: "MethodNotAllowed",
+    409: "InvalidBucketState",
+    412: "PreconditionFailed",
+    501: "NotImplemented",
+}
+"""Codes by status."""
+_PASSING = [
+    Answer(503, "SlowDown"),
+    Answer(503, "ServiceUnavailable"),
+    Answer(429, "TooManyRequests"),
+    Answer(500, "InternalError"),
+    Answer(502),
+    Answer(504),
+    Answer(400, "RequestTimeout"),
+    Answer(408, "RequestTimeout"),
+]
 
 
 @pytest.fixture
@@ -45,6 +67,49 @@ def test_what_is_denied_is_asked_for_once(
         OPERATIONS[operation](store)
     assert caught.value.hint
     assert len(proxy.seen(operation)) == 1
+
+
+@every_operation
+@pytest.mark.parametrize("status", sorted(_FINAL))
+def test_a_final_answer_is_asked_for_once(
+    stores: Stores, proxy: Proxy, bucket: Bucket, operation: str, status: int
+) -> None:
+    bucket.hold(b"data")
+    # With `auto` an upload that is refused is declared once more, without its checksum.
+    store = stores(retries=3, checksum="none")
+    proxy.spoil(operation, itertools.repeat(Answer(status, _FINAL[status])))
+    with pytest.raises(StorageError):
+        OPERATIONS[operation](store)
+    assert len(proxy.seen(operation)) == _asked(operation, status)
+
+
+def _asked(operation: str, status: int) -> int:
+    """Return how often; botocore takes this answer to a HEAD for one from another region, and looks there."""
+    return 2 if (operation, status) == ("HeadObject", 400) else 1
+
+
+@every_operation
+def test_credentials_that_were_given_and_have_expired_are_denied_at_once(
+    stores: Stores, proxy: Proxy, bucket: Bucket, operation: str
+) -> None:
+    bucket.hold(b"data")
+    proxy.spoil(operation, itertools.repeat(Answer(400, "ExpiredToken")))
+    with pytest.raises(StorageError) as caught:
+        OPERATIONS[operation](stores(retries=3))
+    if operation != "HeadObject":  # whose answer has no body to say so
+        assert isinstance(caught.value, AccessDeniedError)
+    assert len(proxy.seen(operation)) == _asked(operation, 400)
+
+
+@pytest.mark.parametrize("answer", _PASSING, ids=lambda answer: f"{answer.status}{answer.code}")
+@pytest.mark.parametrize("operation", ["GetObject", "ListObjectsV2", "UploadPart"])
+def test_what_may_pass_is_asked_again(
+    store: S3Store, proxy: Proxy, bucket: Bucket, operation: str, answer: Answer
+) -> None:
+    bucket.hold(b"data")
+    proxy.spoil(operation, [answer])
+    OPERATIONS[operation](store)
+    assert len(proxy.seen(operation)) == 2
 
 
 @pytest.mark.parametrize("operation", ["GetObject", "HeadObject"])
@@ -113,11 +178,12 @@ def test_a_checksum_asked_for_by_name_is_never_left_out(stores: Stores, proxy: P
 
 
 @pytest.mark.parametrize("operation", ["PutObject", "CompleteMultipartUpload"])
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
 def test_a_conflict_with_another_writer_is_tried_again(
-    store: S3Store, proxy: Proxy, bucket: Bucket, operation: str
+    stores: Stores, proxy: Proxy, bucket: Bucket, operation: str, code: str
 ) -> None:
-    proxy.spoil(operation, [_CONFLICT] * 2)
-    OPERATIONS[operation](store)
+    proxy.spoil(operation, [Answer(409, code)] * 2)
+    OPERATIONS[operation](stores(retries=2))
     assert len(proxy.seen(operation)) == 3
     assert bucket.found() == b"data"
 
@@ -126,11 +192,11 @@ def test_a_conflict_with_another_writer_is_tried_again(
 def test_a_conflict_that_stays_is_a_storage_error(
     store: S3Store, proxy: Proxy, bucket: Bucket, operation: str
 ) -> None:
-    proxy.spoil(operation, itertools.repeat(_CONFLICT))
+    proxy.spoil(operation, itertools.repeat(Answer(409, "ConditionalRequestConflict")))
     with pytest.raises(StorageError, match="ConditionalRequestConflict") as caught:
         OPERATIONS[operation](store)
     assert type(caught.value) is StorageError
-    assert len(proxy.seen(operation)) == 4
+    assert len(proxy.seen(operation)) == 2
     assert bucket.found() is None
 
 
@@ -144,3 +210,37 @@ def test_a_bucket_in_another_region_is_said_to_be_there(
     with pytest.raises(StorageError, match="in another region") as caught:
         OPERATIONS[operation](store)
     assert caught.value.hint == "Set the option region to eu-north-1"
+
+
+@pytest.mark.parametrize("operation", ["GetObject", "UploadPart", "ListObjectsV2"])
+def test_a_bucket_is_followed_into_its_region_without_retries(
+    stores: Stores, proxy: Proxy, bucket: Bucket, operation: str
+) -> None:
+    bucket.hold(b"data")
+    proxy.spoil(operation, [Answer(301, "PermanentRedirect", {"x-amz-bucket-region": "eu-north-1"})])
+    OPERATIONS[operation](stores(retries=0, region="eu-west-1"))
+    signed = [request.headers["authorization"].split("/")[2] for request in proxy.seen(operation)]
+    assert signed[-1] == "eu-north-1"
+
+
+def test_objects_that_a_busy_server_did_not_delete_are_deleted_again(
+    store: S3Store, proxy: Proxy, bucket: Bucket
+) -> None:
+    bucket.hold(b"data")
+    failed = b"<Error><Key>run/name</Key><Code>SlowDown</Code><Message>later</Message></Error>"
+    proxy.spoil("DeleteObjects", [EditAnswer(b"</DeleteResult>", failed + b"</DeleteResult>")] * 3)
+    with pytest.raises(StorageError, match=r"1 objects were not deleted \(SlowDown\)"):
+        store.delete(["name"])
+    assert len(proxy.seen("DeleteObjects")) == 2
+    proxy.spoil("DeleteObjects", [EditAnswer(b"</DeleteResult>", failed + b"</DeleteResult>")])
+    store.delete(["name"])
+    assert len(proxy.seen("DeleteObjects")) == 4
+
+
+def test_retries_below_ours_are_refused(proxy: Proxy, bucket: Bucket) -> None:
+    given = {"key": "test", "secret": "testtest", "config_kwargs": {"retries": {"max_attempts": 3}}}
+    with (
+        open_in(proxy, bucket, storage_options=given) as store,
+        pytest.raises(ConfigurationError, match="Use the option retries"),
+    ):
+        store.stat("name")

@@ -10,8 +10,10 @@ import pytest
 from cloudckpt.backends.errors import (
     IntegrityError,
     StorageError,
+    UnansweredError,
 )
 from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3_checksum import PartChecksum
 from support.buckets import (
     PART,
     Bucket,
@@ -22,6 +24,8 @@ from support.buckets import (
 )
 from support.proxy import (
     Answer,
+    CutRequest,
+    EditAnswer,
     FlipBit,
     LoseAnswer,
     Proxy,
@@ -44,7 +48,7 @@ def test_completing_succeeds_though_the_answer_was_lost(
     s3_server: S3Server, spoilings: Sequence[Answer | LoseAnswer]
 ) -> None:
     bucket, data = Bucket.new(s3_server), random_bytes(PART + 7)
-    with proxied(s3_server.endpoint) as proxy, open_in(proxy, bucket) as store:
+    with proxied(s3_server.endpoint) as proxy, open_in(proxy, bucket, retries=2) as store:
         upload = store.begin_upload("name")
         parts = [
             store.upload_part(upload, 1, 0, [memoryview(data)[:PART]]),
@@ -110,4 +114,47 @@ def test_a_completed_object_of_another_size_is_deleted_and_an_integrity_error(
     proxy.spoil("HeadObject", [Answer(200, "", {"ETag": '"etag"', "x-amz-request-id": "1"})])
     with pytest.raises(IntegrityError, match="0 bytes where its parts have 4"):
         store.complete_upload(upload, [part])
+    assert bucket.found() is None
+
+
+def test_a_completion_that_may_have_been_carried_out_is_unanswered(
+    store: S3Store, proxy: Proxy, bucket: Bucket
+) -> None:
+    proxy.spoil("CompleteMultipartUpload", [CutRequest(0), Answer(503, "SlowDown")])
+    with pytest.raises(UnansweredError, match="the answer to one of 2 tries was lost"):
+        send(store, b"data")
+    assert bucket.found() is None
+
+
+def _whole(algorithm: str, value: bytes) -> EditAnswer:
+    """Have the answer to a completion carry this checksum of the whole object."""
+    name = f"Checksum{algorithm.upper()}".encode()
+    end = b"</CompleteMultipartUploadResult>"
+    said = b"<%s>%s</%s><ChecksumType>FULL_OBJECT</ChecksumType>" % (name, value, name)
+    return EditAnswer(end, said + end)
+
+
+@pytest.mark.parametrize("algorithm", ["crc64nvme", "crc32c"])
+def test_a_store_that_has_other_bytes_than_were_sent_is_found_out_and_the_object_deleted(
+    stores: Stores, proxy: Proxy, bucket: Bucket, algorithm: str
+) -> None:
+    data = random_bytes(PART + 7)
+    right = PartChecksum(algorithm).of([memoryview(data)]).partition(":")[2].encode()
+    wrong = PartChecksum(algorithm).of([memoryview(data)[1:]]).partition(":")[2].encode()
+    store = stores(checksum=algorithm)
+
+    def complete() -> None:
+        upload = store.begin_upload("name")
+        view = memoryview(data)
+        parts = [store.upload_part(upload, 2, PART, [view[PART:]])]
+        parts += [store.upload_part(upload, 1, 0, [view[:PART]])]
+        store.complete_upload(upload, parts)
+
+    proxy.spoil("CompleteMultipartUpload", [_whole(algorithm, right)])
+    complete()
+    assert bucket.found() == data
+    proxy.spoil("CompleteMultipartUpload", [_whole(algorithm, wrong)])
+    with pytest.raises(IntegrityError, match="of the whole object where its parts make") as caught:
+        complete()
+    assert (caught.value.uri, caught.value.object_name) == (store.uri, "name")
     assert bucket.found() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,12 +16,17 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.store import Create, Overwrite
+from cloudckpt.backends.stores import s3_requests, s3_verdict
+from cloudckpt.backends.stores.retry import Judgement
 from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.target import Target
 from support.buckets import (
     OPERATIONS,
     PART,
     Bucket,
     Stores,
+    every_operation,
+    open_in,
     random_bytes,
     read,
     send,
@@ -29,11 +35,16 @@ from support.proxy import (
     Answer,
     CutAnswer,
     CutRequest,
+    Delay,
+    HalveAnswer,
     LoseAnswer,
     Proxy,
+    Spoiling,
     Stall,
     StallAnswer,
+    proxied,
 )
+from support.servers import S3Server, unused_port
 
 
 @pytest.fixture
@@ -112,12 +123,8 @@ def test_a_part_that_was_read_already_is_sent_again_whole(
     assert bucket.found() == data
 
 
-# Completing has ten minutes for an answer, as S3 may take them: no test waits that long.
 _UNANSWERED = [
-    (operation, spoiling)
-    for operation in sorted(OPERATIONS)
-    for spoiling in (Stall(), LoseAnswer())
-    if (operation, spoiling) != ("CompleteMultipartUpload", Stall())
+    (operation, spoiling) for operation in sorted(OPERATIONS) for spoiling in (Stall(), LoseAnswer())
 ]
 
 
@@ -164,6 +171,93 @@ def test_a_put_that_was_refused_each_time_is_over(stores: Stores, proxy: Proxy, 
         store.put("name", b"data", Overwrite())
     assert not isinstance(caught.value, UnansweredError)
     assert bucket.found() is None
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_put_that_a_gateway_gave_up_is_unanswered(
+    store: S3Store, proxy: Proxy, bucket: Bucket, status: int
+) -> None:
+    proxy.spoil("PutObject", [Answer(status), Answer(503, "SlowDown")])
+    with pytest.raises(UnansweredError):
+        store.put("name", b"data", Overwrite())
+
+
+@every_operation
+@pytest.mark.parametrize("spoiling", [HalveAnswer(), LoseAnswer(), CutRequest(0), Delay(0.1)])
+def test_an_answer_that_is_broken_lost_or_late_once_is_no_error(
+    store: S3Store, proxy: Proxy, bucket: Bucket, operation: str, spoiling: Spoiling
+) -> None:
+    bucket.hold(b"data")
+    proxy.spoil(operation, [spoiling])
+    OPERATIONS[operation](store)
+
+
+def test_an_upload_that_was_begun_twice_is_pending_once(s3_server: S3Server) -> None:
+    """The one begun first would stay for ever: only the answer that was lost had its id."""
+    bucket = Bucket.new(s3_server)
+    with proxied(s3_server.endpoint) as proxy, open_in(proxy, bucket) as store:
+        others = [store.begin_upload(name) for name in ("name-2", "other")]
+        proxy.spoil("CreateMultipartUpload", [LoseAnswer()])
+        upload = store.begin_upload("name")
+        assert len(proxy.seen("CreateMultipartUpload")) == 4
+        pending = [pending.upload for pending in store.pending_uploads()]
+        assert sorted(pending, key=lambda one: one.name) == sorted(
+            [upload, *others], key=lambda one: one.name
+        )
+        part = store.upload_part(upload, 1, 0, [memoryview(b"data")])
+        assert store.complete_upload(upload, [part]).size == 4
+
+
+def test_an_upload_begun_twice_is_no_error_where_uploads_can_not_be_listed(
+    store: S3Store, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.spoil("CreateMultipartUpload", [LoseAnswer()])
+    proxy.spoil("ListMultipartUploads", itertools.repeat(Answer(403, "AccessDenied")))
+    assert store.begin_upload("name").upload_id
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "gc will" in caplog.text
+
+
+def _judging(monkeypatch: pytest.MonkeyPatch, note: Callable[[int], object]) -> None:
+    """Call ``note`` with the number of every failure, before what it means is judged."""
+    numbers = itertools.count(1)
+
+    def judge(error: Exception) -> Judgement:
+        note(next(numbers))
+        return s3_verdict.judge(error)
+
+    monkeypatch.setattr(s3_requests, "judge", judge)
+
+
+def test_where_nothing_has_ever_answered_three_tries_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    numbers: list[int] = []
+    _judging(monkeypatch, numbers.append)
+    given = {"key": "test", "secret": "testtest"}
+    endpoint = f"http://127.0.0.1:{unused_port()}"
+    store = S3Store(Target.parse("s3://bucket", endpoint_url=endpoint, storage_options=given))
+    with pytest.raises(StorageError, match="cannot reach"):
+        store.stat("name")
+    assert numbers == [1, 2, 3]
+
+
+def test_a_server_that_restarts_is_waited_for(
+    moto: S3Server, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with proxied(moto.endpoint) as proxy:
+            store = stack.enter_context(open_in(proxy, bucket, retries=10))
+            store.put("name", b"data", Overwrite())
+            store.close()  # a thread of the proxy would serve a kept connection on
+        port = int(proxy.endpoint.rpartition(":")[2])
+
+        def restart(number: int) -> None:
+            if number == 4:
+                stack.enter_context(proxied(moto.endpoint, port=port))
+
+        _judging(monkeypatch, restart)
+        assert store.get("name")[0] == b"data"
 
 
 def test_an_error_that_a_broken_network_made_keeps_its_fields_in_a_pickle(

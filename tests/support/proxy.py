@@ -5,6 +5,7 @@
 
 The first part sent is answered 503, the second reaches the server but its answer is lost, the rest pass.
 Nothing is mocked: requests and answers cross real sockets, and what passes is done by the real server.
+``proxy.rule`` decides over every request that nothing else was said about; ``support.weather`` has some.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ssl
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 _HOST = "127.0.0.1"
@@ -56,6 +60,19 @@ class CutAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class HalveAnswer:
+    """Cut the connection in the middle of the answer's body, or before the answer where it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class EditAnswer:
+    """Replace some bytes of the answer's body by others."""
+
+    old: bytes
+    new: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StallAnswer:
     """Stop sending after so many bytes of the answer's body and hold the connection."""
 
@@ -68,11 +85,30 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
+class Delay:
+    """Let the server act, and answer so many seconds late."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class FlipBit:
     """Change one bit of the request's body on its way."""
 
 
-Spoiling = Answer | CutRequest | LoseAnswer | CutAnswer | StallAnswer | Stall | FlipBit | None
+Spoiling = (
+    Answer
+    | CutRequest
+    | LoseAnswer
+    | CutAnswer
+    | HalveAnswer
+    | EditAnswer
+    | StallAnswer
+    | Stall
+    | Delay
+    | FlipBit
+    | None
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +143,10 @@ class Request:
         ]
 
 
+Rule = Callable[[Request], Spoiling]
+"""Decides over a request before its body is read; called from several threads."""
+
+
 class Proxy:
     """What the proxy saw and is still to spoil. Safe to use from several threads."""
 
@@ -118,6 +158,19 @@ class Proxy:
         self._lock = threading.Lock()
         self._seen: list[Request] = []
         self._spoilings: dict[str, Iterator[Spoiling]] = {}
+        self._rule: Rule | None = None
+        self._in_flight = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have arrived and are not answered yet."""
+        with self._lock:
+            return self._in_flight
+
+    def rule(self, decide: Rule | None) -> None:
+        """Have ``decide`` say what to do with every request for which ``spoil`` says nothing."""
+        with self._lock:
+            self._rule = decide
 
     def spoil(self, operation: str, spoilings: Iterable[Spoiling]) -> None:
         """Spoil the next requests of an operation, one after another; None lets one pass."""
@@ -140,11 +193,27 @@ class Proxy:
         with self._lock:
             self._seen.clear()
             self._spoilings.clear()
+            self._rule = None
 
     def next_for(self, request: Request) -> Spoiling:
         """Return what to do with the request."""
         with self._lock:
-            return next(self._spoilings.get(request.operation, iter(())), None)
+            rule = self._rule
+            spoilings = self._spoilings.get(request.operation)
+            for spoiling in spoilings or ():
+                return spoiling
+        return rule(request) if rule is not None else None
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a request as in flight during the block."""
+        with self._lock:
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_flight -= 1
 
     def keep(self, request: Request) -> None:
         """Note that the request arrived."""
@@ -153,9 +222,9 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def proxied(upstream: str, tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
+def proxied(upstream: str, tls: ssl.SSLContext | None = None, port: int = 0) -> Iterator[Proxy]:
     """Run a proxy before the server at ``upstream``; with ``tls`` it speaks https to its clients."""
-    with _Server((_HOST, 0), _Handler) as server:
+    with _Server((_HOST, port), _Handler) as server:
         if tls is not None:
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         scheme = "http" if tls is None else "https"
@@ -174,6 +243,11 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     proxy: Proxy
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Stay silent about clients that did not wait for their answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -184,6 +258,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy = self.server.proxy
 
     def _handle(self) -> None:
+        with self.proxy.counted():
+            self._answer()
+
+    def _answer(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
         length = int(headers.get("content-length", 0))
         spoiling = self.proxy.next_for(Request(self.command, self.path, headers, b""))
@@ -197,20 +275,34 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             case Stall():
                 self._hold()
+            case _:
+                self._pass_on(request, spoiling)
+
+    def _pass_on(self, request: Request, spoiling: Spoiling) -> None:
+        """Let the server act, and do to its answer what was asked."""
+        if isinstance(spoiling, FlipBit):
+            body = bytearray(request.body)
+            body[len(body) // 2] ^= 1
+            request = Request(request.method, request.target, request.headers, bytes(body))
+        status, headers, answer = self._ask(request)
+        match spoiling:
             case LoseAnswer():
-                self._ask(request)
                 self.close_connection = True
-            case FlipBit():
-                body = bytearray(request.body)
-                body[len(body) // 2] ^= 1
-                self._send(*self._ask(Request(request.method, request.target, headers, bytes(body))))
+            case HalveAnswer():
+                if answer and self.command != "HEAD":
+                    self._send(status, headers, answer, after=len(answer) // 2)
+                self.close_connection = True
+            case EditAnswer(old, new):
+                self._send(status, headers, answer.replace(old, new))
             case CutAnswer(after) | StallAnswer(after):
-                self._send(*self._ask(request), after=after)
+                self._send(status, headers, answer, after=after)
                 if isinstance(spoiling, StallAnswer):
                     self._hold()
                 self.close_connection = True
-            case None:
-                self._send(*self._ask(request))
+            case _:
+                if isinstance(spoiling, Delay):
+                    time.sleep(spoiling.seconds)
+                self._send(status, headers, answer)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _handle  # noqa: N815 - the base class names them
 

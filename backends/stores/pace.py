@@ -1,0 +1,64 @@
+"""Slowing down together: how many requests of one store may be in flight.
+
+The rule is TCP's (additive increase, multiplicative decrease). When the store says that it is too much, the
+limit is halved, for all threads at once and once an event: requests that were in flight already when it was
+halved tell nothing new. Successes let more in again, slowly: whoever grows by one each round, as TCP does,
+finds out at every few requests that a small limit holds, and each time costs an attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+_ROUNDS: Final = 8
+"""Times that as many requests as are allowed must succeed before one more is."""
+
+
+class Pace:
+    """The limit of one store in one process, shared by its threads; at least one request is let through.
+
+    A request that is let in must not wait for another of the same store.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = float(most)
+        self._in_flight = 0
+        self._events = 0
+        self._changed = threading.Condition()
+
+    @property
+    def limit(self) -> int:
+        """Requests that may be in flight now."""
+        with self._changed:
+            return int(self._limit)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[int]:
+        """Wait for room and hold it during the block; yields how many times the limit was halved before."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_flight < int(self._limit))
+            self._in_flight += 1
+            events = self._events
+        try:
+            yield events
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self._changed.notify()
+
+    def throttled(self, events: int) -> None:
+        """Halve the limit, unless it was halved since the request was let in after so many ``events``."""
+        with self._changed:
+            if events == self._events:
+                self._events += 1
+                self._limit = max(1.0, self._limit / 2)
+
+    def succeeded(self) -> None:
+        """Let a little more in, up to where it began."""
+        with self._changed:
+            self._limit = min(float(self._most), self._limit + 1 / (_ROUNDS * self._limit))
+            self._changed.notify_all()

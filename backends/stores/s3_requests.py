@@ -1,0 +1,77 @@
+"""How the S3 store makes a request: on the clients of the moment, and again where that may help."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+from cloudckpt.backends.stores.retry import Outcome, Retries
+from cloudckpt.backends.stores.s3_client import Clients, LazyClients
+from cloudckpt.backends.stores.s3_errors import explained
+from cloudckpt.backends.stores.s3_verdict import judge
+from cloudckpt.backends.target import Target
+
+_T = TypeVar("_T")
+
+_TIMEOUTS: Final = 5
+"""Budget of a request, in timeouts."""
+_LEAST_SECONDS: Final = 30.0
+"""What the budget is at least: back-off alone may take that long."""
+_PATIENT_TIMEOUTS: Final = 15
+"""That of CompleteMultipartUpload, one attempt of which may take ten."""
+
+
+class Requests:
+    """Makes the requests of one store. Safe to use from several threads, and in a process that was forked."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._lazy = LazyClients(target)
+
+    @property
+    def clients(self) -> Clients:
+        """The clients of the moment, for what is not a request."""
+        return self._lazy.get()
+
+    def ask(self, act: Callable[[Clients], _T], name: str | None = None) -> _T:
+        """Return what ``act`` does with the clients, which may take several attempts.
+
+        Raises:
+            StorageError: with the object's ``name``, where there is one.
+        """
+        with self.explained(name):
+            return self.outcome(act).result()
+
+    def outcome(self, act: Callable[[Clients], _T], *, patient: bool = False) -> Outcome[_T]:
+        """Return how it ended, for a caller to which it matters; ``patient`` where ``act`` is so.
+
+        ``act`` must not make another request through here. The error is the client's own: see ``explained``.
+        """
+        options, used = self._target.options, self._lazy.get()
+        retries = Retries(
+            judge,
+            used.pace,
+            f"{used.endpoint}/{self._target.bucket}",
+            retries=options.retries,
+            seconds=max(_LEAST_SECONDS, options.timeout * (_PATIENT_TIMEOUTS if patient else _TIMEOUTS)),
+        )
+
+        def attempt() -> _T:
+            nonlocal used
+            used = self._lazy.get()
+            return act(used)
+
+        return retries.outcome(attempt, renew=lambda: self._lazy.renew(used))
+
+    @contextlib.contextmanager
+    def explained(self, name: str | None = None) -> Iterator[None]:
+        """Explain what goes wrong in the block, with the object's ``name``."""
+        with explained(self._target, self._target.options.endpoint_url or "S3", name):
+            clients = self._lazy.get()
+        with explained(self._target, clients.endpoint, name):
+            yield
+
+    def close(self) -> None:
+        """Let connections go; the next request makes new ones."""
+        self._lazy.close()
