@@ -8,9 +8,12 @@ the environment. :mod:`cloudckpt.backends.target` joins them to a URI.
 from __future__ import annotations
 
 import difflib
+import io
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
 
@@ -30,7 +33,7 @@ _ALLOWED: Mapping[str, str] = {
     "part_size": "a size of at least one byte, such as 64MiB",
     "concurrency": "a whole number of at least 1",
     "memory_limit": "a size of at least 1MiB, such as 256MiB",
-    "endpoint_url": "an http:// or https:// URL with a host and without credentials",
+    "endpoint_url": "an http:// or https:// URL with a host and without credentials or a query",
     "region": "a region's name, such as eu-central-1",
     "profile": "the name of a profile in the AWS configuration",
     "anon": "true or false",
@@ -44,15 +47,63 @@ _ALLOWED: Mapping[str, str] = {
     "checksum": "auto, crc64nvme, crc32c or none",
     "timeout": "a number of seconds greater than 0",
     "retries": "a whole number of at least 0",
-    "storage_options": "a dict of keywords for the fsspec file system",
+    "storage_options": "a dict of keywords for the fsspec file system, no credentials in its endpoint_url",
 }
 
 
-class Options(pydantic.BaseModel, frozen=True, extra="forbid"):
+class _Sealer(pickle.Pickler):
+    """A pickler that leaves classes and functions to the one around it, whose unpickler finds them."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.named: list[object] = []
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, type | FunctionType):
+            return None
+        self.named.append(obj)
+        return len(self.named) - 1
+
+
+class _Unsealer(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, named: list[object]) -> None:
+        super().__init__(stream)
+        self._named = named
+
+    def persistent_load(self, pid: int) -> object:
+        return self._named[pid]
+
+
+_Sealed = tuple[bytes, bytes, list[object]]
+
+
+def _seal(value: object) -> _Sealed:
+    """Mask a value on its way into a pickle, by a random pad as long as it and used once.
+
+    So secrets don't show in a core dump, a log or a packet trace that has the pickle in it. It is no
+    encryption: the pad lies beside what it masks, and whoever has the whole pickle has the secret.
+    """
+    stream = io.BytesIO()
+    sealer = _Sealer(stream)
+    sealer.dump(value)
+    pad = os.urandom(stream.tell())
+    return pad, _masked(stream.getvalue(), pad), sealer.named
+
+
+def _unseal(pad: bytes, masked: bytes, named: list[object]) -> Any:
+    return _Unsealer(io.BytesIO(_masked(masked, pad)), named).load()
+
+
+def _masked(data: bytes, pad: bytes) -> bytes:
+    return (int.from_bytes(data, "big") ^ int.from_bytes(pad, "big")).to_bytes(len(pad), "big")
+
+
+class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
     """How to reach a store and how to move bytes to and from it.
 
     Secrets (``token``, and whatever ``storage_options`` holds) never show in ``repr``. They do travel in a
-    pickle, because another process cannot do without them.
+    pickle, because another process cannot do without them: masked, so that they don't show in it either, but
+    not encrypted. Whoever has the pickle has the secret.
     """
 
     part_size: Annotated[ByteSize, Field(ge=1)] = ByteSize(32 * _MIB)
@@ -82,9 +133,10 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid"):
     checksum: Literal["auto", "crc64nvme", "crc32c", "none"] = "auto"
     """What the store is asked to check on arrival."""
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
-    """Seconds that one request may take."""
-    retries: Annotated[int, Field(ge=0)] = 4
-    """Times that a request is sent again after a failure that may pass."""
+    """Seconds that a connection may stay silent; a request with its retries takes about five times that."""
+    retries: Annotated[int, Field(ge=0)] = 10
+    """Times that a request is sent again after a failure that may pass. With ten, a fifth of all requests
+    failing loses one in fifty million."""
     storage_options: Annotated[dict[str, Any], Field(default_factory=dict, repr=False)]
     """Keywords for the fsspec file system of the URI."""
 
@@ -93,9 +145,25 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid"):
     def _is_endpoint(cls, value: str | None) -> str | None:
         if value is not None:
             parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            if parts.scheme not in ("http", "https") or not parts.hostname or _may_hold_secret(value):
                 raise ValueError("not an endpoint")
         return value
+
+    @pydantic.field_validator("storage_options")
+    @classmethod
+    def _has_no_secret_where_it_would_show(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # An endpoint is named in errors, wherever it was given.
+        client = value.get("client_kwargs")
+        endpoints = [value.get("endpoint_url"), isinstance(client, dict) and client.get("endpoint_url")]
+        if any(isinstance(endpoint, str) and _may_hold_secret(endpoint) for endpoint in endpoints):
+            raise ValueError("a secret in an endpoint")
+        return value
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return {"sealed": _seal(super().__getstate__())}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(_unseal(*state["sealed"]))
 
 
 _EVERYWHERE = frozenset({"part_size", "concurrency", "memory_limit", "checksum", "timeout", "retries"})
@@ -150,11 +218,17 @@ def where_credentials_belong(protocol: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Options as given, by source, before they are joined. Kept so that ``reset`` can join them anew."""
+    """Options as given, by source, before they are joined. Kept so that ``reset`` can join them anew.
+
+    A pickle of them is masked like one of ``Options``.
+    """
 
     keywords: Mapping[str, Any] = field(default_factory=dict, repr=False)
     query: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unsealed_layers, _seal((self.keywords, self.query, self.environment))
 
     @classmethod
     def given(cls, keywords: Mapping[str, Any], query: Mapping[str, str]) -> Self:
@@ -211,9 +285,15 @@ class Layers:
                 self.environment[name],
             )
         # An endpoint that is refused may be so for the password in it.
-        secret = name in ("token", "storage_options") or (name == "endpoint_url" and "@" in str(value))
+        secret = name in ("token", "storage_options") or (
+            name == "endpoint_url" and _may_hold_secret(str(value))
+        )
         shown = "has a value that" if secret else f"is {value!r}, which"
         return ConfigurationError(f"{source} {shown} is not allowed", hint=f"Allowed: {_ALLOWED[name]}")
+
+
+def _unsealed_layers(pad: bytes, masked: bytes, named: list[object]) -> Layers:
+    return Layers(*_unseal(pad, masked, named))
 
 
 def parse_query(query: str, protocol: str) -> dict[str, str]:
@@ -253,6 +333,11 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
         name: ENVIRONMENT_PREFIX + name.upper() for name in Options.model_fields if name != "storage_options"
     }
     return {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
+
+
+def _may_hold_secret(endpoint: str) -> bool:
+    """Whether an endpoint has a user and password, or a query, which may be signed."""
+    return any(character in endpoint for character in "@?#")
 
 
 def _is_secret(name: str) -> bool:

@@ -7,12 +7,15 @@ item is opened by reading those two, and its payload is then read like one of ou
 from __future__ import annotations
 
 import io
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, cast
 
 import torch
+
+from cloudckpt.backends.values import checked_archive
 
 PROBE = 32 << 10
 """Bytes read from either end of an item; the framing of a plain tensor takes about 2 kB."""
@@ -66,8 +69,10 @@ class _EndsOnly(io.RawIOBase):
         return len(data)
 
     def read(self, size: int = -1) -> bytes:
-        data = bytearray(max(0, self._size - self._position) if size < 0 else size)
-        return bytes(data[: self.readinto(memoryview(data))])
+        left = max(0, self._size - self._position)
+        data = bytearray(left if size < 0 else min(size, left))  # an archive may ask for what it likes
+        with memoryview(data) as view:
+            return bytes(data[: self.readinto(view)])
 
 
 class _MiddleNeededError(Exception):
@@ -86,6 +91,10 @@ def locate(offset: int, length: int, read: Callable[[int, int], bytes]) -> Store
     try:
         with zipfile.ZipFile(ends) as archive:
             payloads = [info for info in archive.infolist() if "/data/" in info.filename]
+        ends.seek(0)
+        described = checked_archive(cast(IO[bytes], ends), length)
+        if described.has_record("byteorder") and described.get_record("byteorder") != sys.byteorder.encode():
+            return None  # its payload has to be turned round, and is so where it is read as a whole
         ends.seek(0)
         with torch.serialization.skip_data():
             tensor = torch.load(cast(IO[bytes], ends), weights_only=True)

@@ -6,10 +6,12 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from typing import IO, Any
 
 import torch
 
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.pickles import weighs_too_much
 
 
 def _bytes(*given: bytes) -> bytes:
@@ -42,7 +44,10 @@ def prove_safe(data: memoryview, fqn: str) -> io.BytesIO:
     """
     value = _load(data, fqn)
     proven = io.BytesIO()
-    torch.save(value, proven)
+    try:
+        torch.save(value, proven)
+    except Exception as error:  # what no writer could have serialised, such as a value nested too deeply
+        raise _damaged(fqn, error) from error
     proven.seek(0)
     return proven
 
@@ -62,9 +67,29 @@ def load_tensor(data: memoryview, fqn: str, *, trust: bool) -> torch.Tensor:
     return tensor.cpu()
 
 
+def checked_archive(stream: IO[bytes], size: int) -> Any:
+    """Open an archive of ``size`` bytes that holds no more, and a pickle that takes no undue time to load.
+
+    It is read as ``torch.load`` reads it. ``torch.save`` compresses nothing, and what is compressed could be
+    a thousand times as large.
+
+    Raises:
+        Exception: it is damaged, or claims too much.
+    """
+    archive = torch._C.PyTorchFileReader(stream)  # noqa: SLF001 - the only reader that sees what torch sees
+    if sum(archive.get_record_size(name) for name in archive.get_all_records()) > size:
+        raise ValueError("its archive claims to hold more than there is")
+    if weighs_too_much(archive.get_record("data.pkl")):
+        raise ValueError("its pickle claims more than it can need")
+    stream.seek(0)
+    return archive
+
+
 def _load(data: memoryview, fqn: str, *, trust: bool = False) -> object:
     stream = io.BytesIO(data)
     try:
+        if not trust:
+            checked_archive(stream, len(data))
         return torch.load(stream, weights_only=not trust)
     except pickle.UnpicklingError as refused:
         needed = _needed(stream)
