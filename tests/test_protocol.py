@@ -1,0 +1,294 @@
+"""The commit protocol in every interleaving of the jobs that meet at a checkpoint, with faults anywhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from cloudckpt.backends import commit
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.commit import Previous
+from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
+from cloudckpt.backends.store import Condition, ObjectStore
+from cloudckpt.backends.stores.memory import MemoryStore
+from cloudckpt.backends.target import Target
+from support import roles
+from support.interleave import Explored, Violation, explore
+from support.roles import clearer, collector, creator, deleter, overwriter, reader
+from support.scenario import FIRST, IgnorantStore, Limit, LyingStore, Part, Role, Scenario
+from support.turnstile import METADATA, Kind, Step
+from support.verdicts import judge
+from support.world import World, many_worlds, open_here
+
+URI = "memory://protocol"
+
+CREATORS = (creator("A"), creator("B"))
+OVERWRITERS = (overwriter("A"), overwriter("B"))
+DELETER = deleter("D")
+READER = reader("R")
+COLLECTOR = collector("G")
+CLEARER = clearer("G")
+
+EMPTY = {
+    "two jobs create": CREATORS,
+    "two jobs create and one deletes": (*CREATORS, DELETER),
+    "two jobs create and one reads": (*CREATORS, READER),
+    "one job creates and garbage is collected": (CREATORS[0], COLLECTOR),
+}
+"""Who meets where nothing is."""
+COMMITTED = {
+    "two jobs overwrite": OVERWRITERS,
+    "one job overwrites and one deletes": (OVERWRITERS[0], DELETER),
+    "one job overwrites and one reads": (OVERWRITERS[0], READER),
+    "one job overwrites and garbage is collected": (OVERWRITERS[0], COLLECTOR),
+    "one job overwrites, one deletes and one reads": (OVERWRITERS[0], DELETER, READER),
+    "two jobs overwrite and one deletes": (*OVERWRITERS, DELETER),
+    "two jobs overwrite and one reads": (*OVERWRITERS, READER),
+}
+"""Who meets at a checkpoint."""
+EVERYONE = {**EMPTY, **COMMITTED}
+OF_TWO = [meeting for meeting, met in EVERYONE.items() if len(met) == 2]
+LIMITS = frozenset({Limit.OVERTAKEN, Limit.REVIVED})
+
+
+@pytest.fixture(autouse=True)
+def _worlds() -> Iterator[None]:
+    with many_worlds():
+        yield
+
+
+def scenario(meeting: str, faults: int, **keywords: Any) -> Scenario:
+    first = first_checkpoint() if meeting in COMMITTED else {}
+    return Scenario(EVERYONE[meeting], URI, faults, first, **keywords)
+
+
+def first_checkpoint() -> dict[str, bytes]:
+    """Save what is there from the start once, and take it out of the store again."""
+    store = MemoryStore(Target.parse(URI))
+    roles.save(URI, name=FIRST)
+    objects = {info.name: store.get(info.name)[0] for info in store.list().objects}
+    store.delete(objects)
+    return objects
+
+
+Record = Callable[[str, object], None]
+
+
+def search(case: Scenario, capsys: pytest.CaptureFixture[str], record_property: Record) -> Explored[Step]:
+    """Explore, and say how much there was."""
+    explored = explore(functools.partial(World, case, judge))
+    size = f"{explored.schedules} schedules, {explored.states} states, {explored.ends} ends"
+    record_property("explored", size)
+    with capsys.disabled():
+        print(f"[{size}] ", end="", flush=True)  # noqa: T201 - the search must not shrink unseen
+    return explored
+
+
+@pytest.mark.parametrize("meeting", EVERYONE)
+def test_whoever_meets_the_promises_hold(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    explored = search(scenario(meeting, faults=0), capsys, record_property)
+    assert explored.states > 20 * len(EVERYONE[meeting]) - 20 and explored.ends >= len(EVERYONE[meeting])
+
+
+@pytest.mark.parametrize("meeting", OF_TWO)
+def test_whoever_of_two_dies_or_fails_anywhere_the_promises_hold(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    explored = search(scenario(meeting, faults=1, limits=LIMITS), capsys, record_property)
+    assert explored.states > 200 and explored.ends > 30
+
+
+@pytest.mark.parametrize(
+    "meeting", ["two jobs create and one deletes", "one job overwrites, one deletes and one reads"]
+)
+def test_a_commit_that_arrives_late_among_three_breaks_no_promise(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    late = scenario(meeting, faults=1, limits=LIMITS, kinds=frozenset({Kind.LATE, Kind.SENT}))
+    explored = search(late, capsys, record_property)
+    assert explored.states > 500 and explored.ends > 50
+
+
+@pytest.mark.parametrize(
+    "meeting", ["two jobs create", "two jobs overwrite", "one job overwrites and one deletes"]
+)
+def test_a_store_without_conditions_leaves_every_other_promise(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    case = scenario(meeting, faults=1, limits=LIMITS, store=IgnorantStore)
+    explored = search(case, capsys, record_property)
+    assert explored.states > 200 and explored.ends > 30
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("store", [MemoryStore, IgnorantStore])
+@pytest.mark.parametrize("meeting", EVERYONE)
+def test_whatever_fails_the_promises_hold(
+    meeting: str, store: type[MemoryStore], capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    faults = (
+        2 if meeting in OF_TWO else 1
+    )  # of three, two faults make more schedules than a night has time for
+    explored = search(scenario(meeting, faults, limits=LIMITS, store=store), capsys, record_property)
+    assert explored.states > 1000 and explored.ends > 100
+
+
+@pytest.mark.parametrize("writer", [CREATORS[0], OVERWRITERS[0]], ids=["creates", "overwrites"])
+def test_a_save_that_is_taken_for_dead_commits_whole_or_not_at_all(
+    writer: Role, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    first = first_checkpoint() if writer in OVERWRITERS else {}
+    limits = frozenset({Limit.UNNOTICED})
+    case = Scenario((writer, CLEARER), URI, 0, first, limits=limits)
+    explored = search(case, capsys, record_property)
+    assert explored.states > 50 and explored.ends > 5
+
+
+# Where the promises end. Without the limits that the tests above put up with, the search finds each.
+
+
+def fails(case: Scenario, message: str) -> None:
+    with pytest.raises(Violation, match=message):
+        explore(functools.partial(World, case, judge))
+
+
+def test_a_save_that_is_taken_for_dead_right_at_its_commit_is_known_to_lose_its_objects() -> None:
+    fails(Scenario((CREATORS[0], CLEARER), URI, 0), "A#1 is there, and its object .* is not")
+
+
+def test_a_commit_that_is_replaced_before_it_is_read_back_is_known_to_be_called_a_failure() -> None:
+    case = scenario("two jobs overwrite", 1, kinds=frozenset({Kind.UNHEARD}))
+    fails(case, "reported CommitError, and its checkpoint was there")
+
+
+def test_a_commit_that_lost_and_comes_after_its_rival_was_deleted_is_known_to_lack_its_objects() -> None:
+    case = scenario("two jobs create and one deletes", 1, kinds=frozenset({Kind.LATE}))
+    fails(case, "is there, and its object .* is not")
+
+
+# What follows breaks the protocol on purpose: a search that finds nothing there would prove nothing.
+
+Patch = pytest.MonkeyPatch
+
+
+def test_a_store_that_ignores_conditions_and_says_otherwise_is_found() -> None:
+    fails(scenario("two jobs create", 0, store=LyingStore), "replaced A#1")
+    fails(scenario("two jobs overwrite", 0, store=LyingStore), "replaced A#1")
+
+
+def test_a_condition_on_what_is_there_at_the_last_moment_is_found(monkeypatch: Patch) -> None:
+    put = commit.put_metadata
+
+    def put_late(store: ObjectStore, name: str, data: bytes, save_id: str, _: Previous | None) -> None:
+        put(store, name, data, save_id, commit.find_previous(store, name))
+
+    monkeypatch.setattr(commit, "put_metadata", put_late)
+    fails(scenario("two jobs overwrite", 0), "replaced A#1, and B had seen v0#1")
+
+
+def test_an_overwrite_that_deletes_before_it_commits_is_found(monkeypatch: Patch) -> None:
+    put = commit.put_metadata
+
+    def clear(store: ObjectStore, name: str, data: bytes, save_id: str, previous: Previous | None) -> None:
+        if previous is not None:
+            store.delete(previous.objects)
+        put(store, name, data, save_id, previous)
+
+    monkeypatch.setattr(commit, "put_metadata", clear)
+    fails(scenario("one job overwrites and one reads", 0), "v0#1 is there, and its object .* is not")
+
+
+def test_a_commit_before_the_objects_are_complete_is_found(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(commit, "publish", lambda *_: {})
+    fails(scenario("two jobs create", 0), "A#1 is there, and its object .* is not")
+
+
+def settle_as(outcome: str, when: type[Exception], monkeypatch: Patch) -> None:
+    """Take every failed put that raised ``when`` for settled in one way."""
+    read_back = commit._read_back
+
+    def settle(store: ObjectStore, name: str, save_id: str, condition: Condition, error: Exception) -> Any:
+        settled = read_back(store, name, save_id, condition, error)
+        return commit._Outcome[outcome] if isinstance(error, when) else settled
+
+    monkeypatch.setattr(commit, "_read_back", settle)
+
+
+def test_a_broken_condition_that_is_taken_for_success_is_found(monkeypatch: Patch) -> None:
+    settle_as("OURS", PreconditionFailedError, monkeypatch)
+    fails(scenario("two jobs create", 0), "B reported success, and its checkpoint was never there")
+
+
+def test_silence_that_is_taken_for_success_is_found(monkeypatch: Patch) -> None:
+    settle_as("OURS", UnansweredError, monkeypatch)
+    fails(scenario("two jobs create", 1), "A reported success, and its checkpoint was never there")
+
+
+def test_silence_that_is_taken_for_failure_is_found(monkeypatch: Patch) -> None:
+    settle_as("NOT_OURS", UnansweredError, monkeypatch)
+    fails(scenario("two jobs create", 1), "A#1 is there, and its object .* is not")
+
+
+def test_an_uncertain_save_that_takes_its_objects_away_is_found(monkeypatch: Patch) -> None:
+    put = commit.put_metadata
+
+    def give_up(store: ObjectStore, name: str, data: bytes, save_id: str, previous: Previous | None) -> None:
+        try:
+            put(store, name, data, save_id, previous)
+        except UncertainCommitError:
+            store.delete(md.objects_of(md.load(data, uri=store.uri)))
+            raise
+
+    monkeypatch.setattr(commit, "put_metadata", give_up)
+    kinds = frozenset({Kind.SILENT})
+    fails(scenario("two jobs create", 1, kinds=kinds), "A is uncertain and took its objects away")
+
+
+def test_a_loser_that_leaves_its_objects_is_found(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(commit, "withdraw", lambda *_: None)
+    fails(scenario("two jobs create", 0), "B reported CheckpointExistsError and left")
+
+
+def deletes(act: Callable[[ObjectStore], tuple[str, ...]]) -> Role:
+    def delete(uri: str) -> tuple[str, ...]:
+        with open_here(Target.parse(uri)) as store:
+            return act(store)
+
+    return Role("D", Part.DELETES, delete)
+
+
+def test_a_deletion_that_begins_with_the_objects_is_found() -> None:
+    def objects_first(store: ObjectStore) -> tuple[str, ...]:
+        previous = commit.find_previous(store, METADATA)
+        names = (*sorted(previous.objects if previous else ()), METADATA)
+        store.delete(names[:-1])
+        store.delete(names[-1:])
+        return names
+
+    case = Scenario((deletes(objects_first), READER), URI, 0, first_checkpoint())
+    fails(case, "v0#1 is there, and its object .* is not")
+
+
+def test_a_deletion_that_takes_what_it_lists_is_found() -> None:
+    def everything(store: ObjectStore) -> tuple[str, ...]:
+        commit.find_previous(store, METADATA)
+        names = tuple(info.name for info in store.list().objects)
+        store.delete(names)
+        return names
+
+    case = Scenario((OVERWRITERS[0], deletes(everything)), URI, 0, first_checkpoint())
+    fails(case, "D deleted .*, which it did not find named")
+
+
+def test_a_load_that_looks_twice_is_found() -> None:
+    def mix(uri: str) -> dict[str, Any]:
+        return {**roles.load(uri), "y": roles.load(uri)["y"]}
+
+    case = Scenario((OVERWRITERS[0], Role("R", Part.READS, mix)), URI, 0, first_checkpoint())
+    fails(case, "R read .*, and the checkpoint was v0#1's")
