@@ -143,6 +143,7 @@ def abandon(store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: I
 class _Outcome(enum.Enum):
     OURS = "our metadata is there"
     NOT_OURS = "another's metadata is there, and ours can't come any more"
+    UNCHANGED = "what we meant to replace is there, and ours can't come any more"
     NOTHING = "no metadata is there, and ours can't come any more"
     UNKNOWN = "nobody can tell"
 
@@ -167,21 +168,21 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
     except ConfigurationError:  # refused before it was sent
         raise
     except Exception as error:
-        outcome = _read_back(store, name, save_id, condition, error)
+        conditional = not isinstance(condition, Overwrite)
+        outcome = _read_back(store, name, save_id, previous, error=error, conditional=conditional)
         if outcome is _Outcome.OURS and isinstance(error, UnansweredError | PreconditionFailedError):
             return
-        if outcome in (
-            _Outcome.OURS,
-            _Outcome.UNKNOWN,
-        ):  # there or not: the store said that something went wrong
+        if outcome in (_Outcome.OURS, _Outcome.UNKNOWN):  # the store said that something went wrong
             raise UncertainCommitError(
                 f"the commit was sent, and nothing proves that it holds: {_said(error)}",
                 uri=store.uri,
                 object_name=name,
                 hint="Its objects stay in case it is committed: look for it, and save again if need be",
             ) from error
-        if isinstance(error, PreconditionFailedError):
-            raise (_lost if outcome is _Outcome.NOT_OURS else _gone)(store.uri, name) from error
+        if outcome is _Outcome.NOT_OURS:
+            raise _lost(store.uri, name) from error
+        if outcome is _Outcome.NOTHING and isinstance(error, PreconditionFailedError):
+            raise _gone(store.uri, name) from error
         raise CommitError(
             f"the commit failed: {_said(error)}",
             uri=store.uri,
@@ -231,7 +232,13 @@ def ensure_whole(
 
 
 def _read_back(
-    store: ObjectStore, name: str, save_id: str, condition: Condition, error: Exception
+    store: ObjectStore,
+    name: str,
+    save_id: str,
+    previous: Previous | None,
+    *,
+    error: Exception,
+    conditional: bool,
 ) -> _Outcome:
     """Settle whether a put that raised was carried out after all, or still may be."""
     found: str | None = None
@@ -246,20 +253,14 @@ def _read_back(
         return _Outcome.UNKNOWN
     if found == save_id:
         return _Outcome.OURS
-    if isinstance(error, UnansweredError) and _may_still_hold(condition, version):
-        return _Outcome.UNKNOWN  # the request may be on its way, and would be obeyed when it arrives
-    return _Outcome.NOTHING if version is None else _Outcome.NOT_OURS
-
-
-def _may_still_hold(condition: Condition, version: str | None) -> bool:
-    """Whether a put on this condition would succeed where this version is, or nothing."""
-    match condition:
-        case Create():
-            return version is None
-        case Update(expected):
-            return version == expected
-        case Overwrite():
-            return True
+    unchanged = previous is not None and version == previous.version
+    # A request that got no answer may be on its way. A version that is gone never returns, so that one on
+    # its condition can't be obeyed any more; nothing returns, when what another save created is deleted.
+    if isinstance(error, UnansweredError) and (unchanged or previous is None or not conditional):
+        return _Outcome.UNKNOWN
+    if version is None:
+        return _Outcome.NOTHING
+    return _Outcome.UNCHANGED if unchanged else _Outcome.NOT_OURS
 
 
 def _said(error: Exception) -> str:
@@ -284,7 +285,7 @@ def _lost(uri: str, name: str) -> CheckpointExistsError:
 
 def _gone(uri: str, name: str) -> CommitError:
     return CommitError(
-        "the checkpoint that this save was to replace has been deleted meanwhile",
+        "the checkpoint that was here was deleted while this save was under way",
         uri=uri,
         object_name=name,
         hint="Nothing was committed; save again",

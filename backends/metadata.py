@@ -234,6 +234,8 @@ def _is_entry(fqn: object, entry: object) -> bool:
         and isinstance(entry.chunks, list)
         and all(
             isinstance(chunk, ChunkStorageMetadata)
+            and isinstance(chunk.offsets, torch.Size)
+            and isinstance(chunk.sizes, torch.Size)
             and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
             and all(o >= 0 and s >= 0 for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
             for chunk in entry.chunks

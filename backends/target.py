@@ -138,9 +138,9 @@ class _Place:
         protocol = _ALIASES.get(protocol, protocol)
         rest, _, query = match["rest"].partition("?")
         _check_spelling(protocol, rest, query)
-        rest = rest.removesuffix("/")
         if protocol == "file":
             return cls._of_file(rest, query)
+        rest = rest.removesuffix("/")
         if protocol in _WITH_BUCKET:
             return cls._of_bucket(protocol, rest, query)
         if not rest:

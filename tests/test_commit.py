@@ -136,12 +136,40 @@ def test_an_unanswered_commit_that_is_not_there_yet_is_uncertain(store: Unreliab
         put_metadata(store, NAME, metadata_of("a"), "a", None)
 
 
-def test_an_unanswered_commit_under_another_save_s_metadata_has_lost(store: Unreliable) -> None:
+def test_an_unanswered_overwrite_under_another_save_s_metadata_has_lost(store: Unreliable) -> None:
+    """Its version never returns, so that it can't be obeyed any more."""
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    put_metadata(store, NAME, metadata_of("other"), "other", previous)
+    store.before = UnansweredError("cut")
+    with pytest.raises(CheckpointExistsError):
+        put_metadata(store, NAME, metadata_of("a"), "a", previous)
+
+
+def test_an_unanswered_create_under_another_save_s_metadata_is_uncertain(store: Unreliable) -> None:
+    """Once the other is deleted it would be obeyed."""
     put_metadata(store, NAME, metadata_of("other"), "other", None)
     store.before = UnansweredError("cut")
-    with pytest.raises(CommitError) as caught:
+    with pytest.raises(UncertainCommitError):
         put_metadata(store, NAME, metadata_of("a"), "a", None)
-    assert not isinstance(caught.value, UncertainCommitError)
+
+
+def test_a_refused_overwrite_of_what_is_there_unchanged_is_a_failure(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    store.before = StorageError("no")
+    with pytest.raises(CommitError) as caught:
+        put_metadata(store, NAME, metadata_of("a"), "a", previous)
+    assert type(caught.value) is CommitError
+    assert committed(store) == "old"
+
+
+def test_an_overwrite_of_what_was_deleted_meanwhile_says_so(store: Unreliable) -> None:
+    put_metadata(store, NAME, metadata_of("old"), "old", None)
+    previous = commit.find_previous(store, NAME)
+    store.delete([NAME])
+    with pytest.raises(CommitError, match="deleted"):
+        put_metadata(store, NAME, metadata_of("a"), "a", previous)
 
 
 def test_an_unanswered_overwrite_whose_turn_may_still_come_is_uncertain(store: Unreliable) -> None:

@@ -228,6 +228,8 @@ def test_a_fault_at_any_call_before_the_commit_leaves_nothing(
     calls = calls_of(place.name)[rank].get(operation, 0)
     if operation == "upload_part":
         assert calls > 2
+    if (operation, rank) == ("stat", 0):
+        calls -= 1  # the last look at the marker comes after the commit
     for call in range(1, calls + 1):
         fault = Fault(operation, rank, call)
         run = fail_then_save_again if call == calls else save_with_fault

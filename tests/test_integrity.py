@@ -213,7 +213,8 @@ def test_every_choice_of_the_store_s_checksum_verifies(
     tmp_path: Path, s3_server_named: Callable[[str], S3Server], kind: str, option: str
 ) -> None:
     place = new_place(kind, tmp_path, s3_server_named)
-    uri, options = place.uri, {**place.options, "checksum": option}
+    uri = place.uri
+    options: dict[str, Any] = {**place.options, "checksum": option}
     dcp.save(STATE, storage_writer=cloudckpt.StorageWriter(uri, **options))
     assert verify(uri, **place.options).ok
     with open_store(Target.parse(uri, **options)) as store:

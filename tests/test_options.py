@@ -395,7 +395,7 @@ def test_options_do_not_change() -> None:
 def test_a_store_whose_library_is_missing_names_the_extra() -> None:
     code = """
 import sys
-sys.modules.update(dict.fromkeys(["s3fs", "boto3", "botocore", "awscrt"]))
+sys.modules.update(dict.fromkeys(["s3fs", "boto3", "botocore"]))
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target

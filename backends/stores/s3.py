@@ -38,7 +38,7 @@ from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_checksum import PartChecksum, contradicted, parameters
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
-from cloudckpt.backends.stores.s3_probe import PROBE_NAME, conditions_honoured
+from cloudckpt.backends.stores.s3_probe import conditions_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
@@ -136,7 +136,7 @@ class S3Store(ObjectStore):
             for item in page.get("Contents", ()):
                 name = item["Key"].removeprefix(self._prefix)
                 # A key that ends in a slash is the folder that a web console shows, not an object of ours.
-                if name and not name.endswith("/") and not name.rpartition("/")[2].startswith(PROBE_NAME):
+                if name and not name.endswith("/"):
                     etag = item["ETag"].strip('"')
                     objects.append(ObjectInfo(name, item["Size"], etag, item.get("LastModified")))
             prefixes += [item["Prefix"].removeprefix(self._prefix) for item in page.get("CommonPrefixes", ())]

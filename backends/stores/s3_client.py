@@ -57,7 +57,8 @@ class Clients:
         self._patient: Any = None
         self.data: Any = _client(self._session, self.fs, self.fs.config_kwargs)
         """botocore's S3 client, whose methods are generated at run time."""
-        self.endpoint = str(self.data.meta.endpoint_url)
+        self.endpoint = _without_secrets(str(self.data.meta.endpoint_url))
+        """For errors and logs."""
         self._filter = ParamKwargsHelper(self.data)
 
     @property
@@ -210,6 +211,12 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
         config = {**config, "signature_version": UNSIGNED}
         arguments = {key: value for key, value in arguments.items() if key not in credentials}
     return session.create_client("s3", config=Config(**config), **arguments)
+
+
+def _without_secrets(url: str) -> str:
+    """Scheme, host and port of a URL: the environment's may hold a password, which no error should repeat."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _prepared(session: _Session) -> _Session:

@@ -17,7 +17,7 @@ from cloudckpt.backends.stores.s3_errors import is_of_credentials, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
 
 PROBE_NAME: Final = ".cloudckpt-probe."
-"""How the name of a probe object begins; listings leave such objects out."""
+"""How the name of a probe object begins."""
 
 _REFUSED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from botocore import exceptions as boto
 
+from cloudckpt.backends.checksum import ALGORITHMS
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.store import Part
 from cloudckpt.backends.stores.pace import Pace
@@ -316,7 +318,7 @@ _DATA = bytes(range(256)) * 40
 def _parts(algorithm: str, *cuts: int) -> list[Part]:
     ends = [0, *cuts, len(_DATA)]
     pieces = [_DATA[start:end] for start, end in itertools.pairwise(ends)]
-    of = PartChecksum(algorithm).of
+    of = functools.partial(PartChecksum(ALGORITHMS[algorithm]).given_or_of, None)
     return [
         Part(number, len(piece), "", of([memoryview(piece)]))
         for number, piece in reversed(list(enumerate(pieces, 1)))
@@ -326,7 +328,7 @@ def _parts(algorithm: str, *cuts: int) -> list[Part]:
 @pytest.mark.parametrize("algorithm", ["crc64nvme", "crc32c"])
 @pytest.mark.parametrize("cuts", [(), (1,), (1000, 1000, 5000), (len(_DATA),)])
 def test_checksums_of_parts_combine_into_that_of_the_whole(algorithm: str, cuts: tuple[int, ...]) -> None:
-    assert combined(_parts(algorithm, *cuts)) == PartChecksum(algorithm).of([memoryview(_DATA)])
+    assert combined(_parts(algorithm, *cuts)) == ALGORITHMS[algorithm].text(ALGORITHMS[algorithm].of(_DATA))
 
 
 def test_parts_without_one_algorithm_combine_into_nothing() -> None:
@@ -340,8 +342,8 @@ def test_parts_without_one_algorithm_combine_into_nothing() -> None:
 @pytest.mark.parametrize("algorithm", ["crc64nvme", "crc32c"])
 def test_only_a_wrong_checksum_of_the_whole_object_contradicts_its_parts(algorithm: str) -> None:
     parts, name = _parts(algorithm, 5000), f"Checksum{algorithm.upper()}"
-    right = PartChecksum(algorithm).of([memoryview(_DATA)]).partition(":")[2]
-    wrong = PartChecksum(algorithm).of([memoryview(b"other")]).partition(":")[2]
+    right = ALGORITHMS[algorithm].text(ALGORITHMS[algorithm].of(_DATA)).partition(":")[2]
+    wrong = PartChecksum(ALGORITHMS[algorithm]).given_or_of(None, [memoryview(b"other")]).partition(":")[2]
     full = {"ChecksumType": "FULL_OBJECT"}
     says_nothing: list[dict[str, str]] = [
         {},

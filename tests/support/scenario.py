@@ -28,9 +28,8 @@ class Part(enum.Enum):
 class Limit(enum.Enum):
     """Where the promises are known to end; a scenario without them finds each of them."""
 
-    OVERTAKEN = "committed, told otherwise, and replaced or deleted before it looked: reports CommitError"
-    UNNOTICED = "taken for dead by gc between the last look at its marker and its commit: loses its objects"
-    REVIVED = "on its way when a rival won, and obeyed once the rival's checkpoint is deleted"
+    OVERTAKEN = "committed, told otherwise, and replaced or deleted before it looked: reports that it lost"
+    UNNOTICED = "taken for dead by gc right before its commit: lacks its objects until it looks again"
 
 
 WRITERS = frozenset({Part.CREATES, Part.OVERWRITES})

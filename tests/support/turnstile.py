@@ -137,8 +137,6 @@ class Actor:
     has_looked: bool = False
     looked: str | None = None
     """Whose metadata was there when it first looked."""
-    beaten: bool = False
-    """It looked again and saw another's."""
     disturbed: bool = False
     """Something was replaced or deleted since."""
     taken: set[str] = field(default_factory=set)

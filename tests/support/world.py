@@ -15,7 +15,7 @@ from unittest import mock
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, PreconditionFailedError
-from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite
+from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
 from support.interleave import Strand, Violation
@@ -124,12 +124,8 @@ class World:
             if not self._is_double(actor)
             for step in self._choices_of(actor, call)
         ]
-        steps += [Step(one.actor.index, Kind.ARRIVED) for one in self.late if not self._is_revived(one)]
+        steps += [Step(one.actor.index, Kind.ARRIVED) for one in self.late]
         return steps if waiting else [Step(-1, Kind.OVER), *steps]
-
-    def _is_revived(self, late: Late) -> bool:
-        known = Limit.REVIVED in self.scenario.limits
-        return known and late.actor.beaten and isinstance(late.condition, Create)
 
     def _is_unnoticed(self, call: Call) -> bool:
         """Whether a commit must follow at once on the look at the marker before it."""
@@ -253,8 +249,6 @@ class World:
         label = self.label()
         if not actor.has_looked:
             actor.has_looked, actor.looked = True, label
-        elif label is not None and not label.startswith(f"{actor.name}#"):
-            actor.beaten = True
 
     def _commit(self, actor: Actor, data: bytes, condition: Condition) -> ObjectInfo:
         before = self.label()
