@@ -7,19 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-import torch
-
-from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, Request, merge
-from cloudckpt.backends.segments import bytes_of
+from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import ObjectStore
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
 LARGEST_READ = 32 << 20
-"""Bytes of one request; longer runs are cut, so that they arrive side by side."""
 
 
 class Downloader:
@@ -30,16 +26,22 @@ class Downloader:
         concurrency: requests in flight.
         memory_limit: bytes held beyond the destinations.
         least_sizes: bytes that an object must have; one that turns out shorter is damaged.
+        largest_read: bytes of one request; longer runs are cut, so that they arrive side by side.
     """
 
     def __init__(
-        self, store: ObjectStore, concurrency: int, memory_limit: int, least_sizes: Mapping[str, int]
+        self,
+        store: ObjectStore,
+        concurrency: int,
+        memory_limit: int,
+        least_sizes: Mapping[str, int],
+        largest_read: int = LARGEST_READ,
     ) -> None:
         self._store = store
         self._least_sizes = least_sizes
         self._concurrency = concurrency
-        self._budget = Budget(memory_limit)
-        self._largest = max(1, min(LARGEST_READ, memory_limit // 2))
+        self._scratch = Scratch(memory_limit)
+        self._largest = max(1, min(largest_read, memory_limit // 2))
 
     @property
     def largest(self) -> int:
@@ -64,6 +66,7 @@ class Downloader:
             except BaseException:  # Ctrl-C too: what has not begun never will
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        self._scratch.clear()
 
     def each(self, task: Callable[[_A], _B], arguments: Sequence[_A]) -> list[_B]:
         """Run small reads side by side; results in order."""
@@ -78,17 +81,13 @@ class Downloader:
 
     def _serve(self, name: str, request: Request) -> None:
         cost = request.buffered
-        self._budget.admit(cost)
-        try:
-            self._transfer(name, request, cost)
-        finally:
-            self._budget.release(cost)  # the buffer went with the call that made it
-
-    def _transfer(self, name: str, request: Request, cost: int) -> None:
         if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
             with self._damage_named(name):
                 self._check_size(name, self._store.stat(name).size)
-        scratch = bytes_of(torch.empty(cost, dtype=torch.uint8)) if cost else memoryview(b"")
+        with self._scratch.lent(cost) as scratch:
+            self._transfer(name, request, scratch)
+
+    def _transfer(self, name: str, request: Request, scratch: memoryview) -> None:
         buffers, arrivals = request.buffers(scratch)
         self._fill(name, request.start, buffers)
         for extent, arrival in zip(request.extents, arrivals, strict=True):

@@ -23,6 +23,9 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
 
+_LARGEST_READ = 8 << 20
+"""Bytes. The allocator keeps larger buffers, and takes new ones for the next read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Damage:
@@ -103,7 +106,7 @@ def _verified(store: ObjectStore, name: str, target: Target, observer: Observer 
     if (missing := md.missing_item(metadata, metadata.storage_data)) is not None:
         damages.append(Damage(name, "the metadata does not say where it is stored", missing[0]))
     least = md.least_sizes(metadata)
-    downloader = Downloader(store, options.concurrency, options.memory_limit, least)
+    downloader = Downloader(store, options.concurrency, options.memory_limit, least, _LARGEST_READ)
     sizes = md.sizes_of(metadata)
     for wrong in downloader.each(
         lambda one: _size_damage(store, one, least[one], sizes.get(one)), sorted(least)

@@ -1,6 +1,6 @@
-"""A program that saves and loads a large state and prints how much memory that took beyond the tensors.
+"""A program that saves, loads and verifies a large state and prints how much memory that took beyond it.
 
-Run as ``peak.py URI GIB MEMORY_LIMIT``; prints two numbers of bytes, for the save and for the load.
+Run as ``peak.py URI GIB MEMORY_LIMIT``; prints three numbers of bytes, for the save, the load and verify.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ def main(uri: str, gib: float, memory_limit: int) -> None:
     scattered = torch.ones(count // 4, 2 * MIB, 8)
     state["scattered"] = scattered[:, :, ::2]
     saved, loaded = save_and_load(f"{uri}-state", state, options)
-    sys.stdout.write(f"{saved} {loaded}\n")
+    verified = growth(lambda: verify(f"{uri}-state", options))
+    sys.stdout.write(f"{saved} {loaded} {verified}\n")
+
+
+def verify(uri: str, options: dict[str, Any]) -> None:
+    found = cloudckpt.verify(uri, **options)
+    assert found.ok
+    assert not found.unverified
 
 
 def save_and_load(uri: str, state: dict[str, torch.Tensor], options: dict[str, Any]) -> tuple[int, int]:
