@@ -67,6 +67,8 @@ class Fragment:
 
 def chunk_size(nbytes: int) -> int:
     """Bytes of each chunk of a segment but the last. Part of the format: it must never change."""
+    if nbytes <= _CHUNKS * SMALLEST_CHUNK:
+        return SMALLEST_CHUNK
     wanted = 1 << max(0, -(-nbytes // _CHUNKS) - 1).bit_length()
     return min(LARGEST_CHUNK, max(SMALLEST_CHUNK, wanted))
 

@@ -7,7 +7,7 @@ import io
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -58,6 +58,7 @@ class _Load:
         self._metadata = metadata
         self._downloader = downloader
         self._trust = trust
+        self._algorithm = md.algorithm_of(metadata)
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._wanted: defaultdict[str, list[Extent]] = defaultdict(list)
         self._wholes: dict[tuple[str, int, int], _Whole] = {}
@@ -78,7 +79,7 @@ class _Load:
             extent = Extent(
                 info.offset, info.length, _nothing, deliver=functools.partial(_give, whole.takers)
             )
-            self._wanted[info.relative_path].append(self._checked(extent, whole.fqn, info))
+            self._wanted[info.relative_path].append(_checked(extent, self._checks(info), whole.fqn, info))
         self._downloader.read(self._wanted)
         await_copies(self._devices)
 
@@ -135,18 +136,8 @@ class _Load:
         place = (info.relative_path, info.offset, info.length)
         self._wholes.setdefault(place, _Whole(item.storage_index.fqn, info)).takers.append(take)
 
-    def _checked(self, extent: Extent, fqn: str, info: _StorageInfo) -> Extent:
-        """The extent, widened to whole chunks of its item, and with a check of them."""
-        checks = md.checks_of(self._metadata, info)
-        if checks is None:
-            return extent
-        start = extent.start - info.offset
-        chunks = checks.covering(*checks.with_framing(start, start + extent.size))
-        if not chunks:
-            return extent
-        lead, trail = start - chunks[0].start, chunks[-1].stop - start - extent.size
-        check = functools.partial(_check, checks, chunks, fqn, info)
-        return replace(extent, lead=lead, trail=trail, check=check)
+    def _checks(self, info: _StorageInfo) -> Checks | None:
+        return md.checks_of(info, self._algorithm)
 
     def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn
@@ -200,7 +191,8 @@ class _Load:
     def _want_tensor(self, item: ReadItem, info: _StorageInfo, stored: Stored) -> None:
         self._check_box(item, info, stored.shape)
         itemsize = stored.dtype.itemsize
-        if stored.offset + strides.span(stored.shape, stored.stride) * itemsize > info.offset + info.length:
+        span = strides.span(stored.shape, stored.stride) * itemsize
+        if stored.offset + span > info.offset + info.length:
             raise IntegrityError(
                 f"{item.storage_index.fqn!r} does not fit into the {info.length} bytes stored for it",
                 object_name=info.relative_path,
@@ -213,7 +205,8 @@ class _Load:
         first = sum(at * step for at, step in zip(item.storage_offsets, stored.stride, strict=True))
         start = stored.offset + first * itemsize
         lengths = tuple(item.lengths)
-        chunk = self._chunk(info, stored)
+        checks = self._checks(info)
+        chunk = chunk_size(span) if checks else 0
         if (memory := _memory_for(target, stored)) is not None:
             todo = [
                 functools.partial(_extent_into, stored.offset + at, piece)
@@ -228,15 +221,9 @@ class _Load:
             ]
         done = _Countdown(len(todo), functools.partial(self._commit, item, target))
         fqn = item.storage_index.fqn
-        self._wanted[info.relative_path].extend(self._checked(make(done.step), fqn, info) for make in todo)
+        self._wanted[info.relative_path].extend(_checked(make(done.step), checks, fqn, info) for make in todo)
         if not todo:
             self._commit(item, target)
-
-    def _chunk(self, info: _StorageInfo, stored: Stored) -> int:
-        """Bytes of a chunk of the payload; 0 where the item has no checksums."""
-        if md.checks_of(self._metadata, info) is None:
-            return 0
-        return chunk_size(strides.span(stored.shape, stored.stride) * stored.dtype.itemsize)
 
     def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
         with self._one_at_a_time:
@@ -270,6 +257,26 @@ class _Whole:
     fqn: str
     info: _StorageInfo
     takers: list[Callable[[memoryview], None]] = field(default_factory=list)
+
+
+def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo) -> Extent:
+    """The extent, widened to whole chunks of its item, and with a check of them."""
+    if checks is None:
+        return extent
+    start = extent.start - info.offset
+    chunks = checks.covering(*checks.with_framing(start, start + extent.size))
+    if not chunks:
+        return extent
+    return Extent(  # dataclasses.replace costs more than all else here
+        extent.start,
+        extent.size,
+        extent.done,
+        extent.into,
+        extent.deliver,
+        lead=start - chunks[0].start,
+        trail=chunks[-1].stop - start - extent.size,
+        check=functools.partial(_check, checks, chunks, fqn, info),
+    )
 
 
 def _check(

@@ -74,12 +74,17 @@ def add_checks(info: _StorageInfo, checks: Checks) -> None:
     info.__dict__.update(spans=checks.spans, sums=checks.sums)
 
 
-def checks_of(metadata: Metadata, info: _StorageInfo) -> Checks | None:
-    """An item's checksums; None for what a stock writer wrote, and in an algorithm that is not known here."""
-    algorithm = ALGORITHMS.get(str(_extras(metadata).get("checksum")))
-    if algorithm is None or "sums" not in info.__dict__:
+def algorithm_of(metadata: Metadata) -> Algorithm | None:
+    """The algorithm of the items' checksums; None where there are none, or in one that is not known here."""
+    return ALGORITHMS.get(str(_extras(metadata).get("checksum")))
+
+
+def checks_of(info: _StorageInfo, algorithm: Algorithm | None) -> Checks | None:
+    """An item's checksums by its checkpoint's algorithm; None for what a stock writer wrote."""
+    noted = info.__dict__
+    if algorithm is None or "sums" not in noted:
         return None
-    return Checks(algorithm, info.__dict__["spans"], info.__dict__["sums"])
+    return Checks(algorithm, noted["spans"], noted["sums"])
 
 
 def add_extras(
@@ -201,20 +206,22 @@ def _damaged(message: str, uri: str, name: str) -> IntegrityError:
 
 
 def _is_sound(metadata: object) -> bool:
+    if not isinstance(metadata, Metadata):
+        return False
+    algorithm = algorithm_of(metadata)
     return (
-        isinstance(metadata, Metadata)
-        and isinstance(metadata.state_dict_metadata, dict)
+        isinstance(metadata.state_dict_metadata, dict)
         and all(_is_entry(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items())
         and isinstance(metadata.storage_data, dict)
         and all(
-            _is_place(index, info) and _has_sound_checks(metadata, info)
+            _is_place(index, info) and _has_sound_checks(info, algorithm)
             for index, info in metadata.storage_data.items()
         )
     )
 
 
-def _has_sound_checks(metadata: Metadata, info: _StorageInfo) -> bool:
-    checks = checks_of(metadata, info)
+def _has_sound_checks(info: _StorageInfo, algorithm: Algorithm | None) -> bool:
+    checks = checks_of(info, algorithm)
     return checks is None or (
         isinstance(checks.spans, tuple)
         and all(isinstance(span, int) for span in checks.spans)

@@ -159,8 +159,9 @@ class _Reading:
     def extents(self, most: int) -> dict[str, list[Extent]]:
         """All chunks of all items, in extents of at most ``most`` bytes, by object."""
         wanted: defaultdict[str, list[Extent]] = defaultdict(list)
+        algorithm = md.algorithm_of(self._metadata)
         for index, info in self._metadata.storage_data.items():
-            checks = md.checks_of(self._metadata, info)
+            checks = md.checks_of(info, algorithm)
             if checks is None:
                 self.unverified += 1
                 continue

@@ -334,7 +334,10 @@ class MetadataKind(Kind):
         infos = read.storage_data.values()
         return [
             *(metadata.objects_of(read), metadata.least_sizes(read), metadata.save_id_of(read)),
-            *((metadata.payload_of(info), metadata.checks_of(read, info)) for info in infos),
+            *(
+                (metadata.payload_of(info), metadata.checks_of(info, metadata.algorithm_of(read)))
+                for info in infos
+            ),
         ]
 
 
