@@ -141,7 +141,7 @@ def test_gc_during_a_save_leaves_it_alone_and_a_save_taken_for_dead_commits_noth
 
     hasty = Collecting()
     hasty.silent_for = NOW
-    with pytest.raises(CheckpointException, match="aborted before|taken for dead"):
+    with pytest.raises(CheckpointException, match=r"aborted before|taken for dead"):
         dcp.save(state, storage_writer=cloudckpt.StorageWriter(f"{run}/2"), planner=hasty)
     store = MemoryStore(Target.parse(run))
     assert all(name.startswith("1/") for name in names(store))
