@@ -68,19 +68,20 @@ def collect_garbage(
         pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
         listing = store.list().objects
         now = datetime.now(UTC)
-        dead, busy = _markers(listing, now - silent_for)
         bound = now - older_than
-        traces = dead + [
-            info for info in listing if _PROBE.fullmatch(info.name) and _is_old(info.modified, bound)
-        ]
-        if not dry_run:
-            store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
+        dead, busy = _markers(listing, now - silent_for)
         uploads = [p for p in pending if _is_old(p.started, bound) and _parent(p.upload.name) not in busy]
         old = [
             info
             for info in listing
             if _DATA.fullmatch(info.name) and _is_old(info.modified, bound) and _parent(info.name) not in busy
         ]
+        # A save that is only silent so far, and has nothing old, may wake up and go on.
+        touched = {_parent(p.upload.name) for p in uploads} | {_parent(info.name) for info in old}
+        traces = [i for i in dead if _is_old(i.modified, bound) or _parent(i.name) in touched]
+        traces += [i for i in listing if _PROBE.fullmatch(i.name) and _is_old(i.modified, bound)]
+        if not dry_run:
+            store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
         unnamed = _unnamed(store, old, listing)
         if not dry_run:
             for one in uploads:

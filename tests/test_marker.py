@@ -149,9 +149,9 @@ def test_gc_during_a_save_leaves_it_alone_and_a_save_taken_for_dead_commits_noth
 
 
 @pytest.mark.parametrize("before", [None, {"x": torch.zeros(10)}], ids=["new", "overwritten"])
-@pytest.mark.parametrize("metadata_only", [False, True])
+@pytest.mark.parametrize("marker_alone", [False, True])
 def test_a_save_that_gc_took_for_dead_in_the_very_moment_of_its_commit_takes_it_back(
-    run: str, monkeypatch: pytest.MonkeyPatch, before: Any, metadata_only: bool
+    run: str, monkeypatch: pytest.MonkeyPatch, before: Any, marker_alone: bool
 ) -> None:
     """The process stops after its look at the marker, gc collects, and it wakes up."""
     if before is not None:
@@ -162,14 +162,14 @@ def test_a_save_that_gc_took_for_dead_in_the_very_moment_of_its_commit_takes_it_
 
     def stopped(self: SaveMarker) -> None:
         check(self)
-        if metadata_only:  # gc that finds nothing old enough, yet removes the marker
-            collect_garbage(run, silent_for=NOW)
+        if marker_alone:
+            store.delete(name for name in names(store) if MARKER.fullmatch(name))
         else:
             collect_garbage(run, older_than=NOW, silent_for=NOW)
 
     monkeypatch.setattr(SaveMarker, "check", stopped)
     new, loaded = {"x": torch.arange(10.0)}, {"x": torch.ones(10)}
-    if metadata_only:
+    if marker_alone:
         dcp.save(new, storage_writer=cloudckpt.StorageWriter(run, overwrite=True))
         dcp.load(loaded, storage_reader=cloudckpt.StorageReader(run))
         assert torch.equal(loaded["x"], new["x"])
@@ -180,6 +180,17 @@ def test_a_save_that_gc_took_for_dead_in_the_very_moment_of_its_commit_takes_it_
     if before is not None:
         dcp.load(loaded, storage_reader=cloudckpt.StorageReader(run))
         assert torch.equal(loaded["x"], before["x"])
+
+
+def test_a_save_that_is_silent_and_young_keeps_its_marker(run: str) -> None:
+    store = MemoryStore(Target.parse(run))
+    marker = begun(store, every=60)
+    upload = store.begin_upload(f"__0_0.{'a' * 32}.distcp")
+    assert collect_garbage(run, silent_for=NOW) == Garbage((), (), 0)
+    marker.check()
+    assert collect_garbage(run, silent_for=NOW, older_than=NOW).uploads == (upload.name,)
+    assert names(store) == []
+    marker.leave()
 
 
 def test_deleting_removes_the_metadata_first_and_leaves_a_save_in_progress_alone(
