@@ -63,7 +63,9 @@ class Watch:
     def __init__(self) -> None:
         self.armed = False
         self.heard: list[str] = []
+        # What a bare torch.FloatStorage is read as: a name and a dtype, which is pickled as its class.
         self._globals = {*_get_allowed_globals(), *values._PLAIN, "builtins.set"}
+        self._globals.add("torch.serialization.StorageType")
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
