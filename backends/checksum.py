@@ -57,6 +57,11 @@ CRC32C: Final = Algorithm("crc32c", 4, crt.crc32c, crt.combine_crc32c)
 ALGORITHMS: Final = {algorithm.name: algorithm for algorithm in (CRC64NVME, CRC32C)}
 
 
+def algorithm_for(option: str) -> Algorithm:
+    """The algorithm of a save's checksums, by its option ``checksum``: the store's, where it checks parts."""
+    return ALGORITHMS.get(option, CRC64NVME)
+
+
 @dataclass(frozen=True, slots=True)
 class Fragment:
     """Some consecutive bytes that lie in one chunk."""

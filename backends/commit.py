@@ -75,6 +75,11 @@ def find_previous(store: ObjectStore, name: str) -> Previous | None:
     return Previous(info.version or "", objects, data)
 
 
+def listed_metadata(store: ObjectStore) -> list[str]:
+    """The metadata objects that a listing shows: the one of all ranks, or those of single ranks."""
+    return [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
+
+
 def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:
     """Complete every upload and check every object's size; returns what is visible now, by name.
 
@@ -102,11 +107,8 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
             )
         return replace(info, checksum=one.checksum)
 
-    outcomes = _side_by_side([functools.partial(complete, one) for one in staged], concurrency)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return {info.name: info for info in outcomes if isinstance(info, ObjectInfo)}
+    visible = _all([functools.partial(complete, one) for one in staged], concurrency)
+    return {info.name: info for info in visible}
 
 
 def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> None:
@@ -123,7 +125,9 @@ def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: in
             _log.warning("a failed save could not be cleaned up, gc will: %s", error)
 
 
-def abandon(store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: Iterable[str]) -> None:
+def abandon(
+    store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: Iterable[str], concurrency: int
+) -> None:
     """Abort the uploads that were begun, and those of ``unknown`` names, whose ids never arrived.
 
     Only the latter are looked for by listing what is pending below ``prefix``.
@@ -131,13 +135,11 @@ def abandon(store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: I
     Raises:
         StorageError: the store could not abort or list.
     """
-    for upload in begun:
-        store.abort_upload(upload)
+    _all([functools.partial(store.abort_upload, upload) for upload in begun], concurrency)
     lost = frozenset(unknown)
     if lost:
-        for pending in list(store.pending_uploads(prefix)):
-            if pending.upload.name in lost:
-                store.abort_upload(pending.upload)
+        found = [p.upload for p in store.pending_uploads(prefix) if p.upload.name in lost]
+        _all([functools.partial(store.abort_upload, upload) for upload in found], concurrency)
 
 
 class _Outcome(enum.Enum):
@@ -300,6 +302,16 @@ def _say_unconditional(place: str) -> None:
         "would not notice each other",
         place,
     )
+
+
+def _all(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T]:
+    """Run all tasks to their end; results in order, or the first one's exception."""
+    results: list[_T] = []
+    for outcome in _side_by_side(tasks, concurrency):
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 def _side_by_side(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T | BaseException]:

@@ -25,8 +25,7 @@ def delete_checkpoint(uri: str | os.PathLike[str], **options: Any) -> tuple[str,
     """
     with open_store(Target.parse(uri, **options)) as store:
         # Ranks that saved without each other have metadata of their own.
-        candidates = [info.name for info in store.list("", delimiter=True).objects]
-        names = [name for name in candidates if md.is_metadata(name)]
+        names = commit.listed_metadata(store)
         if md.METADATA_NAME not in names:  # a listing may lag behind
             names.append(md.METADATA_NAME)
         found = {name: commit.find_previous(store, name) for name in names}

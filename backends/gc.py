@@ -26,7 +26,6 @@ from cloudckpt.backends.target import Target
 _log = logging.getLogger(__name__)
 
 _DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
-_METADATA = re.compile(r"(?:.*/)?(?:__\d+)?\.metadata")
 _PROBE = re.compile(r"(?:.*/)?\.cloudckpt-probe\.[0-9a-f]{32}")
 
 
@@ -96,7 +95,11 @@ def collect_garbage(
 
 
 def _is_ours(name: str) -> bool:
-    return any(pattern.fullmatch(name) for pattern in (_DATA, _METADATA, MARKER))
+    return _is_metadata(name) or any(pattern.fullmatch(name) for pattern in (_DATA, MARKER))
+
+
+def _is_metadata(name: str) -> bool:
+    return md.is_metadata(name.rpartition("/")[2])
 
 
 def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[ObjectInfo], set[str]]:
@@ -117,7 +120,7 @@ def _unnamed(store: ObjectStore, old: list[ObjectInfo], listing: Iterable[Object
         candidates[_parent(info.name)].append(info)
     metadata: defaultdict[str, list[str]] = defaultdict(list)
     for info in listing:
-        if _METADATA.fullmatch(info.name):
+        if _is_metadata(info.name):
             metadata[_parent(info.name)].append(info.name)
     unnamed: list[ObjectInfo] = []
     for folder, infos in candidates.items():

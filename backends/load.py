@@ -21,7 +21,7 @@ from cloudckpt.backends.checksum import Checks, Chunk, chunk_size
 from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
-from cloudckpt.backends.ranges import GAP, Extent, Piece, cut
+from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing
 from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.stock import Stored, locate
 from cloudckpt.backends.values import load_tensor, prove_safe
@@ -76,9 +76,7 @@ class _Load:
                 self._want_tensor(item, info, stored)
         for whole in self._wholes.values():
             info = whole.info
-            extent = Extent(
-                info.offset, info.length, _nothing, deliver=functools.partial(_give, whole.takers)
-            )
+            extent = Extent(info.offset, info.length, nothing, deliver=functools.partial(_give, whole.takers))
             self._wanted[info.relative_path].append(_checked(extent, self._checks(info), whole.fqn, info))
         self._downloader.read(self._wanted)
         await_copies(self._devices)
@@ -244,10 +242,6 @@ class _Countdown:
             last = self._left == 0
         if last:
             self._then()
-
-
-def _nothing() -> None:
-    """There is nothing to do once these bytes have arrived."""
 
 
 @dataclass(slots=True)

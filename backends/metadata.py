@@ -158,13 +158,17 @@ def dump(metadata: Metadata) -> bytes:
 
 def _is_damaged(data: bytes) -> bool:
     """Whether the bytes are not those that ``dump`` made; False where there is no checksum to tell."""
-    sealed, seal, digits = data[:-_SEALED], data[-_SEALED:-_DIGITS], data[-_DIGITS:]
-    return seal == _SEAL and digits != f"{CRC64NVME.of(sealed):016x}".encode()
+    sealed = memoryview(data)[:-_SEALED]  # which may be many MiB, not to be copied
+    return _is_sealed(data) and data[-_DIGITS:] != f"{CRC64NVME.of(sealed):016x}".encode()
 
 
 def _has_lost_its_seal(data: bytes, metadata: object) -> bool:
     written_here = isinstance(metadata, Metadata) and "checksum" in _extras(metadata)
-    return written_here and data[-_SEALED:-_DIGITS] != _SEAL
+    return written_here and not _is_sealed(data)
+
+
+def _is_sealed(data: bytes) -> bool:
+    return data[-_SEALED:-_DIGITS] == _SEAL
 
 
 def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = False) -> Metadata:

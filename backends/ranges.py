@@ -78,6 +78,10 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
         )
 
 
+def nothing() -> None:
+    """What is left to do for an extent whose bytes have been delivered, or only checked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A wanted range of an object's bytes.

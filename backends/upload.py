@@ -8,7 +8,6 @@ a part lives only until the part is sent.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,7 +49,15 @@ class Sent:
 @dataclass(slots=True)
 class _Sending:
     upload: Future[Upload]
-    parts: list[Future[tuple[Part, list[Fragment]]]]
+    parts: list[Future[_SentPart]]
+
+
+@dataclass(frozen=True, slots=True)
+class _SentPart:
+    part: Part
+    fragments: list[Fragment]
+    whole: Fragment
+    """All of them as one."""
 
 
 class Uploader:
@@ -106,10 +113,10 @@ class Uploader:
         return [self._sent(one) for one in sending]
 
     def _sent(self, one: _Sending) -> Sent:
-        parts, sums = zip(*(part.result() for part in one.parts), strict=True)
-        fragments = list(itertools.chain.from_iterable(sums))
-        checksum = self._algorithm.text(self._algorithm.combine(fragments))
-        return Sent(StagedObject(one.upload.result(), parts, checksum), fragments)
+        sent = [part.result() for part in one.parts]
+        checksum = self._algorithm.text(self._algorithm.combine(part.whole for part in sent))
+        staged = StagedObject(one.upload.result(), tuple(part.part for part in sent), checksum)
+        return Sent(staged, [fragment for part in sent for fragment in part.fragments])
 
     def _send_parts(
         self, pool: ThreadPoolExecutor, one: _Sending, segments: Iterator[Segment], part_size: int
@@ -137,13 +144,14 @@ class Uploader:
         self.unconfirmed.discard(name)
         return upload
 
-    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> tuple[Part, list[Fragment]]:
+    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> _SentPart:
         try:
             if self._failed.is_set():
                 raise _NotSentError
             to, buffers = upload.result(), window.buffers()
             fragments = self._fragments(window, buffers)
-            checksum = self._algorithm.text(self._algorithm.combine(fragments))
+            whole = Fragment(window.nbytes, self._algorithm.combine(fragments))
+            checksum = self._algorithm.text(whole.value)
             part = self._store.upload_part(to, number, window.offset, buffers, checksum=checksum)
         except BaseException:
             self._failed.set()
@@ -151,7 +159,7 @@ class Uploader:
         else:
             if self._observer is not None:
                 self._observer(to.name, part.size)
-            return part, fragments
+            return _SentPart(part, fragments, whole)
         finally:
             self._budget.release(window.cost)
             self._room.release()

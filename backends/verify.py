@@ -13,11 +13,12 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
+from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Checks, Chunk
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError, ObjectNotFoundError
-from cloudckpt.backends.ranges import Extent
+from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
@@ -76,7 +77,7 @@ def verify(uri: str | os.PathLike[str], *, observer: Observer | None = None, **o
         StorageError: the store could not be read.
     """
     with open_store(target := Target.parse(uri, **options)) as store:
-        names = [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
+        names = commit.listed_metadata(store)
         # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
         chosen = [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
         found = [_verified(store, name, target, observer) for name in chosen]
@@ -168,7 +169,7 @@ class _Reading:
             for chunks in _grouped(checks.covering(0, info.length), most):
                 start, size = info.offset + chunks[0].start, chunks[-1].stop - chunks[0].start
                 check = functools.partial(self._compare, index.fqn, info, checks, chunks)
-                wanted[info.relative_path].append(Extent(start, size, _nothing, check=check))
+                wanted[info.relative_path].append(Extent(start, size, nothing, check=check))
         return wanted
 
     def _compare(
@@ -191,10 +192,6 @@ class _Reading:
             self.size += size
         if self._observer is not None:
             self._observer(info.relative_path, size)
-
-
-def _nothing() -> None:
-    """There is nothing to do with bytes that were compared."""
 
 
 def _grouped(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:

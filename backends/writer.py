@@ -24,7 +24,7 @@ from torch.futures import Future
 from cloudckpt.backends import commit, layout, stage
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm
+from cloudckpt.backends.checksum import Algorithm, algorithm_for
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -237,8 +237,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     @property
     def _algorithm(self) -> Algorithm:
-        """Of the checksums in the metadata, which is the store's where it checks parts by one."""
-        return ALGORITHMS.get(self._target.options.checksum, CRC64NVME)
+        return algorithm_for(self._target.options.checksum)
 
     @property
     def _metadata_name(self) -> str:
@@ -252,7 +251,10 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     def _abandon(self) -> None:
         uploader, self._uploader = self._uploader, None
         if uploader is not None:
-            commit.abandon(self._opened(), uploader.begun, f"__{self._rank}_", uploader.unconfirmed)
+            concurrency = self._target.options.concurrency
+            commit.abandon(
+                self._opened(), uploader.begun, f"__{self._rank}_", uploader.unconfirmed, concurrency
+            )
 
     def _try_to_abandon(self) -> None:
         try:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Fragment
+from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment, algorithm_for
 from cloudckpt.backends.store import Part
 
 
@@ -32,7 +32,7 @@ class PartChecksum:
     @classmethod
     def chosen(cls, option: str) -> Self | None:
         """Return what the option ``checksum`` asks for, None for no checksum."""
-        return None if option == "none" else cls(ALGORITHMS.get(option, CRC64NVME))
+        return None if option == "none" else cls(algorithm_for(option))
 
     @property
     def declaration(self) -> dict[str, str]:
