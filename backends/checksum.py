@@ -156,21 +156,23 @@ class Checks:
                 stop = total
         return start, stop
 
-    def damaged(self, chunks: Sequence[Chunk], views: Sequence[memoryview]) -> Iterator[Chunk]:
-        """Those of some consecutive chunks whose bytes, laid out over ``views``, are not as expected."""
-        remaining = iter(views)
-        view = memoryview(b"")
-        for chunk in chunks:
-            value, left = 0, chunk.stop - chunk.start
-            while left:
-                if not view.nbytes:
-                    view = next(remaining)
-                taken = view[:left]
-                value = self.algorithm.of(taken, value)
-                left -= taken.nbytes
-                view = view[taken.nbytes :]
-            if self.algorithm.packed(value) != chunk.expected:
-                yield chunk
+    def damaged(self, chunks: Sequence[Chunk], values: Sequence[int]) -> list[Chunk]:
+        """Those of some chunks whose checksums, in the same order, are not as expected."""
+        return [
+            chunk
+            for chunk, value in zip(chunks, values, strict=True)
+            if self.algorithm.packed(value) != chunk.expected
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Consecutive chunks of an item that are about to be read."""
+
+    checks: Checks
+    chunks: Sequence[Chunk]
+    tell: Callable[[list[Chunk]], None]
+    """Called once all have been read, with those that are damaged."""
 
 
 def count_chunks(spans: Iterable[int]) -> int:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, Request, merge
 from cloudckpt.backends.scratch import Scratch
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.store import Arrived, ObjectStore
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -89,17 +90,23 @@ class Downloader:
 
     def _transfer(self, name: str, request: Request, scratch: memoryview) -> None:
         buffers, arrivals = request.buffers(scratch)
-        self._fill(name, request.start, buffers)
+        checking = Checking(
+            (extent.expected, arrival)
+            for extent, arrival in zip(request.extents, arrivals, strict=True)
+            if extent.expected is not None
+        )
+        self._fill(name, request.start, buffers, checking.arrived)
+        checking.finish()
         for extent, arrival in zip(request.extents, arrivals, strict=True):
-            if extent.check is not None:
-                extent.check(arrival.views)
             if extent.deliver is not None:
                 extent.deliver(arrival.body)
             extent.done()
 
-    def _fill(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def _fill(
+        self, name: str, offset: int, buffers: Sequence[memoryview], arrived: Arrived | None = None
+    ) -> None:
         with self._damage_named(name):
-            size = self._store.read_into(name, offset, buffers)
+            size = self._store.read_into(name, offset, buffers, arrived=arrived)
             if size is not None:
                 self._check_size(name, size)
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
-from cloudckpt.backends.checksum import Checks, Chunk, chunk_size
+from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
@@ -269,16 +269,14 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
         extent.deliver,
         lead=start - chunks[0].start,
         trail=chunks[-1].stop - start - extent.size,
-        check=functools.partial(_check, checks, chunks, fqn, info),
+        expected=Expected(checks, chunks, functools.partial(_refuse, fqn, info)),
     )
 
 
-def _check(
-    checks: Checks, chunks: Sequence[Chunk], fqn: str, info: _StorageInfo, views: Sequence[memoryview]
-) -> None:
-    for damaged in checks.damaged(chunks, views):
+def _refuse(fqn: str, info: _StorageInfo, damaged: Sequence[Chunk]) -> None:
+    for chunk in damaged:
         raise IntegrityError(
-            f"{fqn!r} is damaged: bytes {info.offset + damaged.start} to {info.offset + damaged.stop} of the "
+            f"{fqn!r} is damaged: bytes {info.offset + chunk.start} to {info.offset + chunk.stop} of the "
             "object are not those that were saved",
             object_name=info.relative_path,
             hint="Load another step; verify lists all that is damaged in this one",

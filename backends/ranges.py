@@ -7,9 +7,10 @@ into few requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from cloudckpt.backends.checksum import Expected
 from cloudckpt.backends.strides import span as span_of
 
 GAP = 64 << 10
@@ -87,7 +88,7 @@ class Extent:
     """A wanted range of an object's bytes.
 
     ``into`` is filled straight from the store; without it the bytes go through a buffer of the reader's to
-    ``deliver``. ``done`` is called once they have arrived and ``check`` has found them right.
+    ``deliver``. ``done`` is called once they have arrived and have been compared with what is ``expected``.
     """
 
     start: int
@@ -99,8 +100,8 @@ class Extent:
     """Bytes before ``start`` that are read as well, because a checksum is of them too."""
     trail: int = 0
     """Bytes after the range, likewise."""
-    check: Callable[[Sequence[memoryview]], None] | None = None
-    """Called with everything that was read, lead and trail included, before ``deliver``."""
+    expected: Expected | None = None
+    """The chunks of everything that is read, lead and trail included; they are told of before ``deliver``."""
 
     @property
     def begin(self) -> int:
@@ -117,6 +118,8 @@ class Extent:
 class Arrival:
     """Where the bytes of an extent land: its own range, and all that is read for it, in order."""
 
+    start: int
+    """Where its bytes begin in the request's."""
     body: memoryview
     views: tuple[memoryview, ...]
 
@@ -168,7 +171,7 @@ class Request:
             pieces = (own(extent.lead), body, own(extent.trail))
             views = tuple(piece for piece in pieces if piece.nbytes)
             buffers += views
-            arrivals.append(Arrival(body, views))
+            arrivals.append(Arrival(extent.begin - self.start, body, views))
             at = extent.end
         return buffers, arrivals
 

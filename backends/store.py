@@ -11,7 +11,7 @@ with ``uri`` and, where there is one, ``object_name`` filled in.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Self
@@ -111,6 +111,11 @@ class PendingUpload:
     started: datetime | None = None
 
 
+Arrived = Callable[[int], None]
+"""Told how many bytes of a range have arrived, every now and then: a number that only grows, except that a
+read which starts over says 0 first. Called on the thread that reads, while those bytes are in its cache."""
+
+
 class ObjectStore(abc.ABC):
     """Objects below one root. Safe to use from several threads; pickles into another process.
 
@@ -146,11 +151,19 @@ class ObjectStore(abc.ABC):
         """Return a small object whole, with the version that the bytes belong to."""
 
     @abc.abstractmethod
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int | None:
         """Fill the writable ``buffers`` one after another from the object's bytes at ``offset``.
 
         One request where the store can. Buffers are one-dimensional and of unsigned bytes. Returns the size
-        of the whole object in bytes, where the store learns it on the way.
+        of the whole object in bytes, where the store learns it on the way. ``arrived`` is told on the way
+        how far they are filled, by stores that fill them bit by bit.
 
         Raises:
             IntegrityError: the object ends before the buffers are full.

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.checksum import Checks, Chunk
+from cloudckpt.backends.checksum import Chunk, Expected
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
@@ -168,25 +168,18 @@ class _Reading:
                 continue
             for chunks in _grouped(checks.covering(0, info.length), most):
                 start, size = info.offset + chunks[0].start, chunks[-1].stop - chunks[0].start
-                check = functools.partial(self._compare, index.fqn, info, checks, chunks)
-                wanted[info.relative_path].append(Extent(start, size, nothing, check=check))
+                tell = functools.partial(self._note, index.fqn, info, size)
+                expected = Expected(checks, chunks, tell)
+                wanted[info.relative_path].append(Extent(start, size, nothing, expected=expected))
         return wanted
 
-    def _compare(
-        self,
-        fqn: str,
-        info: _StorageInfo,
-        checks: Checks,
-        chunks: Sequence[Chunk],
-        views: Sequence[memoryview],
-    ) -> None:
+    def _note(self, fqn: str, info: _StorageInfo, size: int, damaged: Sequence[Chunk]) -> None:
         wrong = [
             Damage(
                 info.relative_path, "these are not the bytes that were saved", fqn, info.offset + chunk.start
             )
-            for chunk in checks.damaged(chunks, views)
+            for chunk in damaged
         ]
-        size = chunks[-1].stop - chunks[0].start
         with self._lock:
             self._damages += wrong
             self.size += size

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import cloudckpt
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import (
     ALGORITHMS,
     CRC64NVME,
@@ -26,11 +27,14 @@ from cloudckpt.backends.checksum import (
     SMALLEST_CHUNK,
     Algorithm,
     Checks,
+    Chunk,
+    Expected,
     chunk_size,
     fragments_of,
     joined,
 )
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
+from cloudckpt.backends.ranges import Arrival
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
@@ -273,8 +277,31 @@ def test_checksums_of_parts_add_up_whatever_the_parts(
         last = data.draw(st.integers(first + 1, len(blob)))
         wanted = checks.covering(first, last)
         assert wanted == [chunk for chunk in chunks if chunk.start < last and chunk.stop > first]
-        views = [blob[wanted[0].start : first], blob[first : wanted[-1].stop]]
-        assert list(checks.damaged(wanted, views)) == []
+        read = blob[wanted[0].start : wanted[-1].stop]
+        assert _found_damaged(checks, wanted, read, data) == []
+        changed = bytearray(read)
+        where = data.draw(st.integers(0, len(changed) - 1))
+        changed[where] ^= 1
+        hit = [chunk for chunk in wanted if chunk.start <= wanted[0].start + where < chunk.stop]
+        assert _found_damaged(checks, wanted, memoryview(changed), data) == hit
+
+
+def _found_damaged(
+    checks: Checks, chunks: Sequence[Chunk], blob: memoryview, data: st.DataObject
+) -> list[Chunk]:
+    """Have the bytes arrive in some steps, with a start over, into some buffers, not all of them told of."""
+    start = data.draw(st.integers(0, 100))
+    cuts = sorted({0, blob.nbytes, *data.draw(st.lists(st.integers(0, blob.nbytes), max_size=3))})
+    views = tuple(blob[a:b] for a, b in itertools.pairwise(cuts))
+    told: list[list[Chunk]] = []
+    checking = Checking([(Expected(checks, chunks, told.append), Arrival(start, blob, views))])
+    for _ in range(data.draw(st.integers(0, 2))):
+        checking.arrived(0)
+        for count in sorted(data.draw(st.lists(st.integers(0, start + blob.nbytes), max_size=4))):
+            checking.arrived(count)
+    checking.finish()
+    (damaged,) = told
+    return damaged
 
 
 def part_fragments(

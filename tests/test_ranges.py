@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -68,22 +67,23 @@ def test_every_extent_gets_exactly_its_bytes(
     got: dict[int, bytes] = {}
     direct: dict[int, bytearray] = {}
     extents: list[Extent] = []
-    checked: dict[int, bytes] = {}
+    read: dict[int, bytes] = {}
     for number, (start, size, straight, lead, trail) in enumerate(ranges):
-        around: dict[str, Any] = {"lead": lead, "trail": trail}
-        around["check"] = functools.partial(keep_all, checked, number)
         if straight:
             direct[number] = bytearray(size)
-            extents.append(Extent(start, size, lambda: None, into=memoryview(direct[number]), **around))
+            extents.append(
+                Extent(start, size, lambda: None, into=memoryview(direct[number]), lead=lead, trail=trail)
+            )
         else:
             take = functools.partial(keep, got, number)
-            extents.append(Extent(start, size, lambda: None, deliver=take, **around))
+            extents.append(Extent(start, size, lambda: None, deliver=take, lead=lead, trail=trail))
     requests = list(merge(extents, most, gap))
     for request in requests:
-        serve(request, blob)
+        for extent, views in serve(request, blob):
+            read[next(n for n, one in enumerate(extents) if one is extent)] = b"".join(views)
     got |= {number: bytes(data) for number, data in direct.items()}
     assert got == {number: blob[start : start + size] for number, (start, size, *_) in enumerate(ranges)}
-    assert checked == {
+    assert read == {
         number: blob[start - lead : start + size + trail]
         for number, (start, size, _, lead, trail) in enumerate(ranges)
     }
@@ -96,21 +96,17 @@ def keep(got: dict[int, bytes], number: int, data: memoryview) -> None:
     got[number] = bytes(data)
 
 
-def keep_all(got: dict[int, bytes], number: int, views: Sequence[memoryview]) -> None:
-    got[number] = b"".join(views)
-
-
-def serve(request: Request, blob: bytes) -> None:
+def serve(request: Request, blob: bytes) -> Iterator[tuple[Extent, tuple[memoryview, ...]]]:
     buffers, arrivals = request.buffers(memoryview(bytearray(request.buffered)))
     at = request.start
     for buffer in buffers:
         buffer[:] = blob[at : at + len(buffer)]
         at += len(buffer)
     for extent, arrival in zip(request.extents, arrivals, strict=True):
-        if extent.check is not None:
-            extent.check(arrival.views)
+        assert request.start + arrival.start == extent.begin
         if extent.deliver is not None:
             extent.deliver(arrival.body)
+        yield extent, arrival.views
 
 
 def test_small_neighbours_share_a_request_and_a_large_gap_parts_them() -> None:

@@ -54,9 +54,11 @@ def bytes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = MemoryStore.read_into
 
-    def counted(self: MemoryStore, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+    def counted(
+        self: MemoryStore, name: str, offset: int, buffers: Sequence[memoryview], **more: Any
+    ) -> None:
         sizes.append(sum(buffer.nbytes for buffer in buffers))
-        original(self, name, offset, buffers)
+        original(self, name, offset, buffers, **more)
 
     monkeypatch.setattr(MemoryStore, "read_into", counted)
     return sizes
@@ -184,9 +186,9 @@ def test_a_large_item_of_a_stock_checkpoint_is_not_read_whole(tmp_path: Path) ->
             store = super()._opened()
             read_into = type(store).read_into
 
-            def counted(name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+            def counted(name: str, offset: int, buffers: Sequence[memoryview], **more: Any) -> None:
                 sizes.append(sum(buffer.nbytes for buffer in buffers))
-                read_into(store, name, offset, buffers)
+                read_into(store, name, offset, buffers, **more)
 
             store.read_into = counted  # type: ignore[method-assign]
             return store

@@ -33,6 +33,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Listing,
@@ -43,6 +44,7 @@ from cloudckpt.backends.store import (
     PendingUpload,
     Upload,
 )
+from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.target import Target
 
 _UPLOADS = ".cloudckpt-uploads"
@@ -94,19 +96,30 @@ class FsspecStore(ObjectStore):
         message = f"the object changed during each of {_READS} reads"
         raise StorageError(message, uri=self.uri, object_name=name)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int:
         size, wanted = self.stat(name).size, sum(buffer.nbytes for buffer in buffers)
         with self._explained(name):
             if wanted and offset + wanted > size:
                 raise IntegrityError(f"the object ends at byte {size}, before byte {offset + wanted}")
-            for run in _runs(buffers, _BLOCK):
+            done = 0
+            for run in runs(buffers, _BLOCK):
                 end = offset + sum(piece.nbytes for piece in run)
                 data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=end))
                 if data.nbytes != end - offset:
                     raise IntegrityError(f"the object ends at byte {offset + data.nbytes}, before byte {end}")
                 for piece in run:
                     piece[:], data = data[: piece.nbytes], data[piece.nbytes :]
+                done += end - offset
                 offset = end
+                if arrived is not None:
+                    arrived(done)
         return size
 
     def stat(self, name: str) -> ObjectInfo:
@@ -296,24 +309,6 @@ def _arguments(target: Target) -> dict[str, Any]:
     token = "anon" if options.anon else options.token and options.token.get_secret_value()
     named = {"endpoint_url": options.endpoint_url, "project": options.project, "token": token}
     return {**given, **{name: value for name, value in named.items() if value is not None}}
-
-
-def _runs(buffers: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
-    """Yield the buffers in order, cut so that no list of them has more than ``most`` bytes."""
-    run: list[memoryview] = []
-    room = most
-    for buffer in buffers:
-        start = 0
-        while start < buffer.nbytes:
-            piece = buffer[start : start + room]
-            run.append(piece)
-            start += piece.nbytes
-            room -= piece.nbytes
-            if not room:
-                yield run
-                run, room = [], most
-    if run:
-        yield run
 
 
 def _discard(file: Any) -> None:

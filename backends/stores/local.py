@@ -34,6 +34,7 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Create,
@@ -47,10 +48,13 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores import files
+from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.tree import Tree
 from cloudckpt.backends.target import Target
 
 _OPEN_TRIES = 20
+_WINDOW = 1 << 18
+"""Bytes read at once: few enough to be in the cache still for whoever hears that they have arrived."""
 
 _NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -111,9 +115,16 @@ class LocalStore(ObjectStore):
             self._fill(name, fd, 0, [memoryview(data)])
             return bytes(data), info
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int:
         with self._errors(name), self._reading(name) as fd:
-            self._fill(name, fd, offset, buffers)
+            self._fill(name, fd, offset, buffers, arrived)
             return os.fstat(fd).st_size
 
     def stat(self, name: str) -> ObjectInfo:
@@ -291,12 +302,25 @@ class LocalStore(ObjectStore):
                 raise ObjectNotFoundError("this is not a file", uri=self._uri, object_name=name)
             yield fd
 
-    def _fill(self, name: str, fd: int, offset: int, buffers: Sequence[memoryview]) -> None:
-        wanted = sum(buffer.nbytes for buffer in buffers)
-        if (got := files.read_fully(fd, offset, buffers)) < wanted:
-            raise IntegrityError(
-                f"the object ends {wanted - got} bytes too early", uri=self._uri, object_name=name
-            )
+    def _fill(
+        self,
+        name: str,
+        fd: int,
+        offset: int,
+        buffers: Sequence[memoryview],
+        arrived: Arrived | None = None,
+    ) -> None:
+        end = offset + sum(buffer.nbytes for buffer in buffers)
+        at = offset
+        for run in runs(buffers, _WINDOW):
+            got = files.read_fully(fd, at, run)
+            at += got
+            if got < sum(piece.nbytes for piece in run):
+                raise IntegrityError(
+                    f"the object ends at byte {at}, before byte {end}", uri=self._uri, object_name=name
+                )
+            if arrived is not None:
+                arrived(at - offset)
 
     def _remove(self, hidden: Path) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -24,6 +24,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Create,
@@ -94,7 +95,15 @@ class MemoryStore(ObjectStore):
             file = self._file(name)
             return file.getvalue(), self._info(name, file)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int:
+        del arrived  # all of them at once
         with _lock:
             data = self._file(name).getbuffer()
         with data:

@@ -20,6 +20,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Create,
@@ -112,9 +113,16 @@ class S3Store(ObjectStore):
 
         return self._requests.ask(read, name)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int | None:
         def read(clients: Clients) -> int | None:
-            return read_range(clients, self._of(clients, "get_object", name), offset, buffers)
+            return read_range(clients, self._of(clients, "get_object", name), offset, buffers, arrived)
 
         return self._requests.ask(read, name)
 

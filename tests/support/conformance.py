@@ -337,6 +337,24 @@ class StoreConformance(ABC):
         store.read_into("name", 11, buffers)
         assert b"".join(buffers) == data[11 : 11 + sum(lengths)]
 
+    def test_what_is_said_to_have_arrived_is_there(self, store: ObjectStore) -> None:
+        lengths = [1, 300_000, 5, *[100] * 2000, 0, 70_000, 3]
+        data = _bytes(sum(lengths) + 20)
+        self.raw_write(store, "name", data)
+        memory = memoryview(bytearray(sum(lengths)))
+        ends = list(itertools.accumulate(lengths))
+        said: list[int] = []
+
+        def arrived(count: int) -> None:
+            assert memory[:count] == data[11 : 11 + count]
+            said.append(count)
+
+        buffers = [memory[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+        store.read_into("name", 11, buffers, arrived=arrived)
+        assert memory == data[11 : 11 + len(memory)]
+        assert said == sorted(said), "only a second try starts over"
+        assert said[-1:] in ([], [len(memory)])
+
     def test_a_range_fills_a_window_and_nothing_beside_it(self, store: ObjectStore) -> None:
         self.raw_write(store, "name", b"0123456789")
         memory = bytearray(b"." * 8)

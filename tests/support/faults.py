@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from cloudckpt.backends.errors import StorageError, UnansweredError
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Listing,
@@ -116,8 +117,18 @@ class FaultyStore(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         return self._through("get", lambda: self._store.get(name), name)
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
-        return self._through("read_into", lambda: self._store.read_into(name, offset, buffers), name)
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int | None:
+        def read() -> int | None:
+            return self._store.read_into(name, offset, buffers, arrived=arrived)
+
+        return self._through("read_into", read, name)
 
     def stat(self, name: str) -> ObjectInfo:
         return self._through("stat", lambda: self._store.stat(name), name)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, PreconditionFailedError
 from cloudckpt.backends.store import (
+    Arrived,
     Capabilities,
     Condition,
     Listing,
@@ -211,12 +212,22 @@ class Turnstile(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         return self._through("get", (name,), lambda: self._store.get(name), lambda got: self._seen(got[1]))
 
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> int | None:
+    def read_into(
+        self,
+        name: str,
+        offset: int,
+        buffers: Sequence[memoryview],
+        *,
+        arrived: Arrived | None = None,
+    ) -> int | None:
+        def read() -> int | None:
+            return self._store.read_into(name, offset, buffers, arrived=arrived)
+
         def seen(_: object) -> object:
             data = b"".join(buffers)
             return f"{len(data)} bytes, {zlib.crc32(data):08x}"
 
-        return self._through("read_into", (name,), lambda: self._store.read_into(name, offset, buffers), seen)
+        return self._through("read_into", (name,), read, seen)
 
     def stat(self, name: str) -> ObjectInfo:
         return self._through("stat", (name,), lambda: self._store.stat(name), self._seen)

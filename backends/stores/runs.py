@@ -1,0 +1,23 @@
+"""Many buffers, taken a limited number of bytes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+def runs(buffers: Sequence[memoryview], most: int) -> Iterator[list[memoryview]]:
+    """Yield the buffers in order, cut so that no list of them has more than ``most`` bytes."""
+    run: list[memoryview] = []
+    room = most
+    for buffer in buffers:
+        start = 0
+        while start < buffer.nbytes:
+            piece = buffer[start : start + room]
+            run.append(piece)
+            start += piece.nbytes
+            room -= piece.nbytes
+            if not room:
+                yield run
+                run, room = [], most
+    if run:
+        yield run
