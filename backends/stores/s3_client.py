@@ -11,7 +11,6 @@ it repeats a listing once where the connection is lost, which no option turns of
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
@@ -93,46 +92,6 @@ class Clients:
         with self._lock:
             if self._patient is not None:
                 self._patient.close()
-
-
-class LazyClients:
-    """Clients made when first needed, and made anew in a process that was forked."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-        self._lock = threading.Lock()
-        self._made: tuple[int, Clients] | None = None
-
-    def get(self) -> Clients:
-        """Return this process's clients."""
-        made = self._made
-        if made is None or made[0] != os.getpid():
-            with self._lock:
-                made = self._made
-                if made is None or made[0] != os.getpid():
-                    clients = Clients(self._target, Pace(self._target.options.concurrency))
-                    self._made = made = (os.getpid(), clients)
-        return made[1]
-
-    def renew(self, expired: Clients) -> bool:
-        """Replace clients by new ones, which look for credentials afresh, unless another thread has done so.
-
-        Returns whether there are others now.
-        """
-        if not expired.renewable:
-            return False
-        with self._lock:
-            if self._made is not None and self._made[1] is expired:
-                self._made = (os.getpid(), Clients(self._target, expired.pace))
-                expired.close()
-        return True
-
-    def close(self) -> None:
-        """Let the connections go; the clients make new ones when they are asked again."""
-        with self._lock:
-            made = self._made
-        if made is not None and made[0] == os.getpid():
-            made[1].close()
 
 
 def _file_system(options: Options) -> s3fs.S3FileSystem:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from cloudckpt.backends.stores.retry import Outcome, Retries
-from cloudckpt.backends.stores.s3_client import Clients, LazyClients
+from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import explained
+from cloudckpt.backends.stores.s3_shared import SharedClients
 from cloudckpt.backends.stores.s3_verdict import judge
 from cloudckpt.backends.target import Target
 
@@ -27,12 +28,12 @@ class Requests:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._lazy = LazyClients(target)
+        self._shared = SharedClients(target)
 
     @property
     def clients(self) -> Clients:
         """The clients of the moment, for what is not a request."""
-        return self._lazy.get()
+        return self._shared.get()
 
     def ask(self, act: Callable[[Clients], _T], name: str | None = None) -> _T:
         """Return what ``act`` does with the clients, which may take several attempts.
@@ -48,7 +49,7 @@ class Requests:
 
         ``act`` must not make another request through here. The error is the client's own: see ``explained``.
         """
-        options, used = self._target.options, self._lazy.get()
+        options, used = self._target.options, self._shared.get()
         retries = Retries(
             judge,
             used.pace,
@@ -59,19 +60,19 @@ class Requests:
 
         def attempt() -> _T:
             nonlocal used
-            used = self._lazy.get()
+            used = self._shared.get()
             return act(used)
 
-        return retries.outcome(attempt, renew=lambda: self._lazy.renew(used))
+        return retries.outcome(attempt, renew=lambda: self._shared.renew(used))
 
     @contextlib.contextmanager
     def explained(self, name: str | None = None) -> Iterator[None]:
         """Explain what goes wrong in the block, with the object's ``name``."""
         with explained(self._target, self._target.options.endpoint_url or "S3", name):
-            clients = self._lazy.get()
+            clients = self._shared.get()
         with explained(self._target, clients.endpoint, name):
             yield
 
     def close(self) -> None:
         """Let connections go; the next request makes new ones."""
-        self._lazy.close()
+        self._shared.close()
