@@ -8,13 +8,17 @@ import itertools
 from collections.abc import Sequence
 
 _SLICE = 1 << 20
+_ASKED = 1 << 17
+"""What urllib3 asks for, as botocore sets it up."""
 
 
 class BuffersBody(io.RawIOBase):
     """A seekable file over buffers laid end to end, for botocore to read, sign and send again.
 
-    ``read`` returns slices of the buffers, not copies, of at most 1 MiB and never across two buffers: so it
-    may return less than was asked for, like any raw file. Buffers are one-dimensional, of unsigned bytes.
+    ``read`` returns slices of the buffers, not copies, of up to 1 MiB and never across two buffers. So it may
+    return less than was asked for, like any raw file. To urllib3, which asks for 128 KiB at a time and sends
+    whatever it gets, it returns more: each piece costs a turn at the interpreter's lock. Buffers are
+    one-dimensional, of unsigned bytes.
     """
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:
@@ -33,7 +37,7 @@ class BuffersBody(io.RawIOBase):
         index = bisect.bisect_right(self._ends, self._position)
         buffer = self._buffers[index]
         start = self._position - (self._ends[index] - buffer.nbytes)
-        view = buffer[start : start + (_SLICE if size < 0 else min(size, _SLICE))]
+        view = buffer[start : start + (_SLICE if size < 0 or size == _ASKED else min(size, _SLICE))]
         self._position += view.nbytes
         return view
 
