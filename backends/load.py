@@ -58,7 +58,7 @@ class _Load:
         self._metadata = metadata
         self._downloader = downloader
         self._trust = trust
-        self._algorithm = md.algorithm_of(metadata)
+        self._algorithms = md.algorithms_of(metadata)
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
         self._wanted: defaultdict[str, list[Extent]] = defaultdict(list)
         self._wholes: dict[tuple[str, int, int], _Whole] = {}
@@ -135,7 +135,7 @@ class _Load:
         self._wholes.setdefault(place, _Whole(item.storage_index.fqn, info)).takers.append(take)
 
     def _checks(self, info: _StorageInfo) -> Checks | None:
-        return md.checks_of(info, self._algorithm)
+        return md.checks_of(info, self._algorithms)
 
     def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn

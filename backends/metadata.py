@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Container, Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -28,6 +28,8 @@ from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.unpickler import MetadataUnpickler, is_index
+
+_T = TypeVar("_T")
 
 METADATA_NAME = ".metadata"
 DATA_SUFFIX = ".distcp"
@@ -70,18 +72,23 @@ def payload_of(info: _StorageInfo) -> Payload | None:
 
 
 def add_checks(info: _StorageInfo, checks: Checks) -> None:
-    """Attach an item's checksums; their algorithm is one for the whole checkpoint."""
+    """Attach an item's checksums; their algorithm is that of its object."""
     info.__dict__.update(spans=checks.spans, sums=checks.sums)
 
 
-def algorithm_of(metadata: Metadata) -> Algorithm | None:
-    """The algorithm of the items' checksums; None where there are none, or in one that is not known here."""
-    return ALGORITHMS.get(str(_extras(metadata).get("checksum")))
+def algorithms_of(metadata: Metadata) -> dict[str, Algorithm]:
+    """The algorithm of the checksums in each object, which is that of its own, where it is known here."""
+    found: dict[str, Algorithm] = {}
+    for name, checksum in _noted(metadata, "checksum", str).items():
+        if (algorithm := ALGORITHMS.get(checksum.partition(":")[0])) is not None:
+            found[name] = algorithm
+    return found
 
 
-def checks_of(info: _StorageInfo, algorithm: Algorithm | None) -> Checks | None:
-    """An item's checksums by its checkpoint's algorithm; None for what a stock writer wrote."""
+def checks_of(info: _StorageInfo, algorithms: Mapping[str, Algorithm]) -> Checks | None:
+    """An item's checksums by its object's algorithm; None for what a stock writer wrote."""
     noted = info.__dict__
+    algorithm = algorithms.get(info.relative_path)
     if algorithm is None or "sums" not in noted:
         return None
     return Checks(algorithm, noted["spans"], noted["sums"])
@@ -92,13 +99,11 @@ def add_extras(
     save_id: str,
     version: str,
     objects: Mapping[str, ObjectInfo],
-    algorithm: Algorithm = CRC64NVME,
 ) -> None:
-    """Attach what DCP has no field for; ``algorithm`` is that of the items' checksums."""
+    """Attach what DCP has no field for."""
     metadata.__dict__[_EXTRAS] = {
         "version": version,
         "save_id": save_id,
-        "checksum": algorithm.name,
         "objects": {
             name: {"size": info.size, "version": info.version, "checksum": info.checksum}
             for name, info in objects.items()
@@ -109,6 +114,15 @@ def add_extras(
 def _extras(metadata: Metadata) -> dict[str, Any]:
     extras = metadata.__dict__.get(_EXTRAS)
     return cast("dict[str, Any]", extras) if isinstance(extras, dict) else {}
+
+
+def _noted(metadata: Metadata, what: str, kind: type[_T]) -> dict[str, _T]:
+    """What our own writer noted of each object, where it did."""
+    objects = _extras(metadata).get("objects")
+    if not isinstance(objects, dict):
+        return {}
+    values = {str(name): held.get(what) for name, held in objects.items() if isinstance(held, dict)}
+    return {name: value for name, value in values.items() if isinstance(value, kind)}
 
 
 def save_id_of(metadata: Metadata) -> str | None:
@@ -143,11 +157,7 @@ def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> tuple[s
 
 def sizes_of(metadata: Metadata) -> dict[str, int]:
     """Bytes of each object as its writer sent them, where the metadata tells."""
-    objects = _extras(metadata).get("objects")
-    if not isinstance(objects, dict):
-        return {}
-    sizes = {str(name): held.get("size") for name, held in objects.items() if isinstance(held, dict)}
-    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+    return _noted(metadata, "size", int)
 
 
 def dump(metadata: Metadata) -> bytes:
@@ -212,20 +222,20 @@ def _damaged(message: str, uri: str, name: str) -> IntegrityError:
 def _is_sound(metadata: object) -> bool:
     if not isinstance(metadata, Metadata):
         return False
-    algorithm = algorithm_of(metadata)
+    algorithms = algorithms_of(metadata)
     return (
         isinstance(metadata.state_dict_metadata, dict)
         and all(_is_entry(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items())
         and isinstance(metadata.storage_data, dict)
         and all(
-            _is_place(index, info) and _has_sound_checks(info, algorithm)
+            _is_place(index, info) and _has_sound_checks(info, algorithms)
             for index, info in metadata.storage_data.items()
         )
     )
 
 
-def _has_sound_checks(info: _StorageInfo, algorithm: Algorithm | None) -> bool:
-    checks = checks_of(info, algorithm)
+def _has_sound_checks(info: _StorageInfo, algorithms: Mapping[str, Algorithm]) -> bool:
+    checks = checks_of(info, algorithms)
     return checks is None or (
         isinstance(checks.spans, tuple)
         and all(isinstance(span, int) for span in checks.spans)

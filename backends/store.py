@@ -116,6 +116,11 @@ Arrived = Callable[[int], None]
 read which starts over says 0 first. Called on the thread that reads, while those bytes are in its cache."""
 
 
+Departed = Callable[[int], None]
+"""Told how many bytes of a part have gone out, every now and then, and again from fewer when the part is sent
+again. Called on the thread that sends, while those bytes are in its cache."""
+
+
 class ObjectStore(abc.ABC):
     """Objects below one root. Safe to use from several threads; pickles into another process.
 
@@ -131,6 +136,14 @@ class ObjectStore(abc.ABC):
     def part_limits(self) -> PartLimits:
         """What this store takes as a part; known without asking it."""
         return PartLimits()
+
+    @property
+    def part_checksum(self) -> str | None:
+        """The algorithm of the checksum that a part comes with, ``crc64nvme`` or ``crc32c``.
+
+        None where the store would not look at one. Finding out may take a few requests, once.
+        """
+        return None
 
     @property
     @abc.abstractmethod
@@ -197,12 +210,14 @@ class ObjectStore(abc.ABC):
         buffers: Sequence[memoryview],
         *,
         checksum: str | None = None,
+        departed: Departed | None = None,
     ) -> Part:
         """Send one part: the concatenation of ``buffers``, without copying where the store can.
 
         Parts may be sent in any order, side by side, and again. ``offset`` is where the part's first byte
         lies in the object. ``checksum``, as in :class:`Part`, is of these bytes: a store that sends one of
-        this kind along need not compute it.
+        this kind along need not compute it. ``departed`` is told on the way how much has gone out, by stores
+        that send it bit by bit.
         """
 
     @abc.abstractmethod

@@ -14,9 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
-from cloudckpt.backends.checksum import Algorithm, Fragment, fragments_of
+from cloudckpt.backends.checksum import Fragment, algorithm_for
 from cloudckpt.backends.segments import Segment, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
+from cloudckpt.backends.tally import Tally
 
 Observer = Callable[[str, int], None]
 """Told of an object's name and how many more of its bytes are stored."""
@@ -67,7 +68,6 @@ class Uploader:
         store: where to.
         concurrency: requests in flight.
         memory_limit: bytes held beyond the caller's tensors.
-        algorithm: of the checksums that are taken.
         observer: told of every part that is stored, on the thread that sent it.
     """
 
@@ -76,11 +76,12 @@ class Uploader:
         store: ObjectStore,
         concurrency: int,
         memory_limit: int,
-        algorithm: Algorithm,
         observer: Observer | None = None,
     ) -> None:
         self._store = store
-        self._algorithm = algorithm
+        self.algorithm = algorithm_for(store.part_checksum)
+        """Of the checksums that are taken."""
+        self._in_advance = store.part_checksum is not None
         self._concurrency = concurrency
         self._observer = observer
         self._budget = Budget(memory_limit)
@@ -114,7 +115,7 @@ class Uploader:
 
     def _sent(self, one: _Sending) -> Sent:
         sent = [part.result() for part in one.parts]
-        checksum = self._algorithm.text(self._algorithm.combine(part.whole for part in sent))
+        checksum = self.algorithm.text(self.algorithm.combine(part.whole for part in sent))
         staged = StagedObject(one.upload.result(), tuple(part.part for part in sent), checksum)
         return Sent(staged, [fragment for part in sent for fragment in part.fragments])
 
@@ -149,27 +150,24 @@ class Uploader:
             if self._failed.is_set():
                 raise _NotSentError
             to, buffers = upload.result(), window.buffers()
-            fragments = self._fragments(window, buffers)
-            whole = Fragment(window.nbytes, self._algorithm.combine(fragments))
-            checksum = self._algorithm.text(whole.value)
-            part = self._store.upload_part(to, number, window.offset, buffers, checksum=checksum)
+            tally = Tally(self.algorithm, window, buffers)
+            checksum = None
+            if self._in_advance:
+                checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))
+            part = self._store.upload_part(
+                to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
+            )
+            fragments = tally.finish()
         except BaseException:
             self._failed.set()
             raise
         else:
             if self._observer is not None:
                 self._observer(to.name, part.size)
-            return _SentPart(part, fragments, whole)
+            return _SentPart(part, fragments, Fragment(window.nbytes, self.algorithm.combine(fragments)))
         finally:
             self._budget.release(window.cost)
             self._room.release()
-
-    def _fragments(self, window: Window, buffers: Sequence[memoryview]) -> list[Fragment]:
-        return [
-            fragment
-            for (segment, start, _), buffer in zip(window.pieces, buffers, strict=True)
-            for fragment in fragments_of(self._algorithm, buffer, start, segment.nbytes)
-        ]
 
 
 class _NotSentError(Exception):

@@ -160,9 +160,9 @@ class _Reading:
     def extents(self, most: int) -> dict[str, list[Extent]]:
         """All chunks of all items, in extents of at most ``most`` bytes, by object."""
         wanted: defaultdict[str, list[Extent]] = defaultdict(list)
-        algorithm = md.algorithm_of(self._metadata)
+        algorithms = md.algorithms_of(self._metadata)
         for index, info in self._metadata.storage_data.items():
-            checks = md.checks_of(info, algorithm)
+            checks = md.checks_of(info, algorithms)
             if checks is None:
                 self.unverified += 1
                 continue

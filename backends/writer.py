@@ -24,7 +24,6 @@ from torch.futures import Future
 from cloudckpt.backends import commit, layout, stage
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.checksum import Algorithm, algorithm_for
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -236,10 +235,6 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
 
     @property
-    def _algorithm(self) -> Algorithm:
-        return algorithm_for(self._target.options.checksum)
-
-    @property
     def _metadata_name(self) -> str:
         return md.metadata_name(None if self._use_collectives else self._rank)
 
@@ -264,13 +259,11 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
-        self._uploader = Uploader(
-            store, options.concurrency, options.memory_limit, self._algorithm, self._observer
-        )
+        self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
         objects = stage.laid_out(plan.items, planner, self._rank, options, store)
         sent = self._uploader.send({one.name: (one.segments(), one.part_size) for one in objects})
         for one, its in zip(objects, sent, strict=True):
-            results += one.results(self._algorithm, its.fragments)
+            results += one.results(self._uploader.algorithm, its.fragments)
         return [its.staged for its in sent]
 
     def _explained(self, error: BaseException) -> BaseException:
@@ -296,7 +289,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = items
         metadata.storage_meta = self.storage_meta()
-        md.add_extras(metadata, self._save_id, __version__, objects, self._algorithm)
+        md.add_extras(metadata, self._save_id, __version__, objects)
         return md.dump(metadata)
 
     def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo]) -> None:

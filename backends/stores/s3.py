@@ -11,6 +11,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     ConfigurationError,
@@ -24,6 +25,7 @@ from cloudckpt.backends.store import (
     Capabilities,
     Condition,
     Create,
+    Departed,
     Listing,
     ObjectInfo,
     ObjectStore,
@@ -36,10 +38,10 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.stores.s3_checksum import PartChecksum, contradicted, parameters
+from cloudckpt.backends.stores.s3_checksum import contradicted, given_or_of, parameters
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
-from cloudckpt.backends.stores.s3_probe import conditions_honoured
+from cloudckpt.backends.stores.s3_probe import Honoured, what_is_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
@@ -65,7 +67,7 @@ class S3Store(ObjectStore):
         self._bucket = target.bucket
         self._prefix = f"{target.path}/" if target.path else ""
         self._requests = Requests(target)
-        self._checksum = PartChecksum.chosen(target.options.checksum)
+        self._refuses_checksums = False
 
     def __reduce__(self) -> tuple[type[S3Store], tuple[Target]]:
         return type(self), (self._target,)
@@ -82,14 +84,28 @@ class S3Store(ObjectStore):
         return PartLimits(_MIN_PART, _MAX_PART, _MAX_PARTS)
 
     @property
+    def part_checksum(self) -> str | None:
+        """As the option says; ``auto`` asks a server other than AWS itself whether it would look at one."""
+        option = self._target.options.checksum
+        if option != "auto":
+            return None if option == "none" else option
+        if self._refuses_checksums or not self._honoured.checksum:
+            return None
+        return CRC64NVME.name
+
+    @property
     def capabilities(self) -> Capabilities:
         """What the server honours; asking a server other than AWS itself makes a few requests, once."""
-        with self._requests.explained():
-            honoured = conditions_honoured(self._requests, self._bucket, self._prefix)
+        honoured = self._honoured
         return Capabilities(
             conditional_create=honoured.create,
             conditional_update=honoured.update,
         )
+
+    @property
+    def _honoured(self) -> Honoured:
+        with self._requests.explained():
+            return what_is_honoured(self._requests, self._bucket, self._prefix)
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         conditional = self._condition(name, condition)
@@ -174,8 +190,7 @@ class S3Store(ObjectStore):
             lost = outcome.lost
             if declared and self._may_do_without_checksum(outcome.error):
                 outcome = self._begin(name, {})
-                if outcome.error is None:
-                    self._checksum = None
+                self._refuses_checksums |= outcome.error is None
             upload = Upload(name, outcome.result())
         if lost or outcome.lost:
             self._abort_others(upload)
@@ -208,12 +223,14 @@ class S3Store(ObjectStore):
         buffers: Sequence[memoryview],
         *,
         checksum: str | None = None,
+        departed: Departed | None = None,
     ) -> Part:
         del offset  # S3 goes by the number
-        checksum = self._checksum.given_or_of(checksum, buffers) if self._checksum else None
+        wanted = self.part_checksum
+        checksum = given_or_of(wanted, checksum, buffers) if wanted else None
 
         def send(clients: Clients) -> Part:
-            body = BuffersBody(buffers)
+            body = BuffersBody(buffers, departed)
             own = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
             answer = clients.data.upload_part(**self._of(clients, "upload_part", upload.name, **own))
             if "ETag" not in answer:
@@ -302,7 +319,7 @@ class S3Store(ObjectStore):
         return parameter
 
     def _declaration(self) -> dict[str, str]:
-        return self._checksum.declaration if self._checksum else {}
+        return {"ChecksumAlgorithm": wanted.upper()} if (wanted := self.part_checksum) else {}
 
     def _may_do_without_checksum(self, error: Exception | None) -> bool:
         if self._target.options.checksum != "auto" or not isinstance(error, ClientError):

@@ -7,6 +7,8 @@ import io
 import itertools
 from collections.abc import Sequence
 
+from cloudckpt.backends.store import Departed
+
 _SLICE = 1 << 20
 _ASKED = 1 << 17
 """What urllib3 asks for, as botocore sets it up."""
@@ -21,7 +23,8 @@ class BuffersBody(io.RawIOBase):
     one-dimensional, of unsigned bytes.
     """
 
-    def __init__(self, buffers: Sequence[memoryview]) -> None:
+    def __init__(self, buffers: Sequence[memoryview], departed: Departed | None = None) -> None:
+        self._departed = departed
         self._buffers = [buffer for buffer in buffers if buffer.nbytes]
         self._ends = list(itertools.accumulate(buffer.nbytes for buffer in self._buffers))
         self._size = self._ends[-1] if self._ends else 0
@@ -31,7 +34,12 @@ class BuffersBody(io.RawIOBase):
         return self._size
 
     def read(self, size: int = -1, /) -> memoryview:
-        """Return the next bytes, at least one unless the end is reached."""
+        """Return the next bytes, at least one unless the end is reached.
+
+        Whoever asks for more has sent what there was before: ``departed`` is told so.
+        """
+        if self._departed is not None:
+            self._departed(self._position)
         if self._position >= self._size or size == 0:
             return memoryview(b"")
         index = bisect.bisect_right(self._ends, self._position)

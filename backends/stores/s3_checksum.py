@@ -1,9 +1,10 @@
 """The checksum that S3 checks each part against on arrival.
 
-``auto`` is CRC64NVME. AWS and MiniStack check it; moto and rclone take the header and don't look. It travels
-in a header, never in a trailer: so no server can take it for a part of the object. An upload has to be
-declared with its algorithm. With ``auto``, a server that refuses the declaration is asked again without, and
-from then on the store goes without.
+``auto`` is CRC64NVME where the server checks it, as AWS and MiniStack do, and none where it takes the header
+and doesn't look, like moto and rclone: there the bytes would be read once more for nothing. It travels in a
+header, never in a trailer: so no server can take it for a part of the object. An upload has to be declared
+with its algorithm. With ``auto``, a server that refuses the declaration is asked again without, and from then
+on the store goes without.
 
 Where the answer to a completion carries the checksum of the whole object, it is compared with the combination
 of the parts' own: the type has to be FULL_OBJECT, and the value without the ``-<parts>`` of composite ones.
@@ -16,37 +17,20 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment, algorithm_for
+from cloudckpt.backends.checksum import ALGORITHMS, Fragment
 from cloudckpt.backends.store import Part
 
 
-@dataclass(frozen=True, slots=True)
-class PartChecksum:
-    """One algorithm."""
-
-    algorithm: Algorithm
-
-    @classmethod
-    def chosen(cls, option: str) -> Self | None:
-        """Return what the option ``checksum`` asks for, None for no checksum."""
-        return None if option == "none" else cls(algorithm_for(option))
-
-    @property
-    def declaration(self) -> dict[str, str]:
-        """The parameters of CreateMultipartUpload."""
-        return {"ChecksumAlgorithm": self.algorithm.name.upper()}
-
-    def given_or_of(self, checksum: str | None, buffers: Sequence[memoryview]) -> str:
-        """Return the caller's checksum of the buffers where it is of this algorithm, else a new one."""
-        if checksum is not None and checksum.startswith(f"{self.algorithm.name}:"):
-            return checksum
-        value = 0
-        for buffer in buffers:
-            value = self.algorithm.of(buffer, value)
-        return self.algorithm.text(value)
+def given_or_of(name: str, checksum: str | None, buffers: Sequence[memoryview]) -> str:
+    """Return the caller's checksum of the buffers where it is of the algorithm so named, else a new one."""
+    if checksum is not None and checksum.startswith(f"{name}:"):
+        return checksum
+    algorithm, value = ALGORITHMS[name], 0
+    for buffer in buffers:
+        value = algorithm.of(buffer, value)
+    return algorithm.text(value)
 
 
 def parameters(checksum: str | None) -> dict[str, str]:

@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.store import Part
 from cloudckpt.backends.stores.pace import Pace
 from cloudckpt.backends.stores.retry import Judgement, Reply, Retries, Verdict, seconds_after
-from cloudckpt.backends.stores.s3_checksum import PartChecksum, combined, contradicted
+from cloudckpt.backends.stores.s3_checksum import combined, contradicted, given_or_of
 from cloudckpt.backends.stores.s3_verdict import judge
 
 _FINAL = Judgement(Verdict.FINAL)
@@ -318,7 +318,7 @@ _DATA = bytes(range(256)) * 40
 def _parts(algorithm: str, *cuts: int) -> list[Part]:
     ends = [0, *cuts, len(_DATA)]
     pieces = [_DATA[start:end] for start, end in itertools.pairwise(ends)]
-    of = functools.partial(PartChecksum(ALGORITHMS[algorithm]).given_or_of, None)
+    of = functools.partial(given_or_of, algorithm, None)
     return [
         Part(number, len(piece), "", of([memoryview(piece)]))
         for number, piece in reversed(list(enumerate(pieces, 1)))
@@ -343,7 +343,7 @@ def test_parts_without_one_algorithm_combine_into_nothing() -> None:
 def test_only_a_wrong_checksum_of_the_whole_object_contradicts_its_parts(algorithm: str) -> None:
     parts, name = _parts(algorithm, 5000), f"Checksum{algorithm.upper()}"
     right = ALGORITHMS[algorithm].text(ALGORITHMS[algorithm].of(_DATA)).partition(":")[2]
-    wrong = PartChecksum(ALGORITHMS[algorithm]).given_or_of(None, [memoryview(b"other")]).partition(":")[2]
+    wrong = given_or_of(algorithm, None, [memoryview(b"other")]).partition(":")[2]
     full = {"ChecksumType": "FULL_OBJECT"}
     says_nothing: list[dict[str, str]] = [
         {},

@@ -13,6 +13,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
+from cloudckpt.backends.stores import s3_probe
 from cloudckpt.backends.stores.s3 import S3Store
 from support.buckets import (
     OPERATIONS,
@@ -149,8 +150,40 @@ def test_a_server_that_stays_busy_is_asked_no_more_often_than_the_retries_allow(
     assert len(proxy.seen(operation)) == retries + 1
 
 
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nobody been asked yet what it honours."""
+    monkeypatch.setattr(s3_probe, "_known", {})
+
+
+@pytest.mark.usefixtures("unknown")
+def test_a_server_that_does_not_look_at_checksums_is_sent_none(proxy: Proxy, bucket: Bucket) -> None:
+    data = random_bytes(1000)
+    with open_in(proxy, bucket) as store:
+        assert store.part_checksum is None
+        send(store, data)
+        asked = len(proxy.seen("PutObject"))
+        send(store, data)
+        assert (asked, len(proxy.seen("PutObject"))) == (4, 4), "once is enough"
+    requests = (*proxy.seen("CreateMultipartUpload"), *proxy.seen("UploadPart"))
+    assert not [name for request in requests for name in request.headers if "checksum" in name]
+    assert bucket.found() == data
+
+
+@pytest.mark.usefixtures("unknown")
+def test_a_server_that_looks_at_checksums_is_sent_them(proxy: Proxy, bucket: Bucket) -> None:
+    proxy.spoil("PutObject", [None, None, None, Answer(400, "BadDigest")])
+    with open_in(proxy, bucket) as store:
+        assert store.part_checksum == "crc64nvme"
+        send(store, b"data")
+    (part,) = proxy.seen("UploadPart")
+    assert "x-amz-checksum-crc64nvme" in part.headers
+
+
+@pytest.mark.usefixtures("unknown")
 @pytest.mark.parametrize("status", [400, 501])
 def test_a_server_that_refuses_checksums_is_sent_none(proxy: Proxy, bucket: Bucket, status: int) -> None:
+    proxy.spoil("PutObject", [None, None, None, Answer(400, "BadDigest")])  # the probe's: it looks at them
     proxy.spoil("CreateMultipartUpload", [Answer(status, "InvalidArgument")])
     data = random_bytes(1000)
     with open_in(proxy, bucket) as store:

@@ -440,9 +440,11 @@ class StoreConformance(ABC):
                 break
             views.append(memoryview(data)[position : position + length])
             position += length
-        upload = store.begin_upload("name")
-        part = store.upload_part(upload, 1, 0, views)
+        upload, said = store.begin_upload("name"), list[int]()
+        part = store.upload_part(upload, 1, 0, views, departed=said.append)
         assert part.size == len(data)
+        assert all(0 <= count <= len(data) for count in said)
+        assert said == [] or len(data) in said, "a store that speaks of what goes out speaks of the end"
         store.complete_upload(upload, [part])
         assert self.raw_read(store, "name") == data
 

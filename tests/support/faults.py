@@ -18,6 +18,7 @@ from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
     Condition,
+    Departed,
     Listing,
     ObjectInfo,
     ObjectStore,
@@ -150,9 +151,12 @@ class FaultyStore(ObjectStore):
         buffers: Sequence[memoryview],
         *,
         checksum: str | None = None,
+        departed: Departed | None = None,
     ) -> Part:
         def send() -> Part:
-            return self._store.upload_part(upload, number, offset, buffers, checksum=checksum)
+            return self._store.upload_part(
+                upload, number, offset, buffers, checksum=checksum, departed=departed
+            )
 
         return self._through("upload_part", send, upload.name)
 

@@ -26,6 +26,7 @@ from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
     Condition,
+    Departed,
     Listing,
     ObjectInfo,
     ObjectStore,
@@ -253,6 +254,7 @@ class Turnstile(ObjectStore):
         buffers: Sequence[memoryview],
         *,
         checksum: str | None = None,
+        departed: Departed | None = None,
     ) -> Part:
         data = b"".join(buffers)
         call = Call(
