@@ -104,6 +104,7 @@ def add_extras(
     metadata.__dict__[_EXTRAS] = {
         "version": version,
         "save_id": save_id,
+        "checksum": CRC64NVME.name,  # of the metadata itself, behind the pickle: see ``dump``
         "objects": {
             name: {"size": info.size, "version": info.version, "checksum": info.checksum}
             for name, info in objects.items()

@@ -239,10 +239,20 @@ def test_every_choice_of_the_store_s_checksum_verifies(
             assert (len(data), recorded["checksum"]) == (size, algorithm.text(algorithm.of(data)))
 
 
+@pytest.mark.parametrize("cut", [1, 16, 20, 36])
+def test_metadata_without_its_own_checksum_is_damaged(store: MemoryStore, cut: int) -> None:
+    store.put(".metadata", store.get(".metadata")[0][:-cut], Overwrite())
+    with pytest.raises(IntegrityError, match="its checksum is gone"):
+        metadata_of(store)
+    (damage,) = verify(store.uri).damages
+    assert damage.object_name == ".metadata"
+
+
 def test_a_checkpoint_of_before_checksums_loads(store: MemoryStore) -> None:
     metadata = metadata_of(store)
     for info in metadata.storage_data.values():
         del info.__dict__["sums"], info.__dict__["spans"]
+    del metadata.__dict__["cloudckpt"]["checksum"]
     for noted in metadata.__dict__["cloudckpt"]["objects"].values():
         del noted["checksum"]
     data = md.dump(metadata)

@@ -235,7 +235,7 @@ def test_what_is_written_has_the_encryption_and_class_asked_for(moto: S3Server) 
 
 @pytest.mark.parametrize(
     ("option", "algorithm"),
-    [("auto", "crc64nvme"), ("crc64nvme", "crc64nvme"), ("crc32c", "crc32c"), ("none", None)],
+    [("crc64nvme", "crc64nvme"), ("crc32c", "crc32c"), ("none", None)],
 )
 def test_each_part_carries_the_checksum_asked_for(
     s3_server: S3Server, option: str, algorithm: str | None
