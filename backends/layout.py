@@ -39,8 +39,14 @@ def distribute(items: Sequence[WriteItem], part_size: int, most: int) -> list[li
 
 
 def estimated_size(item: WriteItem) -> int:
-    """Bytes that an item will take in its object; of values that are not serialised yet, the least."""
-    return (item.tensor_storage_size() or 0) + _FRAMING
+    """Bytes that an item will take in its object; of values that are not serialised yet, the least.
+
+    Of a shard, that is the rank's own chunk; ``WriteItem.tensor_storage_size`` is of the tensor of all ranks.
+    """
+    if item.tensor_data is None:
+        return _FRAMING
+    itemsize = item.tensor_data.properties.dtype.itemsize
+    return math.prod(item.tensor_data.chunk.sizes) * itemsize + _FRAMING
 
 
 def part_size_for(items: Sequence[WriteItem], options: Options, limits: PartLimits) -> int:

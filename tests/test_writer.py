@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -291,4 +292,12 @@ def test_items_spread_over_objects_of_equal_size_and_values_come_first() -> None
     assert spread[0][0].index.fqn == "v"
     assert sorted(sum(item.tensor_data is not None for item in held) for held in spread) == [2, 2, 2, 2]
     assert len(distribute(items, 1 << 30, 4)) == 1
+    whole = torch.Size([64 << 18])
+    shards = [
+        replace(item, tensor_data=replace(item.tensor_data, size=whole)) if item.tensor_data else item
+        for item in items
+    ]
+    shape = [[item.index.fqn for item in held] for held in spread]
+    assert [[item.index.fqn for item in held] for held in distribute(shards, 1 << 20, 4)] == shape
+    assert len(distribute(shards, 1 << 24, 4)) == 1, "what the other ranks hold is not this rank's"
     assert distribute([], 1 << 20, 4) == []
