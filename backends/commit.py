@@ -36,6 +36,8 @@ from cloudckpt.backends.upload import StagedObject
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_ASKED_ONE_BY_ONE = 64
+"""Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""
 _DATA = re.compile(r"[\w.-]+" + re.escape(md.DATA_SUFFIX))
 """Data objects as DCP writers name them, stock ones and ours."""
 
@@ -86,29 +88,43 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     Raises:
         CommitError: an upload could not be completed, or an object is not as long as what was sent.
     """
+    one_by_one = len(staged) <= _ASKED_ONE_BY_ONE
+    tasks = [functools.partial(_complete, store, one, confirm=one_by_one) for one in staged]
+    visible = {info.name: info for info in _all(tasks, concurrency)}
+    if not one_by_one:
+        listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
+        for one in staged:
+            _check_size(store, one, listed.get(one.upload.name))
+    return visible
 
-    def complete(one: StagedObject) -> ObjectInfo:
-        name = one.upload.name
+
+def _complete(store: ObjectStore, one: StagedObject, *, confirm: bool) -> ObjectInfo:
+    try:
+        info = store.complete_upload(one.upload, one.parts, confirm=confirm)
+    except CheckpointError as error:
+        raise _not_whole(store, one, f"an upload could not be completed: {error.message}") from error
+    _check_size(store, one, info.size)
+    return replace(info, checksum=one.checksum)
+
+
+def _check_size(store: ObjectStore, one: StagedObject, size: int | None) -> None:
+    """``size`` is None for an object that is not listed, which may only mean that the listing lags behind."""
+    if size is None:
         try:
-            info = store.complete_upload(one.upload, one.parts)
-        except CheckpointError as error:
-            raise CommitError(
-                f"an upload could not be completed: {error.message}",
-                uri=store.uri,
-                object_name=name,
-                hint="Nothing was committed and the checkpoint before is untouched; save again",
-            ) from error
-        if info.size != one.size:
-            raise CommitError(
-                f"the store holds {info.size} bytes of an object of {one.size}",
-                uri=store.uri,
-                object_name=name,
-                hint="Nothing was committed and the checkpoint before is untouched; save again",
-            )
-        return replace(info, checksum=one.checksum)
+            size = store.stat(one.upload.name).size
+        except ObjectNotFoundError as error:
+            raise _not_whole(store, one, "an object is gone that was completed") from error
+    if size != one.size:
+        raise _not_whole(store, one, f"the store holds {size} bytes of an object of {one.size}")
 
-    visible = _all([functools.partial(complete, one) for one in staged], concurrency)
-    return {info.name: info for info in visible}
+
+def _not_whole(store: ObjectStore, one: StagedObject, message: str) -> CommitError:
+    return CommitError(
+        message,
+        uri=store.uri,
+        object_name=one.upload.name,
+        hint="Nothing was committed and the checkpoint before is untouched; save again",
+    )
 
 
 def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> None:

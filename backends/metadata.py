@@ -32,6 +32,7 @@ from cloudckpt.backends.unpickler import MetadataUnpickler, is_index
 _T = TypeVar("_T")
 
 METADATA_NAME = ".metadata"
+DATA_PREFIX = "__"
 DATA_SUFFIX = ".distcp"
 _EXTRAS = "cloudckpt"
 _SEAL = b"cloudckpt.crc64nvme:"

@@ -83,7 +83,7 @@ def laid_out(
     buckets = layout.distribute(items, layout.usual_part_size(options), options.concurrency)
     return [
         PlannedObject(
-            f"__{rank}_{index}.{call}{md.DATA_SUFFIX}",
+            f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",
             layout.part_size_for(bucket, options, store.part_limits),
             bucket,
             planner,

@@ -221,8 +221,11 @@ class ObjectStore(abc.ABC):
         """
 
     @abc.abstractmethod
-    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         """Make the object visible from all of its parts, durably; its ``size`` is what the store reports.
+
+        Without ``confirm`` it may be what was sent, where asking would take another request: for a caller
+        who completes many uploads, and then looks at all sizes by a listing.
 
         Raises:
             IntegrityError: what the store holds is not what the parts add up to; nothing is visible.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
@@ -24,6 +25,7 @@ from cloudckpt.backends.store import (
     Capabilities,
     Condition,
     Create,
+    Listing,
     ObjectInfo,
     ObjectStore,
     Overwrite,
@@ -258,8 +260,8 @@ def test_publish_makes_every_object_visible_and_reports_its_size(store: Unreliab
 class Shrinking(MemoryStore):
     """A memory store that completes an upload and reports less than was sent."""
 
-    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
-        info = super().complete_upload(upload, parts)
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
+        info = super().complete_upload(upload, parts, confirm=confirm)
         return ObjectInfo(info.name, info.size - 1, info.version)
 
 
@@ -268,6 +270,48 @@ def test_an_object_that_came_out_short_stops_the_commit() -> None:
     with pytest.raises(CommitError, match="holds 2 bytes of an object of 3") as caught:
         commit.publish(store, [staged(store, "o", b"abc")], 1)
     assert caught.value.object_name == "o"
+
+
+class Trusting(MemoryStore):
+    """A memory store that takes a completion at its word unless asked, and whose listing may be wrong."""
+
+    hidden: frozenset[str] = frozenset()
+    cut: frozenset[str] = frozenset()
+    gone: frozenset[str] = frozenset()
+
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
+        assert not confirm, "so many objects are listed"
+        info = super().complete_upload(upload, parts)
+        if info.name in self.gone:
+            self.delete([info.name])
+        return info
+
+    def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
+        found = super().list(prefix, delimiter=delimiter).objects
+        shown = (info for info in found if info.name not in self.hidden)
+        return Listing(tuple(replace(one, size=one.size - (one.name in self.cut)) for one in shown))
+
+
+def trusting(count: int = 100) -> tuple[Trusting, list[StagedObject]]:
+    store = Trusting(Target.parse(f"memory://commit-{uuid.uuid4().hex}"))
+    return store, [staged(store, f"__{i}_0.distcp", b"abc") for i in range(count)]
+
+
+def test_the_sizes_of_many_objects_are_told_by_a_listing() -> None:
+    store, objects = trusting()
+    assert len(commit.publish(store, objects, 4)) == 100
+    store, objects = trusting()
+    store.hidden = frozenset({"__7_0.distcp"})
+    assert len(commit.publish(store, objects, 4)) == 100, "a listing that lags is no reason to give up"
+
+
+@pytest.mark.parametrize(("what", "said"), [("cut", "holds 2 bytes of an object of 3"), ("gone", "is gone")])
+def test_one_of_many_objects_that_is_not_whole_stops_the_commit(what: str, said: str) -> None:
+    store, objects = trusting()
+    setattr(store, what, frozenset({"__7_0.distcp"}))
+    with pytest.raises(CommitError, match=said) as caught:
+        commit.publish(store, objects, 4)
+    assert caught.value.object_name == "__7_0.distcp"
 
 
 @pytest.mark.parametrize("how", ["open", "completed", "aborted"])

@@ -87,7 +87,7 @@ def test_a_failed_overwrite_leaves_the_old_checkpoint_whole(
     save(OLD, uri)
     before = objects(uri)
 
-    def fail(self: ObjectStore, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
+    def fail(self: ObjectStore, upload: Upload, parts: Sequence[Part], **_: bool) -> ObjectInfo:
         raise cloudckpt.StorageError("no")
 
     with monkeypatch.context() as patch:

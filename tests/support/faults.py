@@ -160,10 +160,11 @@ class FaultyStore(ObjectStore):
 
         return self._through("upload_part", send, upload.name)
 
-    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
-        return self._through(
-            "complete_upload", lambda: self._store.complete_upload(upload, parts), upload.name
-        )
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
+        def complete() -> ObjectInfo:
+            return self._store.complete_upload(upload, parts, confirm=confirm)
+
+        return self._through("complete_upload", complete, upload.name)
 
     def abort_upload(self, upload: Upload) -> None:
         self._through("abort_upload", lambda: self._store.abort_upload(upload), upload.name)

@@ -266,7 +266,7 @@ class Turnstile(ObjectStore):
         )
         return cast(Part, self._turn(call))
 
-    def complete_upload(self, upload: Upload, parts: Sequence[Part]) -> ObjectInfo:
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         return self._through(
             "complete_upload",
             (upload.name,),
