@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
+from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
@@ -164,7 +165,8 @@ def sizes_of(metadata: Metadata) -> dict[str, int]:
 
 def dump(metadata: Metadata) -> bytes:
     """Serialise as stock DCP does, and add a checksum of that."""
-    data = pickle.dumps(metadata)
+    with no_collection():
+        data = pickle.dumps(metadata)
     return data + _SEAL + f"{CRC64NVME.of(data):016x}".encode()
 
 
@@ -193,8 +195,9 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
     if _is_damaged(data):
         raise _damaged("the checkpoint's metadata is damaged: it does not match its checksum", uri, name)
     try:
-        # With trust, the caller takes whoever wrote the checkpoint at their word.
-        metadata = pickle.loads(data) if trust else MetadataUnpickler(data, uri, name).settled()  # noqa: S301
+        with no_collection():
+            # With trust, the caller takes whoever wrote the checkpoint at their word.
+            metadata = pickle.loads(data) if trust else MetadataUnpickler(data, uri, name).settled()  # noqa: S301
         if _has_lost_its_seal(data, metadata):
             raise _damaged("the checkpoint's metadata is damaged: its checksum is gone", uri, name)
         sound = _is_sound(metadata)
