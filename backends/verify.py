@@ -105,7 +105,7 @@ def _verified(store: ObjectStore, name: str, target: Target, observer: Observer 
     options = target.options
     damages: list[Damage] = []
     if (missing := md.missing_item(metadata, metadata.storage_data)) is not None:
-        damages.append(Damage(name, "the metadata does not say where it is stored", missing[0]))
+        damages.append(Damage(name, "the metadata does not say where it is stored", missing.fqn))
     least = md.least_sizes(metadata)
     downloader = Downloader(store, options.concurrency, options.memory_limit, least, _LARGEST_READ)
     sizes = md.sizes_of(metadata)

@@ -185,7 +185,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         with self._opened() as store:
             try:
                 _raise_failures(reports)
-                _check_complete(metadata, items, store.uri)
+                items = _stored(metadata, items, store.uri)
                 objects = commit.publish(store, staged, self._target.options.concurrency)
                 data = self._described(metadata, items, objects)
                 if self._marker is not None:
@@ -335,12 +335,16 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
         raise first
 
 
-def _check_complete(metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], uri: str) -> None:
+def _stored(
+    metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], uri: str
+) -> dict[MetadataIndex, _StorageInfo]:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
-    if (missing := md.missing_item(metadata, items)) is not None:
-        fqn, offsets = missing
+    try:
+        return md.shared(metadata, items)
+    except md.MissingItemError as missing:
+        fqn, offsets = missing.index.fqn, missing.index.offset
         raise CommitError(
             f"no rank wrote {fqn!r}" + (f" at {tuple(offsets)}" if offsets is not None else ""),
             uri=uri,
             hint="The save planner planned an item that no rank was given; nothing was committed",
-        )
+        ) from None
