@@ -23,7 +23,7 @@ from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3
 _ReadInto = Callable[[Any], int]
 
 _WINDOW = 1 << 20
-"""Bytes read at once, before whoever takes their checksum hears of them: enough to be worth a turn at the lock."""
+"""Bytes read at once, before whoever sums them hears of it: enough to be worth a turn at the lock."""
 _SMALL = 1 << 14
 """Bytes below which a buffer is not read into by itself: a call costs more than copying so many."""
 

@@ -49,8 +49,8 @@ def arena() -> Iterator[Arena]:
 def descriptors() -> int:
     """How many are open but sockets, which tests before this one may have left to others to close."""
     gc.collect()
-    links = (os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
-    return sum(not link.startswith("socket:") for link in links)
+    links = (path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
+    return sum(not link.name.startswith("socket:") for link in links)
 
 
 def resident(arena: Arena) -> int:
