@@ -1,7 +1,9 @@
 """What checksums cost: CPU seconds a GiB of saving and of loading, with and without, in one run.
 
 Run as `python -m bench.integrity` with `tests` on the module search path. Only this process's CPU time is
-counted; the S3 server at the other end is a process of its own, and asked to check nothing.
+counted; the S3 server at the other end is a process of its own. With checksums means with the default
+options: the server is given those of the parts, too. Single samples scatter widely on a busy machine, so
+there are many small ones, in pairs, and the median of the differences is what counts.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import cloudckpt
-from cloudckpt.backends.checksum import CRC64NVME
-from support.servers import rclone_server
+from bench.endpoint import served
+from cloudckpt.backends.checksum import CRC32C
+from support.servers import S3Server
 
 _TENSOR = 32 << 20
 _WITH, _WITHOUT = "with", "without"
@@ -35,16 +38,17 @@ _WITH, _WITHOUT = "with", "without"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="bench.integrity", description=__doc__)
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the state")
+    parser.add_argument("--gib", type=float, default=0.5, help="size of the state")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="saves and loads of each kind that are counted"
+        "--repeats", type=int, default=40, help="saves and loads of each kind that are counted"
     )
     parser.add_argument("--json", type=Path, default=Path("build/bench/integrity.json"))
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     count = max(1, round(options.gib * (1 << 30) / _TENSOR))
     state = {f"t{i}": torch.full((_TENSOR // 4,), float(i)) for i in range(count)}
-    with rclone_server() as server:
+    with served() as endpoint:
+        server = endpoint.server
         samples = _measured(state, server.new_bucket(), _reached(server), options.repeats)
     gib = count * _TENSOR / (1 << 30)
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _reached(server: Any) -> dict[str, Any]:
+def _reached(server: S3Server) -> dict[str, Any]:
     return {
         "endpoint_url": server.endpoint,
         "region": "us-east-1",
-        "storage_options": {"key": server.key, "secret": server.secret},
-        "checksum": "none",
+        "storage_options": server.storage_options,
     }
 
 
@@ -70,8 +73,9 @@ def _measured(
     for repeat in range(repeats + 1):
         for kind in (_WITH, _WITHOUT) if repeat % 2 else (_WITHOUT, _WITH):  # neither always goes first
             uri = f"s3://{bucket}/{kind}"
-            writer = cloudckpt.StorageWriter(uri, overwrite=True, **options)
-            reader = cloudckpt.StorageReader(uri, **options)
+            given: dict[str, Any] = options if kind == _WITH else {**options, "checksum": "none"}
+            writer = cloudckpt.StorageWriter(uri, overwrite=True, **given)
+            reader = cloudckpt.StorageReader(uri, **given)
             with contextlib.nullcontext() if kind == _WITH else _no_checksums():
                 saving = _cpu(lambda: dcp.save(state, storage_writer=writer))  # noqa: B023 - called at once
                 loading = _cpu(lambda: dcp.load(loaded, storage_reader=reader))  # noqa: B023
@@ -90,14 +94,22 @@ def _cpu(task: Callable[[], object]) -> float:
 @contextlib.contextmanager
 def _no_checksums() -> Iterator[None]:
     """Take no checksum while saving, and compare none while loading."""
-    nothing = replace(CRC64NVME, of=lambda *_: 0, _combine=lambda *_: 0)
+    nothing = replace(CRC32C, of=lambda *_: 0, _combine=lambda *_: 0)
     with (
-        mock.patch("cloudckpt.backends.writer.algorithm_for", return_value=nothing),
-        mock.patch("cloudckpt.backends.upload.fragments_of", return_value=()),
+        mock.patch("cloudckpt.backends.upload.algorithm_for", return_value=nothing),
+        mock.patch("cloudckpt.backends.tally._cut", return_value=iter(())),
         mock.patch("cloudckpt.backends.metadata.checks_of", return_value=None),
         mock.patch("cloudckpt.backends.stage.joined", lambda _, spans, __: (b"" for _ in spans)),
     ):
         yield
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The middle half of the values, where there are enough for one."""
+    if len(values) < 4:
+        return "?"
+    low, _, high = statistics.quantiles(values, n=4)
+    return f"{low:+.2f} to {high:+.2f}"
 
 
 def _show(samples: dict[str, dict[str, list[float]]], gib: float) -> None:
@@ -107,8 +119,14 @@ def _show(samples: dict[str, dict[str, list[float]]], gib: float) -> None:
     for what, kinds in samples.items():
         cost = {kind: statistics.median(values) / gib for kind, values in kinds.items()}
         pairs = zip(kinds[_WITH], kinds[_WITHOUT], strict=True)
-        paired = statistics.median(one - other for one, other in pairs) / gib
-        table.add_row(what, f"{cost[_WITH]:.3f}", f"{cost[_WITHOUT]:.3f}", f"{paired:+.3f}")
+        differences = [(one - other) / gib for one, other in pairs]
+        middle, spread = statistics.median(differences), _spread(differences)
+        table.add_row(
+            what,
+            f"{cost[_WITH]:.3f}",
+            f"{cost[_WITHOUT]:.3f}",
+            f"{middle:+.3f} (half of them within {spread})",
+        )
     Console().print(table)
 
 

@@ -125,7 +125,7 @@ def moto_server() -> AbstractContextManager[S3Server]:
     def command(port: int) -> list[str]:
         return [_script("moto_server"), "-H", HOST, "-p", str(port)]
 
-    return _served("moto", command)
+    return served_by("moto", command)
 
 
 def ministack_server() -> AbstractContextManager[S3Server]:
@@ -135,7 +135,7 @@ def ministack_server() -> AbstractContextManager[S3Server]:
         settings = {"BIND_HOST": HOST, "MINISTACK_HOST": HOST, "GATEWAY_PORT": str(port), "SERVICES": "s3"}
         return ["env", *(f"{key}={value}" for key, value in settings.items()), _script("ministack")]
 
-    return _served("ministack", command)
+    return served_by("ministack", command)
 
 
 def rclone_server(folder: Path | None = None) -> AbstractContextManager[S3Server]:
@@ -145,7 +145,7 @@ def rclone_server(folder: Path | None = None) -> AbstractContextManager[S3Server
         options = ["--config", os.devnull, "--auth-key", "test,testtest", "--addr", f"{HOST}:{port}"]
         return [_script("rclone"), "serve", "s3", *options, str(folder or ":memory:")]
 
-    return _served("rclone", command)
+    return served_by("rclone", command)
 
 
 SERVERS: dict[str, Callable[[], AbstractContextManager[S3Server]]] = {
@@ -164,7 +164,8 @@ def unused_port() -> int:
 
 
 @contextlib.contextmanager
-def _served(name: str, command: Callable[[int], list[str]]) -> Iterator[S3Server]:
+def served_by(name: str, command: Callable[[int], list[str]]) -> Iterator[S3Server]:
+    """Run the server that ``command`` starts on the port given to it."""
     with contextlib.ExitStack() as stack:
         yield _entered(stack, name, command)
 
