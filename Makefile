@@ -52,11 +52,14 @@ soak: $(READY)  ## the long forms: thousands of random states, for as long as th
 	@echo '==> soak'
 	@$(BIN)/pytest -m soak -n 2
 
-# BENCH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; `--help` lists them.
+# BENCH, STORAGE, GROWTH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; each module's `--help` lists them.
 .PHONY: bench
-bench: $(READY)  ## what saving costs training, beside DCP's own forms and a bare copy, and what checksums cost; minutes
+bench: $(READY)  ## what saving costs training, what checksums cost, storage beside its peers, and what grows; an hour
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 	@PYTHONPATH=tests $(BIN)/python -m bench.integrity
+	@PYTHONPATH=tests $(BIN)/python -m bench.storage $(STORAGE)
+	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
+	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)
 
 .PHONY: lint
 lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports

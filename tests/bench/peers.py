@@ -1,0 +1,178 @@
+"""The peers that are compared: each saves a state through DCP under a name and loads it from there.
+
+Every option that costs or saves time is left at the peer's own default, concurrency too: eight requests
+for cloudckpt; for the others one thread, which is the default of DCP's writers, and whatever their clients do
+below it. Two exceptions:
+
+- Those that write through DCP's ``FsspecWriter`` are told ``sync_files=False``, as s3torchconnector's writer
+  tells itself. What they write to is no file, and DCP would flush every disk of the machine instead.
+- ``cloudckpt, 256 MiB`` is cloudckpt with that ``memory_limit``, for the sake of the column of memory.
+
+What a peer needs is imported by the process that measures it, and by no other.
+"""
+
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+import cloudckpt
+from bench.floor import Wire
+from bench.states import State
+from support.servers import S3Server
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a peer saves: a bucket of its own on the server that all share, or a folder."""
+
+    server: S3Server
+    bucket: str
+    folder: Path
+
+    def uri(self, name: str) -> str:
+        return f"s3://{self.bucket}/{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A way to save and to load."""
+
+    save: Callable[[State, str], object]
+    load: Callable[[State, str], object]
+    prepare: Callable[[State], object] = lambda _: None
+    """Sees the state just before, and is not measured."""
+    moves_plain_values: bool = True
+    """Whether it carries numbers and strings too, or tensors alone."""
+
+
+Opened = Callable[[Place], AbstractContextManager[Peer]]
+
+
+def _through_dcp(
+    writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
+) -> Peer:
+    """Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
+    return Peer(
+        save=lambda state, name: dcp.save(state, storage_writer=writer(name), no_dist=True),
+        load=lambda state, name: dcp.load(state, storage_reader=reader(name), no_dist=True),
+    )
+
+
+def _cloudckpt_with(place: Place, **options: Any) -> Peer:
+    server = place.server
+    options |= {"endpoint_url": server.endpoint, "region": "us-east-1"}
+    options |= {"storage_options": server.storage_options}
+    return _through_dcp(
+        lambda name: cloudckpt.StorageWriter(place.uri(name), **options),
+        lambda name: cloudckpt.StorageReader(place.uri(name), **options),
+    )
+
+
+@contextmanager
+def cloudckpt_by_default(place: Place) -> Iterator[Peer]:
+    """Checksums on and verified, as they are unless told otherwise."""
+    yield _cloudckpt_with(place)
+
+
+@contextmanager
+def cloudckpt_limited(place: Place) -> Iterator[Peer]:
+    yield _cloudckpt_with(place, memory_limit="256MiB")
+
+
+@contextmanager
+def s3torchconnector(place: Place) -> Iterator[Peer]:
+    """It has no argument for the endpoint, and takes it from the environment: see ``bench.worker``."""
+    from s3torchconnector import S3ClientConfig
+    from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
+
+    config = S3ClientConfig(force_path_style=True)
+    yield _through_dcp(
+        lambda name: S3StorageWriter("us-east-1", place.uri(name), s3client_config=config),
+        lambda name: S3StorageReader("us-east-1", place.uri(name), s3client_config=config),
+    )
+
+
+def _fsspec(place: Place, **options: Any) -> Peer:
+    return _through_dcp(
+        lambda name: FsspecWriter(place.uri(name), sync_files=False, **options),
+        lambda name: FsspecReader(place.uri(name), **options),
+    )
+
+
+@contextmanager
+def obstore(place: Place) -> Iterator[Peer]:
+    """obstore's file system under fsspec's name for S3, which is how DCP comes by a file system.
+
+    Its files keep references to the buffers that they are given, and upload them later. torch's writer of
+    archives gives them the same small buffer again and again. So, with obstore 0.12, the archives' headers
+    are stored as something else, and what was saved doesn't load. Saving costs what it costs all the same.
+    """
+    from obstore.fsspec import register
+
+    register("s3")
+    server = place.server
+    yield _fsspec(
+        place,
+        endpoint=server.endpoint,
+        region="us-east-1",
+        access_key_id=server.key,
+        secret_access_key=server.secret,
+        virtual_hosted_style_request=False,
+        client_options={"allow_http": True},
+    )
+
+
+@contextmanager
+def s3fs(place: Place) -> Iterator[Peer]:
+    yield _fsspec(place, endpoint_url=place.server.endpoint, **place.server.storage_options)
+
+
+@contextmanager
+def folder(place: Place) -> Iterator[Peer]:
+    """DCP's own files. There is no wire, and no server that would need a core."""
+    yield _through_dcp(
+        lambda name: dcp.FileSystemWriter(place.folder / name),
+        lambda name: dcp.FileSystemReader(place.folder / name),
+    )
+
+
+@contextmanager
+def wire_floor(place: Place) -> Iterator[Peer]:
+    wire = Wire(place.server.endpoint, place.bucket)
+    yield Peer(wire.save, wire.load, wire.prepare, moves_plain_values=False)
+
+
+OURS = "cloudckpt"
+LIMITED = "cloudckpt, 256 MiB"
+FOLDER = "folder"
+FLOOR = "wire floor"
+
+PEERS: Mapping[str, Opened] = {
+    OURS: cloudckpt_by_default,
+    LIMITED: cloudckpt_limited,
+    "s3torchconnector": s3torchconnector,
+    "obstore": obstore,
+    "s3fs": s3fs,
+    FOLDER: folder,
+    FLOOR: wire_floor,
+}
+
+
+def set_by_environment() -> dict[str, str]:
+    """Options of cloudckpt that the environment sets, so that the figures are not of its defaults."""
+    return {name: value for name, value in os.environ.items() if name.startswith("CLOUDCKPT_")}
+
+
+def peers_for(shape_name: str, chosen: Mapping[str, Opened] = PEERS) -> dict[str, Opened]:
+    """Those that take part on a state: the limited cloudckpt on the large one alone."""
+    return {name: opened for name, opened in chosen.items() if name != LIMITED or shape_name == "large"}
