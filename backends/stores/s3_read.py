@@ -19,11 +19,15 @@ from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3
+from cloudckpt.backends.stores.s3_socket import read_blocking
 
 _ReadInto = Callable[[Any], int]
 
 _WINDOW = 1 << 20
 """Bytes read at once, before whoever sums them hears of it: enough to be worth a turn at the lock."""
+_UNCUT = 1 << 18
+"""Bytes from which a buffer is read at once, where that takes one call. Shorter calls are more calls, and
+what they read is no warmer: it has waited in the kernel."""
 _SMALL = 1 << 14
 """Bytes below which a buffer is not read into by itself: a call costs more than copying so many."""
 
@@ -101,8 +105,9 @@ def _whole_size(answer: dict[str, Any]) -> int | None:
 def _fill(body: StreamingBody, buffers: Sequence[memoryview], arrived: Arrived | None) -> None:
     straight = _below(body)
     readinto: _ReadInto = body.readinto if straight is None else straight.readinto
+    uncut = _UNCUT if straight is not None and read_blocking(straight) else None
     scratch, done = memoryview(b""), 0
-    for run in runs(buffers, _WINDOW):
+    for run in runs(buffers, _WINDOW, uncut=uncut):
         size = sum(piece.nbytes for piece in run)
         if size >= len(run) * _SMALL:
             for piece in run:
