@@ -17,7 +17,7 @@ _FRAMING = 2048
 
 
 def distribute(items: Sequence[WriteItem], part_size: int, most: int) -> list[list[WriteItem]]:
-    """Spread items over objects of about equal size, so that a rank's data goes up in parallel.
+    """Spread items over objects of about equal size.
 
     An object is worth having from two parts on; ``most`` bounds their number. Items keep the plan's order
     within an object, and values of unknown size come first, in the first object.

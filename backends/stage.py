@@ -80,7 +80,9 @@ def laid_out(
     name.
     """
     call = uuid.uuid4().hex
-    buckets = layout.distribute(items, layout.usual_part_size(options), options.concurrency)
+    # Parts of one object go up side by side, too, and every object costs requests to begin and to complete.
+    most = options.concurrency if store.rewrites_on_completion else 1
+    buckets = layout.distribute(items, layout.usual_part_size(options), most)
     return [
         PlannedObject(
             f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",

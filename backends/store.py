@@ -138,6 +138,14 @@ class ObjectStore(abc.ABC):
         return PartLimits()
 
     @property
+    def rewrites_on_completion(self) -> bool:
+        """Whether completing an upload takes the longer the larger it is; known without asking.
+
+        Then a rank's data are worth being several objects, which are completed side by side.
+        """
+        return False
+
+    @property
     def part_checksum(self) -> str | None:
         """The algorithm of the checksum that a part comes with, ``crc64nvme`` or ``crc32c``.
 

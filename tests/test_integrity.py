@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def store() -> MemoryStore:
     """A checkpoint in memory of several objects and parts."""
     store = MemoryStore(Target.parse(f"memory://integrity-{uuid.uuid4().hex}"))
     writer = cloudckpt.StorageWriter(store.uri, part_size=200_001, concurrency=3)
-    dcp.save(STATE, storage_writer=writer)
+    with mock.patch.object(MemoryStore, "rewrites_on_completion", new=True):
+        dcp.save(STATE, storage_writer=writer)
     return store
 
 

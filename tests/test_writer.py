@@ -274,6 +274,17 @@ def test_parts_smaller_than_the_store_takes_are_refused_at_once() -> None:
         writer.set_up_storage_writer(True, rank=0)
 
 
+def test_a_ranks_data_are_one_object_unless_the_store_writes_them_again_to_complete_it(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"t{i}": torch.full((1 << 10,), float(i)) for i in range(8)}
+    save(state, uri, part_size=1 << 12)
+    assert len(objects(uri)) == 2, "the data and .metadata"
+    monkeypatch.setattr(MemoryStore, "rewrites_on_completion", True)
+    save(state, uri, part_size=1 << 12, concurrency=3, overwrite=True)
+    assert len(objects(uri)) == 4
+
+
 def test_a_huge_object_gets_parts_that_fit_the_store() -> None:
     planner = DefaultSavePlanner()
     planner.set_up_planner({"x": torch.zeros(1 << 20)})

@@ -156,6 +156,10 @@ class FsspecStore(ObjectStore):
             self._write(self._part_path(upload, _NAME), [name.encode()])
         return upload
 
+    @property
+    def rewrites_on_completion(self) -> bool:
+        return True
+
     def upload_part(
         self,
         upload: Upload,
