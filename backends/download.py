@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.ranges import Extent, Request, merge
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
@@ -24,7 +25,7 @@ class Downloader:
 
     Args:
         store: where from.
-        concurrency: requests in flight.
+        concurrency: requests in flight at most.
         memory_limit: bytes held beyond the destinations.
         least_sizes: bytes that an object must have; one that turns out shorter is damaged.
         largest_read: bytes of one request; longer runs are cut, so that they arrive side by side.
@@ -41,6 +42,7 @@ class Downloader:
         self._store = store
         self._least_sizes = least_sizes
         self._concurrency = concurrency
+        self._lanes = lanes(store.uri, "down", concurrency)
         self._scratch = Scratch(memory_limit)
         self._largest = max(1, min(largest_read, memory_limit // 2))
 
@@ -85,7 +87,7 @@ class Downloader:
         if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
             with self._damage_named(name):
                 self._check_size(name, self._store.stat(name).size)
-        with self._scratch.lent(cost) as scratch:
+        with self._scratch.lent(cost) as scratch, self._lanes.taken(request.size):
             self._transfer(name, request, scratch)
 
     def _transfer(self, name: str, request: Request, scratch: memoryview) -> None:

@@ -136,6 +136,11 @@ class Request:
         return self.extents[0].begin
 
     @property
+    def size(self) -> int:
+        """Bytes that are read."""
+        return self.extents[-1].end - self.start
+
+    @property
     def buffered(self) -> int:
         """Bytes of memory that the request needs beyond its destinations."""
         return _aligned(self.widest_gap) + sum(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
+from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.segments import Segment, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.tally import Tally
@@ -66,7 +67,7 @@ class Uploader:
 
     Args:
         store: where to.
-        concurrency: requests in flight.
+        concurrency: requests in flight at most.
         memory_limit: bytes held beyond the caller's tensors.
         observer: told of every part that is stored, on the thread that sent it.
     """
@@ -83,6 +84,7 @@ class Uploader:
         """Of the checksums that are taken."""
         self._in_advance = store.part_checksum is not None
         self._concurrency = concurrency
+        self._lanes = lanes(store.uri, "up", concurrency)
         self._observer = observer
         self._budget = Budget(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
@@ -149,15 +151,9 @@ class Uploader:
         try:
             if self._failed.is_set():
                 raise _NotSentError
-            to, buffers = upload.result(), window.buffers()
-            tally = Tally(self.algorithm, window, buffers)
-            checksum = None
-            if self._in_advance:
-                checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))
-            part = self._store.upload_part(
-                to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
-            )
-            fragments = tally.finish()
+            to = upload.result()
+            with self._lanes.taken(window.nbytes):
+                part, fragments = self._transfer(to, number, window)
         except BaseException:
             self._failed.set()
             raise
@@ -168,6 +164,17 @@ class Uploader:
         finally:
             self._budget.release(window.cost)
             self._room.release()
+
+    def _transfer(self, to: Upload, number: int, window: Window) -> tuple[Part, list[Fragment]]:
+        buffers = window.buffers()
+        tally = Tally(self.algorithm, window, buffers)
+        checksum = None
+        if self._in_advance:
+            checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))
+        part = self._store.upload_part(
+            to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
+        )
+        return part, tally.finish()
 
 
 class _NotSentError(Exception):
