@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from cloudckpt.backends.store import Departed
 
 _SLICE = 1 << 20
+_SMALL = 1 << 16
+"""Bytes below which a buffer is not sent by itself: a call costs more than copying so many."""
 _ASKED = 1 << 17
 """What urllib3 asks for, as botocore sets it up."""
 
@@ -17,10 +19,10 @@ _ASKED = 1 << 17
 class BuffersBody(io.RawIOBase):
     """A seekable file over buffers laid end to end, for botocore to read, sign and send again.
 
-    ``read`` returns slices of the buffers, not copies, of up to 1 MiB and never across two buffers. So it may
-    return less than was asked for, like any raw file. To urllib3, which asks for 128 KiB at a time and sends
-    whatever it gets, it returns more: each piece costs a turn at the interpreter's lock. Buffers are
-    one-dimensional, of unsigned bytes.
+    ``read`` returns slices of the buffers, not copies, of up to 1 MiB; of small buffers that follow one
+    another it joins as many. So it may return less than was asked for, like any raw file. To urllib3, which
+    asks for 128 KiB at a time and sends whatever it gets, it returns more: each piece costs a turn at the
+    interpreter's lock. Buffers are one-dimensional, of unsigned bytes.
     """
 
     def __init__(self, buffers: Sequence[memoryview], departed: Departed | None = None) -> None:
@@ -42,12 +44,25 @@ class BuffersBody(io.RawIOBase):
             self._departed(self._position)
         if self._position >= self._size or size == 0:
             return memoryview(b"")
+        room = _SLICE if size < 0 or size == _ASKED else min(size, _SLICE)
         index = bisect.bisect_right(self._ends, self._position)
         buffer = self._buffers[index]
         start = self._position - (self._ends[index] - buffer.nbytes)
-        view = buffer[start : start + (_SLICE if size < 0 or size == _ASKED else min(size, _SLICE))]
+        view = buffer[start : start + room]
+        if view.nbytes < min(room, _SMALL):
+            view = self._joined(view, index + 1, room)
         self._position += view.nbytes
         return view
+
+    def _joined(self, first: memoryview, index: int, room: int) -> memoryview:
+        """Return the first view, and with it as many small buffers from ``index`` on as there is room for."""
+        views, filled = [first], first.nbytes
+        for buffer in itertools.islice(self._buffers, index, None):
+            if buffer.nbytes >= _SMALL or filled + buffer.nbytes > room:
+                break
+            views.append(buffer)
+            filled += buffer.nbytes
+        return memoryview(b"".join(views)) if len(views) > 1 else first
 
     def readinto(self, target: memoryview, /) -> int:  # type: ignore[override]
         """Fill ``target`` as far as the bytes go."""

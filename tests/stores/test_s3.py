@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import threading
 import traceback
@@ -278,3 +279,21 @@ def test_a_body_is_read_in_slices_of_the_buffers_themselves() -> None:
     tail = bytearray(9)
     assert body.readinto(memoryview(tail)) == 4
     assert tail[:4] == data[-4:]
+
+
+def test_small_buffers_that_follow_one_another_are_sent_together() -> None:
+    data = random.Random(0).randbytes(6 << 20)
+    chosen = random.Random(1)
+    cuts = sorted({0, len(data), *(chosen.randrange(2 << 20, len(data)) for _ in range(300))})
+    buffers = [memoryview(data)[start:stop] for start, stop in itertools.pairwise(cuts)]
+    departed: list[int] = []
+    body = BuffersBody(buffers, departed.append)
+    views = list(iter(lambda: body.read(1 << 17), b""))
+    assert b"".join(views) == data
+    assert len(views) < 20
+    assert max(view.nbytes for view in views) <= 1 << 20
+    assert departed == [0, *itertools.accumulate(view.nbytes for view in views)]
+    body.seek(3 << 20)
+    assert b"".join(iter(lambda: body.read(1000), b"")) == data[3 << 20 :]
+    few = BuffersBody([memoryview(data)[:10], memoryview(data)[10:30]])
+    assert [few.read(25).nbytes, few.read(25).nbytes] == [10, 20]
