@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
+from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
@@ -66,6 +67,12 @@ class _Load:
         self._one_at_a_time = threading.Lock()
 
     def run(self, items: Sequence[ReadItem]) -> None:
+        with no_collection():
+            self._want(items)
+        self._downloader.read(self._wanted)
+        await_copies(self._devices)
+
+    def _want(self, items: Sequence[ReadItem]) -> None:
         infos = [self._info(item) for item in items]
         for item, info, stored in zip(items, infos, self._stored(items, infos), strict=True):
             if item.type is LoadItemType.BYTE_IO:
@@ -78,8 +85,6 @@ class _Load:
             info = whole.info
             extent = Extent(info.offset, info.length, nothing, deliver=functools.partial(_give, whole.takers))
             self._wanted[info.relative_path].append(_checked(extent, self._checks(info), whole.fqn, info))
-        self._downloader.read(self._wanted)
-        await_copies(self._devices)
 
     def _info(self, item: ReadItem) -> _StorageInfo:
         info: _StorageInfo | None = self._metadata.storage_data.get(item.storage_index)

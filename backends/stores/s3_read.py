@@ -28,7 +28,7 @@ _WINDOW = 1 << 20
 _UNCUT = 1 << 18
 """Bytes from which a buffer is read at once, where that takes one call. Shorter calls are more calls, and
 what they read is no warmer: it has waited in the kernel."""
-_SMALL = 1 << 14
+_SMALL = 1 << 15
 """Bytes below which a buffer is not read into by itself: a call costs more than copying so many."""
 
 
