@@ -24,6 +24,7 @@ from torch.futures import Future
 from cloudckpt.backends import commit, layout, stage
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
+from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -177,9 +178,10 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             UncertainCommitError: no answer tells whether the commit happened.
             CheckpointExistsError: another save committed here in the meantime.
         """
-        written = [result for rank_results in results for result in rank_results]
-        reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
-        items = {r.index: r.storage_data for r in written if isinstance(r.storage_data, _StorageInfo)}
+        with no_collection():
+            written = [result for rank_results in results for result in rank_results]
+            reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
+            items = {r.index: r.storage_data for r in written if isinstance(r.storage_data, _StorageInfo)}
         staged = [one for report in reports for one in report.staged]
         self._uploader = None
         with self._opened() as store:

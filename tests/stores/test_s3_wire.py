@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from awscrt import checksums
 
+import cloudckpt
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import s3
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -32,7 +33,7 @@ def connect(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Open a store on a server, with a proxy between them that keeps what was sent."""
     with contextlib.ExitStack() as stack:
 
-        def connected(server: S3Server, **options: Any) -> Connected:
+        def connected(server: S3Server, *, config: dict[str, Any] | None = None, **options: Any) -> Connected:
             tls, verify = None, None
             if request.param == "https":
                 tls, verify = self_signed(tmp_path_factory.mktemp("tls"))
@@ -43,6 +44,7 @@ def connect(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
                 "storage_options": {
                     **server.storage_options,
                     "client_kwargs": {"verify": str(verify)} if verify else {},
+                    "config_kwargs": config or {},
                 },
                 **options,
             }
@@ -157,3 +159,11 @@ def test_a_range_is_one_request_for_exactly_its_bytes(connect: Connect, moto: S3
     assert memory == _DATA[17:3017]
     assert [request.headers["range"] for request in proxy.seen("GetObject")] == ["bytes=17-3016"]
     assert not proxy.seen("HeadObject")
+
+
+def test_a_request_says_what_made_it_and_what_the_options_add(connect: Connect, moto: S3Server) -> None:
+    proxy, store = connect(moto, config={"user_agent_extra": "job/7"})
+    _send(store)
+    (agent,) = {request.headers["user-agent"] for request in proxy.seen("UploadPart")}
+    assert agent.startswith(f"cloudckpt/{cloudckpt.__version__} Botocore/")
+    assert agent.endswith(" job/7")
