@@ -67,14 +67,17 @@ class _Load:
         self._one_at_a_time = threading.Lock()
 
     def run(self, items: Sequence[ReadItem]) -> None:
+        infos = [self._info(item) for item in items]
+        places = self._stored(items, infos)
         with no_collection():
-            self._want(items)
+            self._want(items, infos, places)
         self._downloader.read(self._wanted)
         await_copies(self._devices)
 
-    def _want(self, items: Sequence[ReadItem]) -> None:
-        infos = [self._info(item) for item in items]
-        for item, info, stored in zip(items, infos, self._stored(items, infos), strict=True):
+    def _want(
+        self, items: Sequence[ReadItem], infos: Sequence[_StorageInfo], places: Sequence[Stored | None]
+    ) -> None:
+        for item, info, stored in zip(items, infos, places, strict=True):
             if item.type is LoadItemType.BYTE_IO:
                 self._whole(item, info, functools.partial(self._take_value, item, info))
             elif stored is None:

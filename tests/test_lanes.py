@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from cloudckpt.backends.lanes import Lanes, lanes
+import cloudckpt
+from cloudckpt.backends.lanes import Lanes, Way, lanes
+from cloudckpt.backends.stores.memory import MemoryStore
 
 _SIZE = 32 << 20
+_WAYS: tuple[Way, ...] = ("up", "down")
 
 
 class _Link:
@@ -126,3 +134,42 @@ def test_what_was_found_out_is_kept_for_the_bucket_and_the_way() -> None:
     assert lanes("s3://bucket/run/step-1", "down", 8) is not one
     assert lanes("s3://other/run/step-1", "up", 8) is not one
     assert lanes("s3://bucket/run/step-1", "up", 4) is not one
+
+
+def test_a_save_and_a_load_keep_to_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all lanes but one taken by others, parts and ranges go one by one."""
+    uri = f"memory://lanes-{uuid.uuid4().hex}"
+    options: dict[str, Any] = {"concurrency": 4, "part_size": 1 << 18, "memory_limit": 1 << 20}
+    state = {f"t{i}": torch.full((1 << 16,), float(i)) for i in range(16)}
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    most = {"upload_part": 0, "read_into": 0}
+    for method in most:
+        _watch(monkeypatch, method, most)
+    with contextlib.ExitStack() as stack:
+        for way in _WAYS:
+            for _ in range(3):
+                stack.enter_context(lanes(uri, way, 4).taken(1))
+        dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri, **options))
+        dcp.load(loaded, storage_reader=cloudckpt.StorageReader(uri, **options))
+    assert most == {"upload_part": 1, "read_into": 1}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri, overwrite=True, **options))
+    assert most["upload_part"] > 1, "with the lanes free, they go side by side"
+
+
+def _watch(monkeypatch: pytest.MonkeyPatch, method: str, most: dict[str, int]) -> None:
+    """Note how many calls of a store's method run at once."""
+    act, lock, running = getattr(MemoryStore, method), threading.Lock(), [0]
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        with lock:
+            running[0] += 1
+            most[method] = max(most[method], running[0])
+        time.sleep(0.01)
+        try:
+            return act(*arguments, **keywords)
+        finally:
+            with lock:
+                running[0] -= 1
+
+    monkeypatch.setattr(MemoryStore, method, watched)
