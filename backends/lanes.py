@@ -27,6 +27,9 @@ _AS_FAST: Final = 0.9
 """What fewer must move of the bytes a second that there were before."""
 _ROUNDS: Final = 2
 """Transfers a lane that make a measurement."""
+_PATIENCE: Final = 1.0
+"""Seconds that one waits for a lane: transfers that take longer wait for something else than a processor, and
+nothing must stand still because others do."""
 _REST: Final = 8
 """Measurements until fewer are tried again when that was slower; twice as many each time."""
 
@@ -34,10 +37,7 @@ Way = Literal["up", "down"]
 
 
 class Lanes:
-    """The lanes of all transfers of one process in one direction, to or from one place.
-
-    Whoever holds one must not wait for another.
-    """
+    """The lanes of all transfers of one process in one direction, to or from one place."""
 
     def __init__(
         self,
@@ -66,9 +66,12 @@ class Lanes:
 
     @contextlib.contextmanager
     def taken(self, nbytes: int) -> Iterator[None]:
-        """Hold a lane during the block, which transfers so many bytes unless it raises."""
+        """Hold a lane during the block, which transfers so many bytes unless it raises.
+
+        Waits for a free one, but not for long: it is a matter of cost alone.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._taken < self._limit)
+            self._changed.wait_for(lambda: self._taken < self._limit, timeout=_PATIENCE)
             self._taken += 1
             change = self._changes
         began, cpu, whole = self._clock(), self._cpu(), False

@@ -108,6 +108,13 @@ def test_a_transfer_that_fails_gives_its_lane_back() -> None:
         pass
 
 
+def test_transfers_that_stand_still_hold_nobody_up_for_long() -> None:
+    held = Lanes(2)
+    with held.taken(1), held.taken(1), held.taken(1):
+        pass
+    assert held.limit == 2
+
+
 def test_no_more_run_than_there_are_lanes() -> None:
     held, running, most = Lanes(3), 0, 0
     lock, full = threading.Lock(), threading.Barrier(3)
@@ -142,6 +149,7 @@ def test_a_save_and_a_load_keep_to_the_lanes(monkeypatch: pytest.MonkeyPatch) ->
     options: dict[str, Any] = {"concurrency": 4, "part_size": 1 << 18, "memory_limit": 1 << 20}
     state = {f"t{i}": torch.full((1 << 16,), float(i)) for i in range(16)}
     loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    monkeypatch.setattr("cloudckpt.backends.lanes._PATIENCE", 60.0)
     most = {"upload_part": 0, "read_into": 0}
     for method in most:
         _watch(monkeypatch, method, most)
