@@ -171,7 +171,7 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
         config = {**config, "signature_version": UNSIGNED}
         arguments = {key: value for key, value in arguments.items() if key not in credentials}
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
-    named = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
+    named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
     return session.create_client("s3", config=Config(**named), **arguments)
 
 
