@@ -126,14 +126,14 @@ def test_ctrl_c_reaches_the_trainer_alone(trainers: Any, tmp_path: Path) -> None
 def test_a_host_that_was_suspended_for_longer_than_a_save_may_take_goes_on_with_it(
     trainers: Any, tmp_path: Path
 ) -> None:
-    (trainer,) = trainers(save_timeout=4.0)
+    (trainer,) = trainers(save_timeout=20.0)  # which reaching the write must not take
     trainer.ask("warmup")
     both = [trainer.pid, trainer.ask("pid")]
     trainer.ask("begin", 1, saboteurs.WROTE, saboteurs.WAIT)
     until((tmp_path / "reached").exists)
     for pid in both:
         os.kill(pid, signal.SIGSTOP)
-    resumed = time.monotonic() + 8
+    resumed = time.monotonic() + 24
     until(lambda: time.monotonic() > resumed)
     (tmp_path / "go").touch()
     for pid in both:
