@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from cloudckpt.backends import pickler
 from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
 from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
@@ -147,49 +148,19 @@ def least_sizes(metadata: Metadata) -> dict[str, int]:
     return sizes
 
 
-class MissingItemError(Exception):
-    """An item of the plan that no rank wrote."""
-
-    def __init__(self, index: MetadataIndex) -> None:
-        super().__init__(index)
-        self.index = index
-
-
 def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> MetadataIndex | None:
     """An item that the plan has and ``items`` lacks; None where all are there."""
-    return next((index for index in _planned(metadata) if index not in items), None)
+    return next((index for index, _ in planned(metadata) if index not in items), None)
 
 
-def _planned(metadata: Metadata) -> Iterator[MetadataIndex]:
+def planned(metadata: Metadata) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata | None]]:
+    """Every item that the plan has, with its chunk where it is of a tensor."""
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
-                yield MetadataIndex(fqn, chunk.offsets)
+                yield MetadataIndex(fqn, chunk.offsets), chunk
         else:
-            yield MetadataIndex(fqn)
-
-
-def shared(
-    metadata: Metadata, items: Mapping[MetadataIndex, _StorageInfo]
-) -> dict[MetadataIndex, _StorageInfo]:
-    """The items of the plan under its own names and offsets, in its order, with like spans made one.
-
-    What is one object is pickled once; the copies that come from the ranks are a third of a large pickle.
-
-    Raises:
-        MissingItemError: the plan has an item that ``items`` lacks.
-    """
-    spans: dict[object, object] = {}
-    found: dict[MetadataIndex, _StorageInfo] = {}
-    for index in _planned(metadata):
-        info = items.get(index)
-        if info is None:
-            raise MissingItemError(index)
-        noted = info.__dict__
-        if "spans" in noted:
-            noted["spans"] = spans.setdefault(noted["spans"], noted["spans"])
-        found[index] = info
-    return found
+            yield MetadataIndex(fqn), None
 
 
 def sizes_of(metadata: Metadata) -> dict[str, int]:
@@ -200,7 +171,7 @@ def sizes_of(metadata: Metadata) -> dict[str, int]:
 def dump(metadata: Metadata) -> bytes:
     """Serialise as stock DCP does, and add a checksum of that."""
     with no_collection():
-        data = pickle.dumps(metadata)
+        data = pickler.dumps(metadata)
     return data + _SEAL + f"{CRC64NVME.of(data):016x}".encode()
 
 

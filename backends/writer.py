@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout, stage
+from cloudckpt.backends import commit, layout, stage, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.collection import no_collection
@@ -179,17 +179,16 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             CheckpointExistsError: another save committed here in the meantime.
         """
         with no_collection():
-            written = [result for rank_results in results for result in rank_results]
-            reports = [r.storage_data for r in written if isinstance(r.storage_data, commit.RankReport)]
-            items = {r.index: r.storage_data for r in written if isinstance(r.storage_data, _StorageInfo)}
+            items, reports = written.gathered(results)
         staged = [one for report in reports for one in report.staged]
         self._uploader = None
         with self._opened() as store:
             try:
                 _raise_failures(reports)
-                items = _stored(metadata, items, store.uri)
+                stored = _stored(metadata, items, store.uri)
+                del items  # the collector would go over it during the requests
                 objects = commit.publish(store, staged, self._target.options.concurrency)
-                data = self._described(metadata, items, objects)
+                data = self._described(metadata, stored, objects)
                 if self._marker is not None:
                     self._marker.check()
             except BaseException as error:
@@ -338,12 +337,13 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
 
 
 def _stored(
-    metadata: Metadata, items: dict[MetadataIndex, _StorageInfo], uri: str
+    metadata: Metadata, items: dict[written.Place, _StorageInfo], uri: str
 ) -> dict[MetadataIndex, _StorageInfo]:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
     try:
-        return md.shared(metadata, items)
-    except md.MissingItemError as missing:
+        with no_collection():
+            return written.shared(metadata, items)
+    except written.MissingItemError as missing:
         fqn, offsets = missing.index.fqn, missing.index.offset
         raise CommitError(
             f"no rank wrote {fqn!r}" + (f" at {tuple(offsets)}" if offsets is not None else ""),
