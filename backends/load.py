@@ -71,7 +71,9 @@ class _Load:
         places = self._stored(items, infos)
         with no_collection():
             self._want(items, infos, places)
-        self._downloader.read(self._wanted)
+        # Extents refer back to this object: kept here, they keep the tensors until the collector comes by.
+        wanted, self._wanted, self._wholes = self._wanted, defaultdict(list), {}
+        self._downloader.read(wanted)
         await_copies(self._devices)
 
     def _want(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
 import uuid
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -356,3 +358,20 @@ def test_trusted_bytes_are_handed_on_as_they_are(uri: str) -> None:
     torch.save(5, stock)
     assert state == {"x": 5}
     assert [len(data) for data in seen] == [len(stock.getvalue())]
+
+
+def test_nothing_keeps_what_was_loaded_alive() -> None:
+    """A state that is let go is freed at once, not when the collector comes by: it may be most of memory."""
+    uri = f"memory://reader-{uuid.uuid4().hex}"
+    state: dict[str, Any] = {"tensor": torch.arange(1000), "nested": {"value": 1}}
+    dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri), no_dist=True)
+    reader, tensor = cloudckpt.StorageReader(uri), torch.zeros(1000, dtype=torch.int64)
+    left = weakref.ref(tensor)
+    gc.collect()
+    gc.disable()
+    try:
+        dcp.load({"tensor": tensor, "nested": {"value": 0}}, storage_reader=reader, no_dist=True)
+        del tensor
+        assert left() is None
+    finally:
+        gc.enable()
