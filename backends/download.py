@@ -10,7 +10,7 @@ from typing import TypeVar
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.lanes import lanes
-from cloudckpt.backends.ranges import Extent, Request, merge
+from cloudckpt.backends.ranges import Arrival, Extent, Request, merge
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
 
@@ -18,6 +18,11 @@ _A = TypeVar("_A")
 _B = TypeVar("_B")
 
 LARGEST_READ = 32 << 20
+
+PassOn = Callable[[Sequence[Arrival]], None]
+"""Takes what a request has read, where it landed."""
+Job = tuple[str, Request, PassOn]
+"""An object, what is read of it at once, and who is handed that before it is delivered."""
 
 
 class Downloader:
@@ -51,17 +56,24 @@ class Downloader:
         """Bytes that an extent without a destination of its own should have at most."""
         return self._largest
 
-    def read(self, wanted: Mapping[str, Sequence[Extent]]) -> None:
+    def read(self, wanted: Mapping[str, Sequence[Extent]], first: Sequence[Job] = ()) -> None:
         """Read every extent of every object; callbacks run on the threads that read.
+
+        Args:
+            wanted: extents by object; those near each other are read in one request.
+            first: what to begin with.
 
         Raises:
             Exception: the first failure, once no request is in flight any more.
         """
-        requests = [
-            (name, request) for name, extents in wanted.items() for request in merge(extents, self._largest)
+        requests: list[tuple[str, Request, PassOn | None]] = list(first)
+        requests += [
+            (name, request, None)
+            for name, extents in wanted.items()
+            for request in merge(extents, self._largest)
         ]
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
-            futures = [pool.submit(self._serve, name, request) for name, request in requests]
+            futures = [pool.submit(self._serve, *request) for request in requests]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
@@ -82,15 +94,21 @@ class Downloader:
         self._fill(name, offset, [memoryview(data)])
         return bytes(data)
 
-    def _serve(self, name: str, request: Request) -> None:
+    def _serve(self, name: str, request: Request, pass_on: PassOn | None) -> None:
         cost = request.buffered
         if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
             with self._damage_named(name):
                 self._check_size(name, self._store.stat(name).size)
-        with self._scratch.lent(cost) as scratch, self._lanes.taken(request.size):
-            self._transfer(name, request, scratch)
+        with self._scratch.lent(cost) as scratch:
+            with self._lanes.taken(request.size):
+                arrivals = self._transfer(name, request, scratch)
+                if pass_on is None:
+                    request.deliver(arrivals)
+            if pass_on is not None:  # not in a lane: it waits for other ranks
+                pass_on(arrivals)
+                request.deliver(arrivals)
 
-    def _transfer(self, name: str, request: Request, scratch: memoryview) -> None:
+    def _transfer(self, name: str, request: Request, scratch: memoryview) -> list[Arrival]:
         buffers, arrivals = request.buffers(scratch)
         checking = Checking(
             (extent.expected, arrival)
@@ -99,10 +117,7 @@ class Downloader:
         )
         self._fill(name, request.start, buffers, checking.arrived)
         checking.finish()
-        for extent, arrival in zip(request.extents, arrivals, strict=True):
-            if extent.deliver is not None:
-                extent.deliver(arrival.body)
-            extent.done()
+        return arrivals
 
     def _fill(
         self, name: str, offset: int, buffers: Sequence[memoryview], arrived: Arrived | None = None

@@ -22,8 +22,9 @@ from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.devices import await_caller, await_copies
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
-from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing
+from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_slices
 from cloudckpt.backends.segments import bytes_of
+from cloudckpt.backends.shared_reads import SharedReads
 from cloudckpt.backends.stock import Stored, locate
 from cloudckpt.backends.values import load_tensor, prove_safe
 
@@ -36,28 +37,36 @@ def load(
     planner: LoadPlanner,
     metadata: Metadata,
     downloader: Downloader,
+    shared: SharedReads | None = None,
     *,
     trust: bool,
 ) -> None:
-    """Read what a plan asks for, and hand it to the planner.
+    """Read what a plan asks for, along with other ranks or alone, and hand it to the planner.
 
     Raises:
         IntegrityError: an object is missing or short, or an item is not what the metadata says.
         UnsafeCheckpointError: a value can't be loaded without running code.
         ConfigurationError: a destination does not fit, or the checkpoint needs a DCP extension.
     """
-    _Load(planner, metadata, downloader, trust=trust).run(items)
+    _Load(planner, metadata, downloader, shared, trust=trust).run(items)
 
 
 class _Load:
     """The extents of one load, gathered item by item."""
 
     def __init__(
-        self, planner: LoadPlanner, metadata: Metadata, downloader: Downloader, *, trust: bool
+        self,
+        planner: LoadPlanner,
+        metadata: Metadata,
+        downloader: Downloader,
+        shared: SharedReads | None,
+        *,
+        trust: bool,
     ) -> None:
         self._planner = planner
         self._metadata = metadata
         self._downloader = downloader
+        self._shared = shared
         self._trust = trust
         self._algorithms = md.algorithms_of(metadata)
         self._chunks: dict[str, dict[torch.Size, torch.Size]] = {}
@@ -73,7 +82,10 @@ class _Load:
             self._want(items, infos, places)
         # Extents refer back to this object: kept here, they keep the tensors until the collector comes by.
         wanted, self._wanted, self._wholes = self._wanted, defaultdict(list), {}
-        self._downloader.read(wanted)
+        if self._shared is None:
+            self._downloader.read(wanted)
+        else:
+            self._shared.read(self._downloader, wanted)
         await_copies(self._devices)
 
     def _want(
@@ -222,16 +234,40 @@ class _Load:
             ]
         else:
             # What lies in a chunk is read as a whole to verify it, holes and all.
-            most, gap = max(1, self._downloader.largest // itemsize), max(GAP, chunk) // itemsize
-            todo = [
-                functools.partial(_piece_extent, item, start, piece, target, stored)
-                for piece in cut(lengths, stored.stride, 0, most, gap)
-            ]
+            most = self._downloader.largest if self._shared is None else self._shared.largest_piece
+            gap = max(GAP, chunk) // itemsize
+            pieces = cut(lengths, stored.stride, first, max(1, most // itemsize), gap)
+            todo = [functools.partial(self._piece_extent, item, piece, target, stored) for piece in pieces]
         done = _Countdown(len(todo), functools.partial(self._commit, item, target))
         fqn = item.storage_index.fqn
         self._wanted[info.relative_path].extend(_checked(make(done.step), checks, fqn, info) for make in todo)
         if not todo:
             self._commit(item, target)
+
+    def _piece_extent(
+        self,
+        item: ReadItem,
+        piece: Piece,
+        target: torch.Tensor,
+        stored: Stored,
+        done: Callable[[], None],
+    ) -> Extent:
+        for dim, (at, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
+            target = target.narrow(dim, at, length)
+        itemsize = stored.dtype.itemsize
+        offset, size = stored.offset + piece.first * itemsize, piece.span * itemsize
+        if (memory := _memory_for(target, stored)) is not None:
+            return Extent(offset, size, done, into=memory)
+
+        def deliver(data: memoryview) -> None:
+            flat = torch.frombuffer(data, dtype=torch.uint8).view(stored.dtype)
+            _copy(item, target, flat.as_strided(piece.lengths, stored.stride))
+
+        lead = trail = 0
+        if self._shared is not None:
+            end = strides.span(stored.shape, stored.stride)
+            lead, trail = whole_slices(piece, stored.stride, piece.first, end)
+        return Extent(offset, size, done, deliver=deliver, lead=lead * itemsize, trail=trail * itemsize)
 
     def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
         with self._one_at_a_time:
@@ -267,8 +303,8 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
     """The extent, widened to whole chunks of its item, and with a check of them."""
     if checks is None:
         return extent
-    start = extent.start - info.offset
-    chunks = checks.covering(*checks.with_framing(start, start + extent.size))
+    start, stop = extent.begin - info.offset, extent.end - info.offset
+    chunks = checks.covering(*checks.with_framing(start, stop))
     if not chunks:
         return extent
     return Extent(  # dataclasses.replace costs more than all else here
@@ -277,8 +313,8 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
         extent.done,
         extent.into,
         extent.deliver,
-        lead=start - chunks[0].start,
-        trail=chunks[-1].stop - start - extent.size,
+        lead=extent.lead + start - chunks[0].start,
+        trail=extent.trail + chunks[-1].stop - stop,
         expected=Expected(checks, chunks, functools.partial(_refuse, fqn, info)),
     )
 
@@ -306,23 +342,6 @@ def _copy(item: ReadItem, target: torch.Tensor, source: torch.Tensor) -> None:
             f"{item.dest_index.fqn!r} cannot be copied into the state's tensor: {error}",
             hint="Give it a destination like the tensor that was saved, with memory of its own",
         ) from error
-
-
-def _piece_extent(  # noqa: PLR0917 - a partial of it is an extent in the making
-    item: ReadItem, start: int, piece: Piece, target: torch.Tensor, stored: Stored, done: Callable[[], None]
-) -> Extent:
-    for dim, (at, length) in enumerate(zip(piece.starts, piece.lengths, strict=True)):
-        target = target.narrow(dim, at, length)
-    itemsize = stored.dtype.itemsize
-    offset, size = start + piece.first * itemsize, piece.span * itemsize
-    if (memory := _memory_for(target, stored)) is not None:
-        return Extent(offset, size, done, into=memory)
-
-    def deliver(data: memoryview) -> None:
-        flat = torch.frombuffer(data, dtype=torch.uint8).view(stored.dtype)
-        _copy(item, target, flat.as_strided(piece.lengths, stored.stride))
-
-    return Extent(offset, size, done, deliver=deliver)
 
 
 def _give(takers: Sequence[Callable[[memoryview], None]], data: memoryview) -> None:

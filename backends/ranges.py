@@ -7,7 +7,8 @@ into few requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends.checksum import Expected
@@ -64,7 +65,8 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
     if stride - inner > gap:
         together = 1
     elif span > most:
-        together = max(1, min(length - 1, 1 + (most - inner) // stride))
+        # Whatever the box has of each slice: boxes side by side are cut alike, and can be read together.
+        together = max(1, min(length - 1, most // stride))
     if together == length:
         yield Piece(starts, lengths, first, span)
         return
@@ -77,6 +79,19 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
             most,
             gap,
         )
+
+
+def whole_slices(piece: Piece, strides: tuple[int, ...], before: int, end: int) -> tuple[int, int]:
+    """How many elements to read before and after a piece with holes, so as to read whole slices of a tensor.
+
+    All boxes that have some of each slice then need the same bytes, which one rank can read for several.
+    ``before`` elements of the tensor's memory come before the piece; the memory has ``end`` of them.
+    """
+    if piece.span == math.prod(piece.lengths):
+        return 0, 0
+    slices = max(stride for stride, length in zip(strides, piece.lengths, strict=True) if length > 1)
+    last = before + piece.span
+    return before % slices, min(end - last, -last % slices)
 
 
 def nothing() -> None:
@@ -179,6 +194,13 @@ class Request:
             arrivals.append(Arrival(extent.begin - self.start, body, views))
             at = extent.end
         return buffers, arrivals
+
+    def deliver(self, arrivals: Sequence[Arrival]) -> None:
+        """Hand every extent its bytes, once they have arrived and are as expected."""
+        for extent, arrival in zip(self.extents, arrivals, strict=True):
+            if extent.deliver is not None:
+                extent.deliver(arrival.body)
+            extent.done()
 
 
 def _aligned(size: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import storage as dcp_storage
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
@@ -14,6 +16,7 @@ from torch.futures import Future
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
+from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -23,7 +26,12 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.load import load
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.peers import Door, Lobby
+from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
+
+_WITHIN_A_HOST = ("file", "memory")
+"""Protocols of stores that the ranks of one host reach without a network."""
 
 
 class StorageReader(Addressed, dcp_storage.StorageReader):
@@ -38,33 +46,48 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
     Args:
         uri: the checkpoint, such as ``s3://bucket/run/step-100``; options may stand in its query.
         trust: let the checkpoint run code of whoever wrote it, as stock DCP always does.
+        share: read what several ranks of one host need once, and pass it on between them. None does so where
+            bytes come over a network, and not from a folder or from memory.
         options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
 
     Raises:
         ConfigurationError: the URI or an option can't be used.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], *, trust: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        trust: bool = False,
+        share: bool | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(uri, options)
         self._trust = true_or_false("trust", trust)
+        self._share = share if share is None else true_or_false("share", share)
+        self._lobby: Lobby | None = None
         self._begin()
 
     def _begin(self) -> None:
+        self._close_lobby()
+        self._contents = ""
         self._rank = 0
         self._metadata: Metadata | None = None
         self._absence: CheckpointError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration; a load under way and its connections stay behind."""
-        return {"target": self._target, "trust": self._trust}
+        return {"target": self._target, "trust": self._trust, "share": self._share}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._target, self._store = state["target"], None
-        self._trust = state["trust"]
+        self._trust, self._share = state["trust"], state["share"]
+        self._lobby = None
         self._begin()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._target.uri!r}, trust={self._trust})"
+        share = "" if self._share is None else f", share={self._share}"
+        return f"{type(self).__name__}({self._target.uri!r}, trust={self._trust}{share})"
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Make ready for another load, from ``checkpoint_id`` where one is given, with the same options."""
@@ -109,6 +132,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 object_name=name,
                 hint=error.hint or "Check the URI; a save that never committed leaves none",
             ) from error
+        self._contents = f"{store.uri}/{name} {CRC64NVME.of(data):016x}"
         return md.load(data, uri=store.uri, name=name, trust=self._trust)
 
     def set_up_storage_reader(
@@ -129,12 +153,25 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 entry.size = cast(torch.Size, size)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
-        return plan
+        """Say where other ranks of this host find this one, if it may share its reads."""
+        self._close_lobby()
+        share = self._target.protocol not in _WITHIN_A_HOST if self._share is None else self._share
+        if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._lobby = Lobby.opened(self._contents)
+        return plan if self._lobby is None else dataclasses.replace(plan, storage_data=self._lobby.door)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to add."""
-        return plans
+        """Tell the ranks of each host of one another."""
+        doors = [plan.storage_data if isinstance(plan.storage_data, Door) else None for plan in plans]
+        return [
+            plan if door is None else dataclasses.replace(plan, storage_data=circle)
+            for plan, door, circle in zip(plans, doors, circles(doors), strict=True)
+        ]
+
+    def _close_lobby(self) -> None:
+        if self._lobby is not None:
+            self._lobby.close()
+        self._lobby = None
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this rank's plan asks for.
@@ -149,12 +186,18 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
             if self._metadata is None:
                 raise ConfigurationError("read_data was called before set_up_storage_reader")
             sizes = md.least_sizes(self._metadata)
+            shared, memory_limit = None, int(options.memory_limit)
+            if self._lobby is not None and isinstance(plan.storage_data, Circle):
+                shared = SharedReads(plan.storage_data, self._lobby, memory_limit, options.timeout)
+                memory_limit = shared.memory_limit
             with self._opened() as store:
-                downloader = Downloader(store, options.concurrency, options.memory_limit, sizes)
-                load(plan.items, planner, self._metadata, downloader, trust=self._trust)
+                downloader = Downloader(store, options.concurrency, memory_limit, sizes)
+                load(plan.items, planner, self._metadata, downloader, shared, trust=self._trust)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
             raise
+        finally:
+            self._close_lobby()
         future: Future[None] = Future()
         future.set_result(None)
         return future

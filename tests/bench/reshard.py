@@ -62,6 +62,10 @@ FORMS = {
         lambda uri, server: cloudckpt.StorageWriter(uri, **reached(server)),
         lambda uri, server: cloudckpt.StorageReader(uri, **reached(server)),
     ),
+    "each alone": Form(
+        lambda uri, server: cloudckpt.StorageWriter(uri, **reached(server)),
+        lambda uri, server: cloudckpt.StorageReader(uri, share=False, **reached(server)),
+    ),
     "s3fs": Form(
         lambda uri, server: FsspecWriter(uri, sync_files=False, **_reached_by_s3fs(server)),
         lambda uri, server: FsspecReader(uri, **_reached_by_s3fs(server)),
@@ -172,7 +176,10 @@ def measured(
     server, loads = endpoint.server, list[Load]()
     for layout, (savers, loaders) in itertools.product(LAYOUTS, DIRECTIONS):
         bucket = server.new_bucket()
-        tasks = [Task(form, f"s3://{bucket}/{form}", server, layout, tensors, rows) for form in FORMS]
+        tasks = [
+            Task(form, f"s3://{bucket}/{number}", server, layout, tensors, rows)
+            for number, form in enumerate(FORMS)
+        ]
         for task in tasks:
             pools[savers](save, task, deadline=_DEADLINE)
         samples: defaultdict[str, list[Sample]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Resharding is measured in every layout, in both directions, by both forms, and what is loaded is right."""
+"""Resharding is measured in every layout, in both directions, by every form, and what is loaded is right."""
 
 from __future__ import annotations
 
@@ -37,4 +37,6 @@ def test_every_way_to_reshard_is_measured(tmp_path: Path) -> None:
         assert sample["wanted"] == copies * load["stored"]
         assert sample["sent"] >= load["stored"], "every byte has to come at least once"
         assert all(figure > 0 for figure in load["figures"].values())
-    assert document.read_text().count(" cloudckpt ") == len(ways) / 2
+        if load["form"] == "cloudckpt":
+            assert sample["sent"] <= 1.1 * load["stored"], "ranks of one host read together"
+    assert document.read_text().count(" cloudckpt ") == len(ways) / len(FORMS)

@@ -1,0 +1,266 @@
+"""Reading together: each rank of a host reads a share of what several need, and passes it on.
+
+It saves reads and is never needed: whatever does not come from another rank, this one reads by itself. The
+rank that reads has compared the bytes with their checksums before it passes them on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import struct
+import threading
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from cloudckpt.backends.download import LARGEST_READ, Downloader, Job
+from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
+from cloudckpt.backends.ranges import Arrival, Extent, Request
+from cloudckpt.backends.scratch import Scratch
+from cloudckpt.backends.sharing import Offer, Task, tasks_of
+
+_log = logging.getLogger(__name__)
+
+_NUMBER = struct.Struct("@Q")
+_LEADER = 0
+_MEETING = 10.0
+"""Seconds at most that ranks wait for each other; whoever is later reads alone."""
+_EXTENTS = 256
+"""That are received at once, at most."""
+
+_Key = tuple[str, int, int]
+"""An object, and the range of it that is read for an extent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Circle:
+    """The ranks of a load that share their reads, and which of them this is; travels in its plan."""
+
+    own: int
+    doors: tuple[Door, ...]
+
+    @property
+    def others(self) -> list[int]:
+        """All but this one."""
+        return [rank for rank in range(len(self.doors)) if rank != self.own]
+
+
+@dataclass(slots=True)
+class _Missing:
+    """What has not come yet of a task that another rank reads."""
+
+    name: str
+    extents: list[Extent]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outgoing:
+    """The way to a rank that takes what this one reads; one thread at a time."""
+
+    link: Link
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def circles(doors: Sequence[Door | None]) -> list[Circle | None]:
+    """For each rank of a load the circle of those that it can reach; None where it would be alone."""
+    found: list[Circle | None] = [None] * len(doors)
+    hosts: defaultdict[str, list[tuple[int, Door]]] = defaultdict(list)
+    for rank, door in enumerate(doors):
+        if door is not None:
+            hosts[door.host].append((rank, door))
+    for members in hosts.values():
+        if len(members) > 1:
+            inside = tuple(door for _, door in members)
+            for own, (rank, _) in enumerate(members):
+                found[rank] = Circle(own, inside)
+    return found
+
+
+def _offer(known: Iterable[_Key], rest: Mapping[str, Sequence[Extent]]) -> Offer:
+    ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, start, stop in known:
+        ranges[name].append((start, stop))
+    return Offer(ranges, sum(extent.end - extent.begin for extents in rest.values() for extent in extents))
+
+
+class SharedReads:
+    """One rank's side of reading together.
+
+    Args:
+        circle: the ranks.
+        lobby: where the others find this one.
+        memory_limit: bytes held beyond the destinations; half for what comes from other ranks.
+        patience: seconds after which another rank that says nothing counts as lost.
+    """
+
+    def __init__(self, circle: Circle, lobby: Lobby, memory_limit: int, patience: float) -> None:
+        self._circle = circle
+        self._lobby = lobby
+        self._patience = patience
+        self._meeting = min(_MEETING, patience / 2)
+        self.memory_limit = memory_limit // 2
+        """Bytes for what this rank reads by itself."""
+        # One piece from each other rank always fits, so that none waits here for another.
+        self._piece = self.memory_limit // len(circle.others)
+        self._scratch = Scratch(self.memory_limit)
+        self.largest_piece = min(LARGEST_READ, max(1, self._piece * 3 // 4))
+        """Bytes that are read through a buffer at once; it leaves room for what checksums and gaps add."""
+        self._outgoing: dict[int, _Outgoing] = {}
+
+    def read(self, downloader: Downloader, wanted: Mapping[str, Sequence[Extent]]) -> None:
+        """Read every extent of every object, or have it from another rank; callbacks run on many threads.
+
+        Raises:
+            Exception: the first failure of this rank, once nothing is in flight any more.
+        """
+        known, rest = self._known(wanted)
+        jobs: list[Job] = []
+        takers: set[int] = set()
+        missing: defaultdict[int, dict[int, _Missing]] = defaultdict(dict)
+        for number, task in enumerate(self._agreed(_offer(known, rest))):
+            if self._circle.own not in task.ranks:
+                continue
+            extents = [known.pop((task.name, *one)) for one in task.ranges]
+            if task.reader == self._circle.own:
+                takers.update(rank for rank in task.ranks if rank != self._circle.own)
+                pass_on = functools.partial(self._pass_on, number, task.ranks)
+                jobs.append((task.name, Request(tuple(extents)), pass_on))
+            else:
+                missing[task.reader][number] = _Missing(task.name, extents)
+        for (name, _, _), extent in known.items():
+            rest[name].append(extent)
+        with ThreadPoolExecutor(len(missing) or 1, "cloudckpt-peer") as pool, contextlib.ExitStack() as links:
+            taking = [
+                pool.submit(self._take, rank, links.enter_context(link), of_rank)
+                for rank, of_rank in missing.items()
+                if (link := self._called(rank)) is not None
+            ]
+            for rank, link in self._come(Purpose.BYTES, takers).items():
+                self._outgoing[rank] = _Outgoing(links.enter_context(link))
+            downloader.read(rest, jobs)
+            for one in taking:
+                one.result()
+        self._scratch.clear()
+        left: defaultdict[str, list[Extent]] = defaultdict(list)
+        for of_rank in missing.values():
+            for task_left in of_rank.values():
+                left[task_left.name] += task_left.extents
+        downloader.read(left)
+
+    def _known(
+        self, wanted: Mapping[str, Sequence[Extent]]
+    ) -> tuple[dict[_Key, Extent], defaultdict[str, list[Extent]]]:
+        """What this rank could have from another, and what it reads in any case."""
+        known: dict[_Key, Extent] = {}
+        rest: defaultdict[str, list[Extent]] = defaultdict(list)
+        for name, extents in wanted.items():
+            for extent in extents:
+                key = (name, extent.begin, extent.end)
+                if key in known or Request((extent,)).buffered > self._piece:
+                    rest[name].append(extent)
+                else:
+                    known[key] = extent
+        return known, rest
+
+    def _agreed(self, offer: Offer) -> list[Task]:
+        """Find out with the others what is read together; nothing, where they can't be reached."""
+        if self._circle.own == _LEADER:
+            return self._lead(offer)
+        try:
+            with self._call(_LEADER, Purpose.PLAN) as leader:
+                leader.say(offer)
+                tasks: list[Task] = leader.hear()
+        except LostPeerError as lost:
+            self._lost(_LEADER, lost)
+            return []
+        return tasks
+
+    def _lead(self, offer: Offer) -> list[Task]:
+        offers = {self._circle.own: offer}
+        with contextlib.ExitStack() as stack:
+            links = self._come(Purpose.PLAN, self._circle.others)
+            for rank, link in sorted(links.items()):
+                stack.enter_context(link)
+                with self._losing(rank):
+                    offers[rank] = link.hear()
+            tasks = tasks_of(offers, self.largest_piece)
+            for rank in offers.keys() - {self._circle.own}:
+                with self._losing(rank):
+                    links[rank].say(tasks)
+        return tasks
+
+    def _come(self, purpose: Purpose, ranks: Collection[int]) -> dict[int, Link]:
+        """Connections from other ranks, as far as they come in time."""
+        links = self._lobby.expect(purpose, ranks, self._meeting, self._patience)
+        for rank in ranks:
+            if rank not in links:
+                self._lost(rank, LostPeerError(f"it did not call within {self._meeting:g} s"))
+        return links
+
+    def _call(self, rank: int, purpose: Purpose) -> Link:
+        return call(self._circle.doors[rank], purpose, self._circle.own, self._patience)
+
+    def _called(self, rank: int) -> Link | None:
+        """A connection to a rank that passes on what it reads."""
+        try:
+            return self._call(rank, Purpose.BYTES)
+        except LostPeerError as lost:
+            self._lost(rank, lost)
+            return None
+
+    def _take(self, rank: int, link: Link, missing: dict[int, _Missing]) -> None:
+        """Take from another rank what it has read, until nothing is missing or it is lost."""
+        with self._losing(rank), link:
+            while missing:
+                head = bytearray(_NUMBER.size)
+                link.fill([memoryview(head)])
+                (number,) = _NUMBER.unpack(head)
+                extents = missing[number].extents
+                while extents:
+                    batch = self._batch(extents)
+                    self._receive(link, batch)
+                    del extents[: len(batch.extents)]
+                del missing[number]
+
+    def _batch(self, extents: Sequence[Extent]) -> Request:
+        """As many extents as may be received at once."""
+        batch = Request(tuple(extents[:_EXTENTS]))
+        count = len(batch.extents)
+        while count > 1 and batch.buffered > self._piece:
+            count = (count + 1) // 2
+            batch = Request(tuple(extents[:count]))
+        return batch
+
+    def _receive(self, link: Link, batch: Request) -> None:
+        with self._scratch.lent(batch.buffered) as scratch:
+            _, arrivals = batch.buffers(scratch)
+            link.fill([view for arrival in arrivals for view in arrival.views])
+            batch.deliver(arrivals)
+
+    def _pass_on(self, number: int, ranks: Sequence[int], arrivals: Sequence[Arrival]) -> None:
+        """Give the others what this rank has read for a task."""
+        views = [view for arrival in arrivals for view in arrival.views]
+        for rank in ranks:
+            outgoing = self._outgoing.get(rank)
+            if outgoing is None:
+                continue
+            with self._losing(rank), outgoing.lock:
+                try:
+                    outgoing.link.send([memoryview(_NUMBER.pack(number)), *views])
+                except LostPeerError:
+                    self._outgoing.pop(rank, None)
+                    outgoing.link.close()
+                    raise
+
+    @contextlib.contextmanager
+    def _losing(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except LostPeerError as lost:
+            self._lost(rank, lost)
+
+    def _lost(self, rank: int, lost: LostPeerError) -> None:
+        _log.warning("goes on without number %d of the ranks that share reads on this host: %s", rank, lost)

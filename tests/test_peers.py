@@ -1,0 +1,146 @@
+"""Ranks of one host reach each other; what is gone, silent or another user's is lost at once or in time."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
+from support.executors import within
+
+
+@pytest.fixture
+def lobby() -> Iterator[Lobby]:
+    opened = Lobby("a checkpoint")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Link, Link]]:
+    first, second = socket.socketpair()
+    with Link(first, 1.0) as one, Link(second, 1.0) as other:
+        yield one, other
+
+
+def test_callers_are_told_apart_by_rank_and_purpose(lobby: Lobby) -> None:
+    calls = [(Purpose.BYTES, 2), (Purpose.PLAN, 1), (Purpose.PLAN, 2)]
+    links = [call(lobby.door, purpose, rank, 5.0) for purpose, rank in calls]
+    for link, told in zip(links, calls, strict=True):
+        link.say(told)
+    found = lobby.expect(Purpose.PLAN, [1, 2], 5.0, 5.0)
+    assert {rank: link.hear() for rank, link in found.items()} == {
+        1: (Purpose.PLAN, 1),
+        2: (Purpose.PLAN, 2),
+    }
+    late = lobby.expect(Purpose.BYTES, [2], 5.0, 5.0)
+    assert late[2].hear() == (Purpose.BYTES, 2)
+    for link in [*links, *found.values(), *late.values()]:
+        link.close()
+
+
+def test_who_does_not_call_is_not_waited_for_longer_than_said(lobby: Lobby) -> None:
+    with call(lobby.door, Purpose.PLAN, 1, 5.0), within(30):
+        found = lobby.expect(Purpose.PLAN, [1, 2], 0.2, 5.0)
+    assert list(found) == [1]
+    found[1].close()
+
+
+def test_a_door_that_is_closed_is_noticed_at_once(lobby: Lobby) -> None:
+    lobby.close()
+    with within(30), pytest.raises(LostPeerError):
+        call(lobby.door, Purpose.PLAN, 1, 600.0)
+
+
+def test_many_buffers_arrive_in_others_of_other_sizes(pair: tuple[Link, Link]) -> None:
+    one, other = pair
+    data = os.urandom(5_000_000)
+    sent = [memoryview(data)[at : at + 1013] for at in range(0, len(data), 1013)]
+    room = bytearray(len(data))
+    filled = [memoryview(room)[at : at + 700_001] for at in range(0, len(room), 700_001)]
+    thread = threading.Thread(target=one.send, args=([memoryview(b""), *sent],))
+    thread.start()
+    other.fill([filled[0], memoryview(bytearray()), *filled[1:]])
+    thread.join()
+    assert room == data
+
+
+def test_one_that_says_nothing_is_lost_after_a_while(pair: tuple[Link, Link]) -> None:
+    with within(30), pytest.raises(LostPeerError):
+        pair[0].hear()
+
+
+def test_one_that_does_not_listen_is_lost_after_a_while(pair: tuple[Link, Link]) -> None:
+    with within(30), pytest.raises(LostPeerError):
+        pair[0].send([memoryview(bytes(64 << 20))])
+
+
+def test_one_that_ends_is_lost_at_once() -> None:
+    first, second = socket.socketpair()
+    with Link(first, 600.0) as one:
+        Link(second, 600.0).close()
+        with within(30), pytest.raises(LostPeerError):
+            one.hear()
+        with within(30), pytest.raises(LostPeerError):
+            one.send([memoryview(bytes(64 << 20))])
+
+
+def test_closing_wakes_who_waits() -> None:
+    first, second = socket.socketpair()
+    lost = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(LostPeerError):
+            one.hear()
+        lost.set()
+
+    with Link(first, 600.0) as one, Link(second, 600.0):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)  # more often than not it waits by then
+        one.close()
+        assert lost.wait(30)
+        thread.join()
+
+
+INTRUDER = """
+import os, socket, struct, sys
+os.setuid(65534)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(chr(0) + sys.argv[1])
+connection.sendall(struct.pack("@BI", int(sys.argv[2]), 1))
+sys.exit(f"heard {connection.recv(100)!r}")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_another_user_is_turned_away(lobby: Lobby) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lobby.expect, Purpose.BYTES, [1], 100.0, 5.0)
+        intruder = subprocess.run(
+            [sys.executable, "-c", INTRUDER, lobby.door.address, str(Purpose.BYTES.value)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "heard b''" in intruder.stderr or "reset" in intruder.stderr
+        with call(lobby.door, Purpose.BYTES, 1, 5.0) as ours:
+            ours.say("the right one")
+            with found.result()[1] as link:
+                assert link.hear() == "the right one"
+
+
+def test_a_lobby_is_for_one_checkpoint_as_one_host_sees_it(lobby: Lobby) -> None:
+    other = Lobby("another checkpoint")
+    other.close()
+    assert isinstance(lobby.door, Door)
+    assert lobby.door.host != other.door.host
+    assert lobby.door.address != other.door.address
