@@ -10,7 +10,7 @@ from typing import TypeVar
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.lanes import lanes
-from cloudckpt.backends.ranges import Arrival, Extent, Request, merge
+from cloudckpt.backends.ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
 
@@ -56,12 +56,18 @@ class Downloader:
         """Bytes that an extent without a destination of its own should have at most."""
         return self._largest
 
-    def read(self, wanted: Mapping[str, Sequence[Extent]], first: Sequence[Job] = ()) -> None:
+    def read(
+        self,
+        wanted: Mapping[str, Sequence[Extent]],
+        first: Sequence[Job] = (),
+        give_up: Callable[[], None] = nothing,
+    ) -> None:
         """Read every extent of every object; callbacks run on the threads that read.
 
         Args:
             wanted: extents by object; those near each other are read in one request.
             first: what to begin with.
+            give_up: called at the first failure, to end what requests in flight may wait for.
 
         Raises:
             Exception: the first failure, once no request is in flight any more.
@@ -80,6 +86,7 @@ class Downloader:
                     future.result()
             except BaseException:  # Ctrl-C too: what has not begun never will
                 pool.shutdown(wait=False, cancel_futures=True)
+                give_up()
                 raise
         self._scratch.clear()
 

@@ -30,6 +30,10 @@ _BUFFERS = 1024
 """That one system call takes at most."""
 _WAITING = 1024
 """Calls that may wait to be answered."""
+_LARGEST = 1 << 30
+"""Bytes of what is said at once."""
+_LONGEST = 86_400.0
+"""Seconds of patience; the kernel takes no more than some numbers of them."""
 
 
 class LostPeerError(Exception):
@@ -50,6 +54,8 @@ class Door:
     host: str
     """The same for all that can reach each other."""
     address: str
+    memory_limit: int
+    """Bytes that the rank may hold beyond its state."""
 
 
 class Link:
@@ -59,10 +65,15 @@ class Link:
         self._socket = connection
         # The kernel keeps the time: with a timeout of Python's, every call would be two.
         connection.settimeout(None)
-        whole, fraction = divmod(patience, 1)
+        self.bound(patience)
+
+    def bound(self, patience: float) -> None:
+        """Change how many seconds one call may take."""
+        self._patience = min(patience, _LONGEST)
+        whole, fraction = divmod(self._patience, 1)
         limit = struct.pack("@ll", int(whole), max(1, int(fraction * 1e6)))
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def __enter__(self) -> Self:
         return self
@@ -89,13 +100,19 @@ class Link:
         """Receive what the other side says; it is a process of the same user, and of the same load.
 
         Raises:
-            LostPeerError: the other side is gone or says nothing.
+            LostPeerError: the other side is gone, says nothing, or nothing that can be understood.
         """
-        length = bytearray(_LENGTH.size)
-        self.fill([memoryview(length)])
-        data = bytearray(_LENGTH.unpack(length)[0])
+        head = bytearray(_LENGTH.size)
+        self.fill([memoryview(head)])
+        (length,) = _LENGTH.unpack(head)
+        if length > _LARGEST:
+            raise LostPeerError(f"it wants to say {length} bytes")
+        data = bytearray(length)
         self.fill([memoryview(data)])
-        return pickle.loads(data)  # noqa: S301 - as DCP's own collectives do
+        try:
+            return pickle.loads(data)  # noqa: S301 - as DCP's own collectives do
+        except Exception as error:
+            raise LostPeerError(f"it can't be understood: {error}") from error
 
     def send(self, buffers: Sequence[memoryview]) -> None:
         """Send what is in the buffers.
@@ -117,12 +134,16 @@ class Link:
         left = [buffer for buffer in buffers if buffer.nbytes]
         first = 0
         while first < len(left):
+            batch, began = left[first : first + _BUFFERS], time.monotonic()
             try:
-                moved = move(left[first : first + _BUFFERS])
+                moved = move(batch)
             except OSError as error:
                 raise LostPeerError(str(error)) from error
             if not moved:
                 raise LostPeerError("it has closed the connection")
+            late = time.monotonic() - began >= self._patience
+            if late and moved < sum(buffer.nbytes for buffer in batch):
+                raise LostPeerError(f"it stood still for {self._patience:g} s")
             while first < len(left) and moved >= left[first].nbytes:
                 moved -= left[first].nbytes
                 first += 1
@@ -133,27 +154,29 @@ class Link:
 class Lobby:
     """Where the other ranks of a load find this one."""
 
-    def __init__(self, about: str) -> None:
-        """Open the door to ranks that load what ``about`` names."""
+    def __init__(self, about: str, memory_limit: int) -> None:
+        """Open the door to ranks that load what ``about`` names; ``memory_limit`` is this one's, in bytes."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         name = f"cloudckpt-{secrets.token_hex(16)}"
         self._socket.bind(_abstract(name))
         self._socket.listen(_WAITING)
         self._arrived: dict[tuple[int, int], Link] = {}
-        self.door = Door(f"{_host()} {about}", name)
+        self.door = Door(f"{_host()} {about}", name, memory_limit)
 
     @classmethod
-    def opened(cls, about: str) -> Self | None:
+    def opened(cls, about: str, memory_limit: int) -> Self | None:
         """A lobby; None where the system has none."""
         if sys.platform != "linux":
             return None
         try:
-            return cls(about)
+            return cls(about, memory_limit)
         except OSError:
             return None
 
     def close(self) -> None:
         """Turn everybody away."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # a process that was forked meanwhile has it open, too
         self._socket.close()
         for link in self._arrived.values():
             link.close()
@@ -183,14 +206,17 @@ class Lobby:
         if _user(connection) != os.geteuid():
             connection.close()
             return
-        link = Link(connection, patience)
+        link = Link(connection, wait)
         hello = bytearray(_HELLO.size)
         try:
             link.fill([memoryview(hello)])
         except LostPeerError:
             link.close()
             return
+        link.bound(patience)
         purpose, rank = _HELLO.unpack(hello)
+        if (before := self._arrived.pop((purpose, rank), None)) is not None:
+            before.close()
         self._arrived[purpose, rank] = link
 
 
@@ -202,7 +228,7 @@ def call(door: Door, purpose: Purpose, rank: int, patience: float) -> Link:
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(patience)
+        connection.settimeout(min(patience, _LONGEST))
         connection.connect(_abstract(door.address))
         if _user(connection) != os.geteuid():
             raise LostPeerError("a process of another user is in its place")

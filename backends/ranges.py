@@ -87,7 +87,7 @@ def whole_slices(piece: Piece, strides: tuple[int, ...], before: int, end: int) 
     All boxes that have some of each slice then need the same bytes, which one rank can read for several.
     ``before`` elements of the tensor's memory come before the piece; the memory has ``end`` of them.
     """
-    if piece.span == math.prod(piece.lengths):
+    if piece.span <= math.prod(piece.lengths):
         return 0, 0
     slices = max(stride for stride, length in zip(strides, piece.lengths, strict=True) if length > 1)
     last = before + piece.span

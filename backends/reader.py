@@ -156,8 +156,9 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         """Say where other ranks of this host find this one, if it may share its reads."""
         self._close_lobby()
         share = self._target.protocol not in _WITHIN_A_HOST if self._share is None else self._share
-        if share and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._lobby = Lobby.opened(self._contents)
+        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if share and grouped and self._contents:
+            self._lobby = Lobby.opened(self._contents, int(self._target.options.memory_limit))
         return plan if self._lobby is None else dataclasses.replace(plan, storage_data=self._lobby.door)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -190,6 +191,8 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
             if self._lobby is not None and isinstance(plan.storage_data, Circle):
                 shared = SharedReads(plan.storage_data, self._lobby, memory_limit, options.timeout)
                 memory_limit = shared.memory_limit
+            else:
+                self._close_lobby()  # whoever would call must not wait
             with self._opened() as store:
                 downloader = Downloader(store, options.concurrency, memory_limit, sizes)
                 load(plan.items, planner, self._metadata, downloader, shared, trust=self._trust)

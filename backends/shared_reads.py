@@ -1,7 +1,7 @@
 """Reading together: each rank of a host reads a share of what several need, and passes it on.
 
-It saves reads and is never needed: whatever does not come from another rank, this one reads by itself. The
-rank that reads has compared the bytes with their checksums before it passes them on.
+It saves reads and is never needed: whatever does not come from another rank as it was saved, this one reads
+by itself.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from cloudckpt.backends.checking import Checking
+from cloudckpt.backends.checksum import LARGEST_CHUNK
 from cloudckpt.backends.download import LARGEST_READ, Downloader, Job
+from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
-from cloudckpt.backends.ranges import Arrival, Extent, Request
+from cloudckpt.backends.ranges import GAP, Arrival, Extent, Request
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.sharing import Offer, Task, tasks_of
 
@@ -30,6 +33,10 @@ _MEETING = 10.0
 """Seconds at most that ranks wait for each other; whoever is later reads alone."""
 _EXTENTS = 256
 """That are received at once, at most."""
+_MARGIN = 2 * LARGEST_CHUNK + GAP
+"""Bytes that checksums and gaps may add to a piece."""
+_LEAST_PIECE = 2 << 20
+"""Bytes of a piece below which reading together makes more requests than it saves."""
 
 _Key = tuple[str, int, int]
 """An object, and the range of it that is read for an extent."""
@@ -64,6 +71,15 @@ class _Outgoing:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+def _compare(extent: Extent, arrival: Arrival) -> None:
+    """Compare what came with its checksums: the other rank may have overwritten it since it was read."""
+    if extent.expected is not None:
+        try:
+            Checking([(extent.expected, replace(arrival, start=0))]).finish()
+        except IntegrityError as error:
+            raise LostPeerError("what it passed on is not what was saved") from error
+
+
 def circles(doors: Sequence[Door | None]) -> list[Circle | None]:
     """For each rank of a load the circle of those that it can reach; None where it would be alone."""
     found: list[Circle | None] = [None] * len(doors)
@@ -72,18 +88,30 @@ def circles(doors: Sequence[Door | None]) -> list[Circle | None]:
         if door is not None:
             hosts[door.host].append((rank, door))
     for members in hosts.values():
-        if len(members) > 1:
+        least = min(door.memory_limit for _, door in members)
+        if len(members) > 1 and _largest_piece(least, len(members)) >= _LEAST_PIECE:
             inside = tuple(door for _, door in members)
             for own, (rank, _) in enumerate(members):
                 found[rank] = Circle(own, inside)
     return found
 
 
-def _offer(known: Iterable[_Key], rest: Mapping[str, Sequence[Extent]]) -> Offer:
+def _room(memory_limit: int, ranks: int) -> int:
+    """Bytes for what comes from one other rank: half of all is for them, so that none waits for another."""
+    return memory_limit // 2 // (ranks - 1)
+
+
+def _largest_piece(memory_limit: int, ranks: int) -> int:
+    # It also has to fit into the other half twice, where it is read.
+    return min(LARGEST_READ, memory_limit // 4, _room(memory_limit, ranks)) - _MARGIN
+
+
+def _offer(known: Iterable[_Key], rest: Mapping[str, Sequence[Extent]], most: int) -> Offer:
     ranges: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for name, start, stop in known:
         ranges[name].append((start, stop))
-    return Offer(ranges, sum(extent.end - extent.begin for extents in rest.values() for extent in extents))
+    alone = sum(extent.end - extent.begin for extents in rest.values() for extent in extents)
+    return Offer(ranges, alone, most)
 
 
 class SharedReads:
@@ -103,11 +131,10 @@ class SharedReads:
         self._meeting = min(_MEETING, patience / 2)
         self.memory_limit = memory_limit // 2
         """Bytes for what this rank reads by itself."""
-        # One piece from each other rank always fits, so that none waits here for another.
-        self._piece = self.memory_limit // len(circle.others)
+        self._room = _room(memory_limit, len(circle.doors))
         self._scratch = Scratch(self.memory_limit)
-        self.largest_piece = min(LARGEST_READ, max(1, self._piece * 3 // 4))
-        """Bytes that are read through a buffer at once; it leaves room for what checksums and gaps add."""
+        self.largest_piece = max(1, _largest_piece(memory_limit, len(circle.doors)))
+        """Bytes that are read through a buffer at once."""
         self._outgoing: dict[int, _Outgoing] = {}
 
     def read(self, downloader: Downloader, wanted: Mapping[str, Sequence[Extent]]) -> None:
@@ -120,7 +147,7 @@ class SharedReads:
         jobs: list[Job] = []
         takers: set[int] = set()
         missing: defaultdict[int, dict[int, _Missing]] = defaultdict(dict)
-        for number, task in enumerate(self._agreed(_offer(known, rest))):
+        for number, task in enumerate(self._agreed(_offer(known, rest, self.largest_piece))):
             if self._circle.own not in task.ranks:
                 continue
             extents = [known.pop((task.name, *one)) for one in task.ranges]
@@ -139,8 +166,9 @@ class SharedReads:
                 if (link := self._called(rank)) is not None
             ]
             for rank, link in self._come(Purpose.BYTES, takers).items():
+                link.bound(self._patience / 2)  # whoever waits for the next bytes must not give up, too
                 self._outgoing[rank] = _Outgoing(links.enter_context(link))
-            downloader.read(rest, jobs)
+            downloader.read(rest, jobs, links.close)
             for one in taking:
                 one.result()
         self._scratch.clear()
@@ -159,7 +187,9 @@ class SharedReads:
         for name, extents in wanted.items():
             for extent in extents:
                 key = (name, extent.begin, extent.end)
-                if key in known or Request((extent,)).buffered > self._piece:
+                # What has no checksum can't be told from what another rank wrote into the same memory.
+                alone = extent.expected is None or Request((extent,)).buffered > self._room
+                if alone or key in known:
                     rest[name].append(extent)
                 else:
                     known[key] = extent
@@ -171,6 +201,7 @@ class SharedReads:
             return self._lead(offer)
         try:
             with self._call(_LEADER, Purpose.PLAN) as leader:
+                leader.bound(2 * self._meeting)
                 leader.say(offer)
                 tasks: list[Task] = leader.hear()
         except LostPeerError as lost:
@@ -182,11 +213,13 @@ class SharedReads:
         offers = {self._circle.own: offer}
         with contextlib.ExitStack() as stack:
             links = self._come(Purpose.PLAN, self._circle.others)
-            for rank, link in sorted(links.items()):
+            for link in links.values():
+                link.bound(self._meeting / 2)
                 stack.enter_context(link)
+            for rank, link in sorted(links.items()):
                 with self._losing(rank):
                     offers[rank] = link.hear()
-            tasks = tasks_of(offers, self.largest_piece)
+            tasks = tasks_of(offers)
             for rank in offers.keys() - {self._circle.own}:
                 with self._losing(rank):
                     links[rank].say(tasks)
@@ -218,6 +251,8 @@ class SharedReads:
                 head = bytearray(_NUMBER.size)
                 link.fill([memoryview(head)])
                 (number,) = _NUMBER.unpack(head)
+                if number not in missing:
+                    raise LostPeerError(f"it passes on task {number}, which is none")
                 extents = missing[number].extents
                 while extents:
                     batch = self._batch(extents)
@@ -229,7 +264,7 @@ class SharedReads:
         """As many extents as may be received at once."""
         batch = Request(tuple(extents[:_EXTENTS]))
         count = len(batch.extents)
-        while count > 1 and batch.buffered > self._piece:
+        while count > 1 and batch.buffered > self._room:
             count = (count + 1) // 2
             batch = Request(tuple(extents[:count]))
         return batch
@@ -238,16 +273,18 @@ class SharedReads:
         with self._scratch.lent(batch.buffered) as scratch:
             _, arrivals = batch.buffers(scratch)
             link.fill([view for arrival in arrivals for view in arrival.views])
+            for extent, arrival in zip(batch.extents, arrivals, strict=True):
+                _compare(extent, arrival)
             batch.deliver(arrivals)
 
     def _pass_on(self, number: int, ranks: Sequence[int], arrivals: Sequence[Arrival]) -> None:
         """Give the others what this rank has read for a task."""
         views = [view for arrival in arrivals for view in arrival.views]
-        for rank in ranks:
-            outgoing = self._outgoing.get(rank)
-            if outgoing is None:
-                continue
+        reached = [(rank, outgoing) for rank in ranks if (outgoing := self._outgoing.get(rank)) is not None]
+        for rank, outgoing in sorted(reached, key=lambda one: one[1].lock.locked()):
             with self._losing(rank), outgoing.lock:
+                if rank not in self._outgoing:
+                    continue
                 try:
                     outgoing.link.send([memoryview(_NUMBER.pack(number)), *views])
                 except LostPeerError:

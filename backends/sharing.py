@@ -27,6 +27,8 @@ class Offer:
     """By object: ranges that the rank could have from another, each of them once."""
     rest: int
     """Bytes that it reads besides, in any case."""
+    most: int
+    """Bytes that it may read at once for others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,9 @@ class Task:
     reader: int
 
 
-def tasks_of(offers: Mapping[int, Offer], most: int) -> list[Task]:
-    """Share out what several ranks offer, in tasks of about ``most`` bytes."""
+def tasks_of(offers: Mapping[int, Offer]) -> list[Task]:
+    """Share out what several ranks offer, joined to tasks as large as all of them can do with."""
+    most = min(offer.most for offer in offers.values())
     wanted: defaultdict[str, defaultdict[Range, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank, offer in offers.items():
         for name, ranges in offer.ranges.items():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.ranges import Extent, Request, cut, merge
+from cloudckpt.backends.ranges import Extent, Piece, Request, cut, merge, whole_slices
 
 boxes = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 6), st.integers(0, 7)), max_size=4)
 
@@ -127,3 +127,38 @@ def test_dense_means_without_hole_or_overlap_in_any_order() -> None:
     assert strides.is_dense((0, 4), (7, 7))
     assert not strides.is_dense((3, 4), (8, 1))
     assert not strides.is_dense((3, 4), (0, 1))
+
+
+@given(box=boxes, most=st.integers(1, 60), gap=st.integers(0, 30))
+def test_pieces_of_whole_slices_are_the_same_for_all_boxes_side_by_side(
+    box: list[tuple[int, int, int]], most: int, gap: int
+) -> None:
+    """Whatever part of each slice a box has, and however much more it reads for it, it stays inside."""
+    shape = tuple(size for size, _, _ in box)
+    if 0 in shape:
+        return
+    whole = torch.empty(shape)
+    starts = tuple(min(start, size - 1) for size, start, _ in box)
+    lengths = tuple(max(1, min(n, size - at)) for (size, _, n), at in zip(box, starts, strict=True))
+    first = sum(at * stride for at, stride in zip(starts, whole.stride(), strict=True))
+    for piece in cut(lengths, whole.stride(), first, most, gap):
+        lead, trail = whole_slices(piece, whole.stride(), piece.first, whole.numel())
+        assert lead >= 0 <= trail
+        assert piece.first - lead >= 0
+        assert piece.first + piece.span + trail <= whole.numel()
+
+
+def test_columns_are_cut_alike_and_need_the_same_slices() -> None:
+    rows, columns = 100, 64
+    halves = [list(cut((rows, 32), (columns, 1), at, 10 * columns, 64)) for at in (0, 32)]
+    for left, right in zip(*halves, strict=True):
+        ranges = []
+        for piece in (left, right):
+            lead, trail = whole_slices(piece, (columns, 1), piece.first, rows * columns)
+            ranges.append((piece.first - lead, piece.first + piece.span + trail))
+        assert ranges[0] == ranges[1]
+
+
+def test_one_element_spread_over_a_tensor_has_no_slices() -> None:
+    assert whole_slices(Piece((0,), (600,), 0, 1), (0,), 0, 1) == (0, 0)
+    assert whole_slices(Piece((0, 0), (5, 10), 0, 41), (10, 0), 0, 41) == (0, 0)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cloudckpt.backends import shared_reads
+from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.download import Downloader
+from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Door, Lobby
-from cloudckpt.backends.ranges import Extent
+from cloudckpt.backends.ranges import Arrival, Extent
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.local import LocalStore
@@ -24,11 +30,27 @@ from cloudckpt.backends.target import Target
 from support.executors import within
 
 _NAME = "data"
-_PIECE = 100_000
+_PIECE = 512 << 10
 _PIECES = 40
-_CONTENT = b"".join(os.urandom(_PIECE) for _ in range(_PIECES))
+_CONTENT = random.Random(17).randbytes(_PIECE * _PIECES)  # the same in every process
+
+_MEMORY = 26 << 20
+"""Bytes; some pieces make a request."""
 
 Hook = Callable[[int], None]
+
+
+def _expected(piece: int) -> Expected:
+    data = _CONTENT[piece * _PIECE : (piece + 1) * _PIECE]
+    chunk = chunk_size(_PIECE)
+    sums = [CRC32C.of(data[at : at + chunk]) for at in range(0, _PIECE, chunk)]
+    checks = Checks(CRC32C, (_PIECE,), b"".join(map(CRC32C.packed, sums)))
+
+    def tell(damaged: list[Chunk]) -> None:
+        if damaged:
+            raise IntegrityError(f"piece {piece} is damaged")
+
+    return Expected(checks, checks.covering(0, _PIECE), tell)
 
 
 class _Store(LocalStore):
@@ -52,7 +74,7 @@ class _Rank:
 
     def __init__(self, folder: Path, pieces: Sequence[int], hook: Hook = lambda _: None) -> None:
         self.store = _Store(folder, hook)
-        self.lobby = Lobby(str(folder))
+        self.lobby = Lobby(str(folder), _MEMORY)
         self.pieces = pieces
         self.memory = {piece: bytearray(_PIECE) for piece in pieces}
         self.done: list[int] = []
@@ -67,14 +89,15 @@ class _Rank:
         def done() -> None:
             self.done.append(piece)
 
+        expected, start = _expected(piece), piece * _PIECE
         if straight:
-            return Extent(piece * _PIECE, _PIECE, done, into=memoryview(self.memory[piece]))
-        return Extent(piece * _PIECE, _PIECE, done, deliver=deliver)
+            return Extent(start, _PIECE, done, into=memoryview(self.memory[piece]), expected=expected)
+        return Extent(start, _PIECE, done, deliver=deliver, expected=expected)
 
     def load(self, circle: Circle | None, patience: float = 30.0, *, straight: bool = True) -> None:
         assert circle is not None
         try:
-            shared = SharedReads(circle, self.lobby, 2 << 20, patience)
+            shared = SharedReads(circle, self.lobby, _MEMORY, patience)
             sizes = {_NAME: len(_CONTENT)}
             downloader = Downloader(self.store, 4, shared.memory_limit, sizes)
             shared.read(downloader, {_NAME: self.extents(straight=straight)})
@@ -136,7 +159,7 @@ def test_what_does_not_fit_beside_the_others_is_read_alone(folder: Path) -> None
         loads = []
         for rank, circle in zip(ranks, circles([rank.lobby.door for rank in ranks]), strict=True):
             assert circle is not None
-            shared = SharedReads(circle, rank.lobby, _PIECE, 30.0)  # less than two pieces
+            shared = SharedReads(circle, rank.lobby, _PIECE, 30.0)  # room for half a piece
             downloader = Downloader(rank.store, 4, 4 << 20, {_NAME: len(_CONTENT)})
             wanted = {_NAME: rank.extents(straight=False)}
             loads.append(pool.submit(shared.read, downloader, wanted))
@@ -200,6 +223,59 @@ def test_a_rank_that_stalls_is_gone_without(folder: Path) -> None:
         rank.assert_loaded()
 
 
+def test_what_is_overwritten_before_it_is_passed_on_harms_no_other_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank passes on from its own state, where another entry may share the memory and be loaded, too."""
+    pass_on = SharedReads._pass_on
+
+    def overwritten(self: Any, number: int, ranks: Sequence[int], arrivals: Sequence[Arrival]) -> None:
+        if self._circle.own == 0:
+            arrivals[-1].body[:100] = bytes(100)
+        pass_on(self, number, ranks, arrivals)
+
+    monkeypatch.setattr(SharedReads, "_pass_on", overwritten)
+    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
+    load_all(ranks)
+    for rank in ranks[1:]:
+        rank.assert_loaded()
+
+
+def test_what_has_no_checksum_is_read_by_each_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [_Rank(folder, range(_PIECES)) for _ in range(2)]
+    for rank in ranks:
+        plain = [replace(extent, expected=None) for extent in rank.extents(straight=True)]
+        monkeypatch.setattr(rank, "extents", lambda plain=plain, **_: plain)
+    load_all(ranks)
+    for rank in ranks:
+        rank.assert_loaded()
+        assert rank.store.read == len(_CONTENT)
+
+
+def test_damage_is_found_by_every_rank(folder: Path) -> None:
+    path = folder / _NAME
+    path.write_bytes(_CONTENT[: 5 * _PIECE] + b"damage" + _CONTENT[5 * _PIECE + 6 :])
+    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
+    members = circles([rank.lobby.door for rank in ranks])
+    with ThreadPoolExecutor(3) as pool, within(60):
+        loads = [pool.submit(rank.load, circle) for rank, circle in zip(ranks, members, strict=True)]
+    for load in loads:
+        with pytest.raises(IntegrityError, match="piece 5"):
+            load.result()
+
+
+def test_a_first_rank_that_never_comes_is_not_waited_for_as_long_as_a_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_reads, "_MEETING", 0.5)
+    ranks = [_Rank(folder, range(_PIECES)) for _ in range(2)]
+    members = circles([rank.lobby.door for rank in ranks])
+    with within(60):
+        ranks[1].load(members[1], 600.0)
+    ranks[1].assert_loaded()
+    ranks[0].lobby.close()
+
+
 def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +285,7 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
         raise ValueError("not mine")
 
     ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
-    refusing = Extent(0, _PIECE, refuse, into=memoryview(ranks[2].memory[0]))
+    refusing = Extent(0, _PIECE, refuse, into=memoryview(ranks[2].memory[0]), expected=_expected(0))
     rest = ranks[2].extents(straight=True)[1:]
     monkeypatch.setattr(ranks[2], "extents", lambda **_: [refusing, *rest])
     members = circles([rank.lobby.door for rank in ranks])
@@ -224,7 +300,7 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
 
 def _killed(folder: Path, connection: Connection) -> None:
     def kill(read: int) -> None:
-        if read > 8 * _PIECE:  # the second request of this rank
+        if read > 12 * _PIECE:  # the second request of this rank
             time.sleep(0.5)  # what was read before is passed on by then
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -254,8 +330,9 @@ def test_a_rank_that_is_killed_is_gone_without(folder: Path, killed: int) -> Non
 
 
 def test_ranks_are_in_a_circle_with_those_of_their_host_alone() -> None:
-    a, b = [Door("a", str(n)) for n in range(3)], [Door("b", str(n)) for n in range(2)]
-    assert circles([a[0], b[0], None, a[1], Door("c", "0"), b[1], a[2]]) == [
+    a = [Door("a", str(n), 256 << 20) for n in range(3)]
+    b = [Door("b", str(n), 256 << 20) for n in range(2)]
+    assert circles([a[0], b[0], None, a[1], Door("c", "0", 256 << 20), b[1], a[2]]) == [
         Circle(0, tuple(a)),
         Circle(0, tuple(b)),
         None,
@@ -264,3 +341,15 @@ def test_ranks_are_in_a_circle_with_those_of_their_host_alone() -> None:
         Circle(1, tuple(b)),
         Circle(2, tuple(a)),
     ]
+
+
+def test_ranks_with_too_little_memory_for_each_other_read_alone() -> None:
+    """Small pieces are widened to whole chunks, so more would be read together than by each rank alone."""
+
+    def met(*memory_limits: int) -> bool:
+        return all(circles([Door("a", str(n), limit) for n, limit in enumerate(memory_limits)]))
+
+    assert met(*[64 << 20] * 8)
+    assert not met(*[32 << 20] * 8)
+    assert met(16 << 20, 256 << 20)
+    assert not met(1 << 20, 256 << 20)
