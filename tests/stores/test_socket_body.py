@@ -12,7 +12,7 @@ from http.client import HTTPResponse
 
 import pytest
 
-from cloudckpt.backends.stores.s3_socket import read_blocking
+from cloudckpt.backends.stores.socket_body import read_blocking
 
 _HEADERS = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
 _BODY = random.Random(0).randbytes(3 << 20)
