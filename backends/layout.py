@@ -55,7 +55,7 @@ def part_size_for(items: Sequence[WriteItem], options: Options, limits: PartLimi
     Twice the room is left, for values whose size is not known before they are serialised.
     """
     needed = math.ceil(2 * sum(map(estimated_size, items)) / limits.max_count)
-    return max(usual_part_size(options), needed)
+    return math.ceil(max(usual_part_size(options), needed) / limits.multiple) * limits.multiple
 
 
 def usual_part_size(options: Options) -> int:

@@ -80,8 +80,8 @@ def laid_out(
     name.
     """
     call = uuid.uuid4().hex
-    # Parts of one object go up side by side, too, and every object costs requests to begin and to complete.
-    most = options.concurrency if store.rewrites_on_completion else 1
+    # Every object costs requests to begin and to complete.
+    most = options.concurrency if store.wants_several_objects else 1
     buckets = layout.distribute(items, layout.usual_part_size(options), most)
     return [
         PlannedObject(

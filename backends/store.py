@@ -47,6 +47,10 @@ class PartLimits:
     """Bytes that a part may have at most."""
     max_count: int = 1 << 31
     """Parts that one upload may have at most."""
+    multiple: int = 1
+    """Every part but the last has a multiple of so many bytes."""
+    in_order: bool = False
+    """Parts of one upload go one after another, in order; uploads may be as many as one likes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +142,13 @@ class ObjectStore(abc.ABC):
         return PartLimits()
 
     @property
-    def rewrites_on_completion(self) -> bool:
-        """Whether completing an upload takes the longer the larger it is; known without asking.
+    def wants_several_objects(self) -> bool:
+        """Whether a rank's data are worth being several objects; known without asking.
 
-        Then a rank's data are worth being several objects, which are completed side by side.
+        They are where parts of one object can't go up side by side, or where completing an upload takes the
+        longer the larger it is.
         """
-        return False
+        return self.part_limits.in_order
 
     @property
     def part_checksum(self) -> str | None:
@@ -222,10 +227,10 @@ class ObjectStore(abc.ABC):
     ) -> Part:
         """Send one part: the concatenation of ``buffers``, without copying where the store can.
 
-        Parts may be sent in any order, side by side, and again. ``offset`` is where the part's first byte
-        lies in the object. ``checksum``, as in :class:`Part`, is of these bytes: a store that sends one of
-        this kind along need not compute it. ``departed`` is told on the way how much has gone out, by stores
-        that send it bit by bit.
+        Parts may be sent in any order and side by side, unless ``part_limits`` say otherwise, and again.
+        ``offset`` is where the part's first byte lies in the object. ``checksum``, as in :class:`Part`, is of
+        these bytes: a store that sends one of this kind along need not compute it. ``departed`` is told on
+        the way how much has gone out, by stores that send it bit by bit.
         """
 
     @abc.abstractmethod

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
 from cloudckpt.backends.lanes import lanes
-from cloudckpt.backends.segments import Segment, Window, windows
+from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.tally import Tally
 
@@ -82,6 +82,7 @@ class Uploader:
         self._store = store
         self.algorithm = algorithm_for(store.part_checksum)
         """Of the checksums that are taken."""
+        self._limits = store.part_limits
         self._in_advance = store.part_checksum is not None
         self._concurrency = concurrency
         self._lanes = lanes(store.uri, "up", concurrency)
@@ -105,10 +106,7 @@ class Uploader:
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
             try:
                 sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
-                for (segments, part_size), one in zip(objects.values(), sending, strict=True):
-                    self._send_parts(pool, one, segments, part_size)
-                    if self._failed.is_set():
-                        break
+                self._send_parts(pool, sending, list(objects.values()))
             except BaseException:
                 self._failed.set()
                 raise
@@ -122,19 +120,39 @@ class Uploader:
         return Sent(staged, [fragment for part in sent for fragment in part.fragments])
 
     def _send_parts(
-        self, pool: ThreadPoolExecutor, one: _Sending, segments: Iterator[Segment], part_size: int
+        self,
+        pool: ThreadPoolExecutor,
+        sending: Sequence[_Sending],
+        objects: Sequence[tuple[Iterator[Segment], int]],
     ) -> None:
-        for window in windows(segments, part_size):
-            self._room.acquire()
-            self._budget.admit(window.cost)
+        """Hand out the parts of all objects by turns: those of one may have to go one after another."""
+        cut = [
+            windows(_padded(segments, self._limits.multiple), part_size) for segments, part_size in objects
+        ]
+        under_way = list(zip(sending, cut, strict=True))
+        while under_way:
+            under_way = [(one, rest) for one, rest in under_way if self._send_next(pool, one, rest)]
             if self._failed.is_set():
-                self._budget.release(window.cost)
-                self._room.release()
                 return
-            one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window))
-        if not one.parts and not self._failed.is_set():
-            self._room.acquire()
-            one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ())))
+        for one in sending:
+            if not one.parts:
+                self._room.acquire()
+                one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ()), None))
+
+    def _send_next(self, pool: ThreadPoolExecutor, one: _Sending, rest: Iterator[Window]) -> bool:
+        """Hand out an object's next part; False where there is none, or no use in it."""
+        window = None if self._failed.is_set() else next(rest, None)
+        if window is None:
+            return False
+        self._room.acquire()
+        self._budget.admit(window.cost)
+        if self._failed.is_set():
+            self._budget.release(window.cost)
+            self._room.release()
+            return False
+        after = one.parts[-1] if one.parts and self._limits.in_order else None
+        one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window, after))
+        return True
 
     def _begin(self, name: str) -> Upload:
         self.unconfirmed.add(name)
@@ -147,8 +165,12 @@ class Uploader:
         self.unconfirmed.discard(name)
         return upload
 
-    def _send_part(self, upload: Future[Upload], number: int, window: Window) -> _SentPart:
+    def _send_part(
+        self, upload: Future[Upload], number: int, window: Window, after: Future[_SentPart] | None
+    ) -> _SentPart:
         try:
+            if after is not None:
+                wait([after])
             if self._failed.is_set():
                 raise _NotSentError
             to = upload.result()
@@ -175,6 +197,19 @@ class Uploader:
             to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
         )
         return part, tally.finish()
+
+
+def _padded(segments: Iterator[Segment], multiple: int) -> Iterator[Segment]:
+    """The segments, and zeros after them up to a multiple of so many bytes.
+
+    A store that takes its bytes in multiples could keep the rest of an object only with whoever ends it.
+    """
+    size = 0
+    for segment in segments:
+        size += segment.nbytes
+        yield segment
+    if missing := -size % multiple:
+        yield View(memoryview(bytes(missing)), borrowed=False)
 
 
 class _NotSentError(Exception):

@@ -280,7 +280,7 @@ def test_a_ranks_data_are_one_object_unless_the_store_writes_them_again_to_compl
     state = {f"t{i}": torch.full((1 << 10,), float(i)) for i in range(8)}
     save(state, uri, part_size=1 << 12)
     assert len(objects(uri)) == 2, "the data and .metadata"
-    monkeypatch.setattr(MemoryStore, "rewrites_on_completion", True)
+    monkeypatch.setattr(MemoryStore, "wants_several_objects", True)
     save(state, uri, part_size=1 << 12, concurrency=3, overwrite=True)
     assert len(objects(uri)) == 4
 

@@ -157,7 +157,7 @@ class FsspecStore(ObjectStore):
         return upload
 
     @property
-    def rewrites_on_completion(self) -> bool:
+    def wants_several_objects(self) -> bool:
         return True
 
     def upload_part(
