@@ -104,7 +104,15 @@ def _complete(store: ObjectStore, one: StagedObject, *, confirm: bool) -> Object
     except CheckpointError as error:
         raise _not_whole(store, one, f"an upload could not be completed: {error.message}") from error
     _check_size(store, one, info.size)
+    _check_sum(store, one, info.checksum)
     return replace(info, checksum=one.checksum)
+
+
+def _check_sum(store: ObjectStore, one: StagedObject, reported: str | None) -> None:
+    """Compare what a store says of its own accord, in the algorithm that was used here."""
+    algorithm, _, sent = (one.checksum or "").partition(":")
+    if sent and reported is not None and reported != one.checksum and reported.startswith(f"{algorithm}:"):
+        raise _not_whole(store, one, f"the store's {algorithm} of an object is not that of what was sent")
 
 
 def _check_size(store: ObjectStore, one: StagedObject, size: int | None) -> None:
