@@ -8,17 +8,25 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from support.gcs import GCSServer, shared_gcs_server
 from support.ranks import rank_pool
 from support.servers import SERVERS, S3Server
 
 __all__ = ["rank_pool"]  # a fixture for every test
+
+# Stock DCP goes through gcsfs, which reads this on import, and else asks each bucket's type over gRPC.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cloud_settings_of_the_user() -> Iterator[None]:
     """Keep the tests from the user's AWS profile, credentials and instance metadata."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith(("AWS_", "CLOUDCKPT_"))]:
+        for name in [
+            name
+            for name in os.environ
+            if name.startswith(("AWS_", "CLOUDCKPT_", "GOOGLE_", "STORAGE_EMULATOR_HOST"))
+        ]:
             patch.delenv(name)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
@@ -56,3 +64,9 @@ def moto(s3_server_named: Callable[[str], S3Server]) -> S3Server:
 def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
     """The S3 server rclone, which ignores conditions and refuses wrong credentials."""
     return s3_server_named("rclone")
+
+
+@pytest.fixture(scope="session")
+def gcs() -> GCSServer:
+    """The GCS server of this project's own, which keeps GCS's rules."""
+    return shared_gcs_server()

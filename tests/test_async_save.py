@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard
 import cloudckpt
 from cloudckpt.backends.errors import CheckpointExistsError
 from support import states
-from support.places import FOLDER, Place, new_place
+from support.places import FOLDER, GCS, Place, new_place
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
 
@@ -34,7 +34,7 @@ def pool(rank_pool: RankPools) -> RankPool:
     return rank_pool(RANKS)
 
 
-@pytest.fixture(params=[FOLDER, "moto"])
+@pytest.fixture(params=[FOLDER, "moto", GCS])
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> Place:

@@ -13,6 +13,7 @@ __all__ = ["open_store"]
 
 _STORES = {
     "file": ("local", "LocalStore"),
+    "gs": ("gcs", "GCSStore"),
     "memory": ("memory", "MemoryStore"),
     "s3": ("s3", "S3Store"),
 }

@@ -12,14 +12,17 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
+from support.gcs import GCSServer, shared_gcs_server
+from support.outsiders import InFolder, OnGCS, OnS3, Outsider
 from support.servers import S3Server
 
 FOLDER = "folder"
-PLACES = (FOLDER, "moto", "ministack", "rclone")
+GCS = "gcs"
+PLACES = (FOLDER, "moto", "ministack", "rclone", GCS)
 S3_PART_SIZE = 5 << 20
 """Bytes; the least that S3 allows, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
-"""Bytes."""
+"""Bytes; of GCS, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Place:
 
     name: str
     uri: str
-    server: S3Server | None = None
+    server: S3Server | GCSServer | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords for cloudckpt."""
 
@@ -45,6 +48,11 @@ class Place:
             "part_size": S3_PART_SIZE,
         }
         return cls(server.name, f"s3://{bucket}", server, options)
+
+    @classmethod
+    def on_gcs(cls, server: GCSServer, bucket: str) -> Self:
+        options = {"endpoint_url": server.endpoint, "part_size": FOLDER_PART_SIZE}
+        return cls(GCS, f"gs://{bucket}", server, options)
 
     def child(self, name: str) -> Self:
         """The same place, one level down."""
@@ -70,56 +78,40 @@ class Place:
 
     def visible(self) -> set[str]:
         """Names below the URI of all that a reader could meet, hidden files included."""
-        if self.server is None:
-            root = self._folder
-            return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-        bucket, prefix = self._bucket_and_prefix
-        pages = self.server.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        keys = [entry.get("Key", "") for page in pages for entry in page.get("Contents", [])]
-        return {key.removeprefix(prefix) for key in keys}
+        return self._outside.visible()
 
     def pending(self) -> set[str]:
         """Names of uploads begun and neither completed nor aborted. A folder's are visible files."""
-        if self.server is None:
-            return set()
-        bucket, prefix = self._bucket_and_prefix
-        pages = self.server.client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket)
-        uploads = [upload for page in pages for upload in page.get("Uploads", [])]
-        keys = [upload.get("Key", "") for upload in uploads]
-        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+        return self._outside.pending()
 
     def read(self, name: str) -> bytes:
-        if self.server is None:
-            return (self._folder / name).read_bytes()
-        bucket, prefix = self._bucket_and_prefix
-        return self.server.client().get_object(Bucket=bucket, Key=prefix + name)["Body"].read()
+        return self._outside.read(name)
 
     def write(self, name: str, data: bytes) -> None:
-        if self.server is None:
-            (self._folder / name).write_bytes(data)
-        else:
-            bucket, prefix = self._bucket_and_prefix
-            self.server.client().put_object(Bucket=bucket, Key=prefix + name, Body=data)
+        self._outside.write(name, data)
 
     def remove(self, name: str) -> None:
+        self._outside.remove(name)
+
+    @property
+    def _outside(self) -> Outsider:
         if self.server is None:
-            (self._folder / name).unlink()
-        else:
-            bucket, prefix = self._bucket_and_prefix
-            self.server.client().delete_object(Bucket=bucket, Key=prefix + name)
+            return InFolder(self._folder)
+        bucket, _, prefix = self.uri.partition("://")[2].partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        if isinstance(self.server, GCSServer):
+            return OnGCS(self.server, bucket, prefix)
+        return OnS3(self.server, bucket, prefix)
 
     @property
     def _folder(self) -> Path:
         return Path(self.uri.removeprefix("file://"))
 
     @property
-    def _bucket_and_prefix(self) -> tuple[str, str]:
-        bucket, _, prefix = self.uri.removeprefix("s3://").partition("/")
-        return bucket, f"{prefix}/" if prefix else ""
-
-    @property
     def _fsspec_options(self) -> dict[str, Any]:
         assert self.server is not None
+        if isinstance(self.server, GCSServer):
+            return {"endpoint_url": self.server.endpoint, "token": "anon", "use_listings_cache": False}
         return {
             **self.server.storage_options,
             "endpoint_url": self.server.endpoint,
@@ -140,5 +132,8 @@ def new_place(name: str, folder: Path, server_named: Callable[[str], S3Server]) 
     unique = f"run-{uuid.uuid4().hex[:8]}"
     if name == FOLDER:
         return Place.in_folder(folder / unique)
+    if name == GCS:
+        gcs = shared_gcs_server()
+        return Place.on_gcs(gcs, gcs.new_bucket()).child(unique)
     server = server_named(name)
     return Place.on_server(server, server.new_bucket()).child(unique)

@@ -1,0 +1,153 @@
+"""What a GCS store talks with: gcsfs's configuration and credentials, and urllib3 for the bytes.
+
+gcsfs takes the options first, so that whatever ``storage_options`` holds means here what it means there, and
+it finds credentials and renews them. Its own session carries nothing: it copies what it sends and receives.
+Its plain class is used, for the extended one asks every bucket's type over gRPC before anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import google.auth.exceptions
+import requests
+import urllib3
+from gcsfs.core import GCSFileSystem
+from google.auth.transport.requests import Request
+
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores.gcs_errors import RefusedError
+from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.s3_body import BuffersBody
+from cloudckpt.backends.target import Target
+from cloudckpt.backends.version import __version__
+
+_CONNECT_SECONDS: Final = 5.0
+_ASKED: Final = 1 << 17
+"""Bytes that http.client asks a body for; ``BuffersBody`` hands out more at a time."""
+_ERROR_BYTES: Final = 1 << 16
+
+
+class Client:
+    """What one store talks to GCS with. May be used from several threads."""
+
+    def __init__(self, target: Target) -> None:
+        options = target.options
+        self.fs: Any = _file_system(options)
+        self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
+        self.pace = Pace(options.concurrency)
+        self._lock = threading.Lock()
+        # A bucket whose requester pays wants to know who that is, with every request.
+        payer = self.fs.requester_pays
+        self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
+        self._pool = _pool(os.getpid(), self.endpoint, options.concurrency, options.timeout)
+
+    @property
+    def always(self) -> str:
+        """The query that every request has."""
+        return urlencode(self._always)
+
+    def objects(self, bucket: str) -> str:
+        """The path of a bucket's objects."""
+        return f"/storage/v1/b/{quote(bucket, safe='')}/o"
+
+    def request(
+        self,
+        doing: str,
+        method: str,
+        where: str,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: BuffersBody | bytes | None = None,
+        fine: tuple[int, ...] = (),
+    ) -> urllib3.BaseHTTPResponse:
+        """Send a request and return its answer, whose body is still to be read.
+
+        Args:
+            doing: what it is to do, for errors.
+            method: of HTTP.
+            where: a path on the endpoint, or the URL of a session.
+            parameters: of the query.
+            headers: besides those that all have.
+            body: what is sent.
+            fine: statuses that are no failure, besides success.
+
+        Raises:
+            RefusedError: it was answered with another status.
+        """
+        sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
+        url = where if where.startswith("http") else f"{self.endpoint}{where}"
+        if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
+            self.fs.credentials.apply(sent)
+        query = {**self._always, **(parameters or {})}
+        if query:
+            url += ("&" if "?" in url else "?") + urlencode(query, quote_via=quote)
+        if body is not None:
+            sent["Content-Length"] = str(len(body))
+        response = self._pool.urlopen(
+            method, url, body=body, headers=sent, preload_content=False, decode_content=False, redirect=False
+        )
+        if response.status < 300 or response.status in fine:  # noqa: PLR2004 - 308 is no redirection here
+            return response
+        said = response.read(_ERROR_BYTES)
+        response.release_conn()
+        raise RefusedError(doing, response.status, said, response.headers.get("Retry-After"))
+
+    def renew(self) -> bool:
+        """Get a new token, where the credentials can; whether there is one."""
+        credentials = self.fs.credentials.credentials
+        if credentials is None:
+            return False
+        with self._lock, requests.Session() as session:
+            try:
+                credentials.refresh(Request(session))
+            except google.auth.exceptions.GoogleAuthError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """Let idle connections go."""
+        self._pool.clear()
+
+
+def _file_system(options: Options) -> GCSFileSystem:
+    given = dict(options.storage_options)
+    endpoint = options.endpoint_url or given.pop("endpoint_url", None)
+    given.pop("endpoint_url", None)
+    arguments: dict[str, Any] = {**given, "endpoint_url": endpoint, "use_listings_cache": False}
+    if options.project:
+        arguments["project"] = options.project
+    if options.token is not None:
+        arguments["token"] = options.token.get_secret_value()
+    if options.anon or ("token" not in arguments and _is_plain(endpoint)):
+        arguments["token"] = "anon"  # noqa: S105 - the name of a method
+    return GCSFileSystem(**arguments)
+
+
+def _is_plain(endpoint: str | None) -> bool:
+    """Whether requests are not encrypted: an emulator, to which no token of the user's should go."""
+    return (endpoint or os.environ.get("STORAGE_EMULATOR_HOST") or "https://").split("://")[0] != "https"
+
+
+@functools.lru_cache(maxsize=8)
+def _pool(process: int, endpoint: str, concurrency: int, timeout: float) -> urllib3.PoolManager:
+    """Connections to one server, kept from one save or load to the next."""
+    del process  # a process that was forked must not use its parent's
+    parts = urlsplit(endpoint)
+    settings: dict[str, Any] = {
+        "maxsize": concurrency + 2,
+        "blocksize": _ASKED,
+        "retries": False,
+        "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
+    }
+    proxy = getproxies().get(parts.scheme)
+    if proxy and not proxy_bypass(parts.netloc):
+        return urllib3.ProxyManager(proxy, **settings)
+    return urllib3.PoolManager(**settings)

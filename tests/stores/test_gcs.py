@@ -1,0 +1,34 @@
+"""The GCS store on a strict server of this project's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.target import Target
+from support.conformance import StoreConformance
+from support.gcs import GCSServer
+
+
+class TestGCSStore(StoreConformance):
+    lists_uploads = False
+
+    @pytest.fixture
+    def store(self, gcs: GCSServer) -> GCSStore:
+        self.server, self.bucket = gcs, gcs.new_bucket()
+        return GCSStore(Target.parse(f"gs://{self.bucket}/some/prefix", endpoint_url=gcs.endpoint))
+
+    @pytest.fixture
+    def faults(self) -> Mapping[str, str]:
+        return {}
+
+    def raw_read(self, store: ObjectStore, name: str) -> bytes | None:
+        assert store.uri == f"gs://{self.bucket}/some/prefix"
+        return self.server.read(self.bucket, f"some/prefix/{name}")
+
+    def raw_write(self, store: ObjectStore, name: str, data: bytes) -> None:
+        assert store.uri == f"gs://{self.bucket}/some/prefix"
+        self.server.write(self.bucket, f"some/prefix/{name}", data)

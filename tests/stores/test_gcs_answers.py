@@ -1,0 +1,225 @@
+"""What the GCS store makes of answers: partly received chunks, lost answers, refusals, expired tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from google.auth.credentials import Credentials
+
+import cloudckpt
+from cloudckpt.backends.errors import (
+    AccessDeniedError,
+    ConfigurationError,
+    IntegrityError,
+    PreconditionFailedError,
+    StorageError,
+)
+from cloudckpt.backends.store import Create, Overwrite, Part
+from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.target import Target
+from support.gcs import GCSServer, gcs_server
+
+_GRANULE = 256 << 10
+_DATA = os.urandom(8 * _GRANULE + 100)
+
+Opened = Callable[..., GCSStore]
+
+
+@pytest.fixture
+def opened(gcs: GCSServer) -> Iterator[Opened]:
+    """Open stores on one new bucket."""
+    bucket = gcs.new_bucket()
+    gcs.reset()
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(
+            GCSStore(Target.parse(f"gs://{bucket}/run", endpoint_url=gcs.endpoint, **options))
+        )
+    gcs.reset()
+
+
+def _send(store: GCSStore, departed: Callable[[int], None] | None = None) -> tuple[Any, list[Part]]:
+    upload = store.begin_upload("name")
+    return upload, [store.upload_part(upload, 1, 0, [memoryview(_DATA)], departed=departed)]
+
+
+@pytest.mark.parametrize("kept", [0, 100, _GRANULE, 3 * _GRANULE + 5])
+def test_a_chunk_that_broke_off_is_gone_on_with_from_what_is_held(
+    gcs: GCSServer, opened: Opened, kept: int
+) -> None:
+    store, said = opened(), list[int]()
+    gcs.spoil({"method": "PUT", "path": "upload_id", "do": f"keep {kept}"})
+    upload, parts = _send(store, said.append)
+    store.complete_upload(upload, parts)
+    assert store.get("name")[0] == _DATA
+    assert said[-1] == len(_DATA)
+    again = max(said[: said.index(max(said)) + 1], default=0)
+    assert again <= len(_DATA)
+
+
+@pytest.mark.parametrize("do", ["status 503", "status 429", "status 500", "reset before", "reset after"])
+@pytest.mark.parametrize("skip", range(3))
+def test_any_request_of_an_upload_may_fail_once(gcs: GCSServer, opened: Opened, do: str, skip: int) -> None:
+    store = opened()
+    gcs.spoil({"method": "P(OST|UT)", "path": "upload", "do": do, "skip": skip})
+    upload, parts = _send(store)
+    assert store.complete_upload(upload, parts).size == len(_DATA)
+    assert store.get("name")[0] == _DATA
+
+
+@pytest.mark.parametrize("do", ["status 503", "reset before", "reset after"])
+def test_any_other_request_may_fail_once(gcs: GCSServer, opened: Opened, do: str) -> None:
+    store = opened()
+    store.put("a", b"one", Overwrite())
+    gcs.spoil(
+        *({"method": "GET|DELETE|POST", "path": "/o|/batch", "do": do, "skip": n} for n in (0, 1, 2, 3))
+    )
+    assert store.get("a")[0] == b"one"
+    assert store.stat("a").size == 3
+    assert [info.name for info in store.list().objects] == ["a"]
+    store.delete(["a"])
+    assert store.list().objects == ()
+
+
+def test_a_put_whose_answer_was_lost_is_refused_as_if_another_had_won(gcs: GCSServer, opened: Opened) -> None:
+    """The commit then reads back whose it is."""
+    store = opened()
+    gcs.spoil({"method": "POST", "path": "uploadType=multipart", "do": "reset after"})
+    with pytest.raises(PreconditionFailedError):
+        store.put("name", b"data", Create())
+    assert store.get("name")[0] == b"data"
+
+
+def test_a_commit_whose_answer_was_lost_is_a_commit(gcs: GCSServer) -> None:
+    uri = f"gs://{gcs.new_bucket()}/run"
+    gcs.spoil({"method": "POST", "path": "uploadType=multipart", "do": "reset after", "skip": 1})
+    state = {"t": torch.arange(1000)}
+    writer = cloudckpt.StorageWriter(uri, endpoint_url=gcs.endpoint)
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    loaded = {"t": torch.zeros(1000, dtype=torch.int64)}
+    reader = cloudckpt.StorageReader(uri, endpoint_url=gcs.endpoint)
+    dcp.load(loaded, storage_reader=reader, no_dist=True)
+    assert torch.equal(loaded["t"], state["t"])
+    gcs.reset()
+
+
+def test_parts_go_in_order(opened: Opened) -> None:
+    store = opened()
+    upload = store.begin_upload("name")
+    with pytest.raises(StorageError):
+        store.upload_part(upload, 2, _GRANULE, [memoryview(_DATA)[_GRANULE : 2 * _GRANULE]])
+
+
+def test_a_cancelled_session_is_gone(gcs: GCSServer, opened: Opened) -> None:
+    store = opened()
+    upload, parts = _send(store)
+    bucket = store.uri.split("/")[2]
+
+    def held() -> list[int]:
+        return [one["held"] for one in gcs.sessions() if one["bucket"] == bucket]
+
+    assert held() == [8 * _GRANULE]
+    store.abort_upload(upload)
+    assert held() == []
+    with pytest.raises(StorageError, match="does not exist"):
+        store.complete_upload(upload, parts)
+
+
+def test_parts_that_do_not_add_up_are_an_integrity_error(opened: Opened) -> None:
+    store = opened()
+    upload, (part,) = _send(store)
+    for parts in ([part, part], [Part(2, part.size, part.etag)], [part, Part(2, _GRANULE)]):
+        with pytest.raises(IntegrityError):
+            store.complete_upload(upload, parts)
+    store.complete_upload(upload, [part])
+
+
+def test_a_bucket_that_is_not_there_is_named(gcs: GCSServer) -> None:
+    with GCSStore(Target.parse("gs://no-such-bucket/run", endpoint_url=gcs.endpoint)) as store:
+        with pytest.raises(FileNotFoundError, match="no-such-bucket"):
+            store.get("name")
+        with pytest.raises(StorageError, match="no-such-bucket"):
+            store.begin_upload("name")
+
+
+def test_who_pays_is_asked_and_told(gcs: GCSServer) -> None:
+    bucket = gcs.new_bucket(billing={"requesterPays": True})
+    store = GCSStore(Target.parse(f"gs://{bucket}/run", endpoint_url=gcs.endpoint))
+    with store, pytest.raises(ConfigurationError, match="requester-pays"):
+        store.put("name", b"data", Create())
+    paying = {"requester_pays": "my-project"}
+    target = Target.parse(f"gs://{bucket}/run", endpoint_url=gcs.endpoint, storage_options=paying)
+    with GCSStore(target) as store:
+        store.put("name", b"data", Create())
+        upload, parts = _send(store)
+        store.complete_upload(upload, parts)
+        store.delete(["name"])
+        assert store.list().objects == ()
+
+
+def test_the_storage_class_is_that_of_the_option(gcs: GCSServer, opened: Opened) -> None:
+    store = opened(storage_class="NEARLINE")
+    store.put("small", b"data", Create())
+    upload, parts = _send(store)
+    store.complete_upload(upload, parts)
+    bucket = store.uri.split("/")[2]
+    for name in ("small", "name"):
+        assert gcs.resource(bucket, f"run/{name}")["storageClass"] == "NEARLINE"
+
+
+def test_the_environment_names_an_emulator(gcs: GCSServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
+    with GCSStore(Target.parse(f"gs://{gcs.new_bucket()}/run")) as store:
+        store.put("name", b"data", Create())
+        assert store.get("name")[0] == b"data"
+
+
+class _FromFile(Credentials):
+    """Credentials whose token is renewed from a file, as a token broker's are."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._path = path
+        self.refresh(None)
+
+    def refresh(self, request: object) -> None:
+        del request
+        self.token = self._path.read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GCSServer, Path]]:
+    tokens = tmp_path_factory.mktemp("tokens") / "let-in"
+    tokens.write_text("first\n")
+    with gcs_server("--tokens", str(tokens)) as server:
+        yield server, tokens
+
+
+def test_a_token_that_expires_during_an_upload_is_renewed_and_the_session_goes_on(
+    guarded: tuple[GCSServer, Path], tmp_path: Path
+) -> None:
+    server, let_in = guarded
+    given = tmp_path / "given"
+    let_in.write_text("first\n")
+    given.write_text("first\n")
+    bucket = server.new_bucket(let_in.read_text().strip())
+    credentials = {"token": _FromFile(given)}
+    with GCSStore(
+        Target.parse(f"gs://{bucket}/run", endpoint_url=server.endpoint, storage_options=credentials)
+    ) as store:
+        upload = store.begin_upload("name")
+        first = store.upload_part(upload, 1, 0, [memoryview(_DATA)[:_GRANULE]])
+        let_in.write_text("second\n")
+        given.write_text("second\n")
+        last = store.upload_part(upload, 2, _GRANULE, [memoryview(_DATA)[_GRANULE:]])
+        store.complete_upload(upload, [first, last])
+        assert store.get("name")[0] == _DATA
+        let_in.write_text("third\n")
+        with pytest.raises(AccessDeniedError):
+            store.get("name")
