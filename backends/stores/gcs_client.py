@@ -8,6 +8,7 @@ Its plain class is used, for the extended one asks every bucket's type over gRPC
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ import urllib3
 from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
 
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.gcs_errors import RefusedError
 from cloudckpt.backends.stores.pace import Pace
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -32,6 +34,10 @@ _CONNECT_SECONDS: Final = 5.0
 _ASKED: Final = 1 << 17
 """Bytes that http.client asks a body for; ``BuffersBody`` hands out more at a time."""
 _ERROR_BYTES: Final = 1 << 16
+_OF_FSSPEC: Final = frozenset(
+    {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "batch_size"}
+)
+"""Keywords that every file system of fsspec takes, without naming them."""
 
 
 class Client:
@@ -128,7 +134,18 @@ def _file_system(options: Options) -> GCSFileSystem:
         arguments["token"] = options.token.get_secret_value()
     if options.anon or ("token" not in arguments and _is_plain(endpoint)):
         arguments["token"] = "anon"  # noqa: S105 - the name of a method
-    return GCSFileSystem(**arguments)
+    known = _OF_FSSPEC.union(inspect.signature(GCSFileSystem.__init__).parameters)
+    if unknown := sorted(arguments.keys() - known):
+        raise ConfigurationError(f"gcsfs knows no {', '.join(unknown)} in storage_options")
+    try:
+        return GCSFileSystem(**arguments)
+    except google.auth.exceptions.GoogleAuthError:
+        raise
+    except Exception as error:  # noqa: BLE001 - gcsfs asks Google about a token, in a URL that errors show
+        raise ConfigurationError(
+            f"gcsfs can't use the token or storage_options ({type(error).__name__})",
+            hint=where_credentials_belong("gs"),
+        ) from None
 
 
 def _is_plain(endpoint: str | None) -> bool:

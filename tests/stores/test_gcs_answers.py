@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -178,6 +179,25 @@ def test_the_environment_names_an_emulator(gcs: GCSServer, monkeypatch: pytest.M
     with GCSStore(Target.parse(f"gs://{gcs.new_bucket()}/run")) as store:
         store.put("name", b"data", Create())
         assert store.get("name")[0] == b"data"
+
+
+def test_what_gcsfs_does_not_know_is_refused(gcs: GCSServer) -> None:
+    given = {"tokne": "anon"}
+    with (
+        GCSStore(Target.parse("gs://bucket/run", endpoint_url=gcs.endpoint, storage_options=given)) as store,
+        pytest.raises(ConfigurationError, match="tokne"),
+    ):
+        store.stat("name")
+
+
+def test_a_token_that_can_not_be_used_is_not_shown(gcs: GCSServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gcsfs asks Google about it, by a URL that has it."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    secret = {"token": "s3cr3t-t0ken"}
+    target = Target.parse("gs://bucket/run", endpoint_url=gcs.endpoint, storage_options=secret)
+    with GCSStore(target) as store, pytest.raises(ConfigurationError) as caught:
+        store.stat("name")
+    assert "s3cr3t" not in "".join(traceback.format_exception(caught.value))
 
 
 class _FromFile(Credentials):
