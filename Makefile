@@ -39,8 +39,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: demo
-demo: $(READY)  ## train, kill, resume on a real S3 server of its own; URI=s3://bucket/prefix or file:///folder for yours
-	@$(BIN)/python examples/demo/run.py $(if $(URI),--uri '$(URI)')
+demo: $(READY)  ## train, kill, resume on a real S3 server of its own, or STORE=gcs; URI=s3://bucket/prefix or file:///folder for yours
+	@$(BIN)/python examples/demo/run.py $(if $(URI),--uri '$(URI)') $(if $(STORE),--store '$(STORE)')
 
 .PHONY: test
 test: $(READY)  ## every test, on real servers and real processes

@@ -20,6 +20,13 @@ def stock_reader(target: Target) -> StorageReader:
     if target.protocol == "file":
         return FileSystemReader(target.path)
     options = target.options
+    if target.protocol == "gs":
+        # As cloudckpt does: to a server without encryption no credentials go.
+        anonymous = options.anon or (options.endpoint_url or "").startswith("http://")
+        chosen = {"token": "anon"} if anonymous else {}
+        if options.project:
+            chosen["project"] = options.project
+        return FsspecReader(target.uri, endpoint_url=options.endpoint_url, **chosen)
     client = {"region_name": options.region} if options.region else {}
     return FsspecReader(
         target.uri,
