@@ -81,6 +81,10 @@ class GCSServer:
         """Let requests fail from here on, as `support.gcs_server` says."""
         self._ask("POST", "/_gcs/faults", json.dumps(faults).encode())
 
+    def faults_to_come(self) -> int:
+        """How many of the faults that were asked for no request has met."""
+        return int(json.loads(self._ask("GET", "/_gcs/faults"))["to_come"])
+
     def ask(
         self, method: str, where: str, body: bytes | None = None, token: str | None = None
     ) -> tuple[int, bytes]:

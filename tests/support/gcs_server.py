@@ -16,11 +16,11 @@ import struct
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
+from support.gcs_faults import Fault
 from support.gcs_objects import Conditions, Content, Json, Refusal, Stored, invalid, written_fields
 from support.gcs_state import Cloud, Session
 from support.gcs_wire import (
@@ -45,28 +45,6 @@ _UNSERVED = ("matchGlob", "versions", "softDeleted", "filter", "includeTrailingD
 """Parameters that change what an answer means: they are refused, and others without an effect are not."""
 
 
-@dataclass(slots=True)
-class Fault:
-    """What happens instead of, or after, what some requests ask for."""
-
-    method: str
-    path: re.Pattern[str]
-    do: str
-    times: int
-    skip: int
-    retry_after: bool
-
-    @classmethod
-    def parse(cls, told: Json) -> Fault:
-        do, times, skip = str(told["do"]), told.get("times", 1), told.get("skip", 0)
-        if not re.fullmatch(r"status (?:429|500|502|503|504)|reset before|reset after|keep \d+", do):
-            raise invalid(f"Not a fault: {do}")
-        if not isinstance(times, int) or not isinstance(skip, int):
-            raise invalid("times and skip are numbers")
-        path = re.compile(str(told.get("path", "")))
-        return cls(str(told["method"]), path, do, times, skip, bool(told.get("retry_after", False)))
-
-
 class Door:
     """What tests ask beside the API: which requests came, and which faults are to meet them.
 
@@ -85,7 +63,8 @@ class Door:
         with self._lock:
             self._log.append([method, path, parse_qs(query).get("uploadType", [""])[0]])
             for fault in self._faults:
-                if fault.method != method or not fault.times or not fault.path.search(target):
+                wanted = fault.method.fullmatch(method) and fault.path.search(target)
+                if not wanted or not fault.times:
                     continue
                 if fault.skip:
                     fault.skip -= 1
@@ -103,6 +82,9 @@ class Door:
             case "GET", "requests":
                 with self._lock:
                     return in_json(self._log)
+            case "GET", "faults":
+                with self._lock:
+                    return in_json({"to_come": sum(fault.times for fault in self._faults)})
             case "POST", "reset":
                 with self._lock:
                     self._log = []
