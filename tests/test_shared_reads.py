@@ -7,13 +7,13 @@ import os
 import random
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -299,9 +299,18 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
 
 
 def _killed(folder: Path, connection: Connection) -> None:
+    passed_on = threading.Event()
+    pass_on = SharedReads._pass_on
+
+    def told(*arguments: Any) -> None:
+        pass_on(*arguments)
+        passed_on.set()
+
+    mock.patch.object(SharedReads, "_pass_on", told).start()
+
     def kill(read: int) -> None:
         if read > 12 * _PIECE:  # the second request of this rank
-            time.sleep(0.5)  # what was read before is passed on by then
+            passed_on.wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
 
     rank = _Rank(folder, range(_PIECES), kill)
