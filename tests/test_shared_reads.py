@@ -3,120 +3,33 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import random
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from cloudckpt.backends import shared_reads
-from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.peers import Door, Lobby
+from cloudckpt.backends.peers import Door
 from cloudckpt.backends.ranges import Arrival, Extent
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
-from cloudckpt.backends.store import Arrived
-from cloudckpt.backends.stores.local import LocalStore
-from cloudckpt.backends.target import Target
 from support.executors import within
-
-_NAME = "data"
-_PIECE = 512 << 10
-_PIECES = 40
-_CONTENT = random.Random(17).randbytes(_PIECE * _PIECES)  # the same in every process
-
-_MEMORY = 26 << 20
-"""Bytes; some pieces make a request."""
-
-Hook = Callable[[int], None]
-
-
-def _expected(piece: int) -> Expected:
-    data = _CONTENT[piece * _PIECE : (piece + 1) * _PIECE]
-    chunk = chunk_size(_PIECE)
-    sums = [CRC32C.of(data[at : at + chunk]) for at in range(0, _PIECE, chunk)]
-    checks = Checks(CRC32C, (_PIECE,), b"".join(map(CRC32C.packed, sums)))
-
-    def tell(damaged: list[Chunk]) -> None:
-        if damaged:
-            raise IntegrityError(f"piece {piece} is damaged")
-
-    return Expected(checks, checks.covering(0, _PIECE), tell)
-
-
-class _Store(LocalStore):
-    """Counts the bytes that are read, and calls a hook with them before."""
-
-    def __init__(self, folder: Path, hook: Hook = lambda _: None) -> None:
-        super().__init__(Target.parse(f"file://{folder}"))
-        self.read = 0
-        self._hook = hook
-
-    def read_into(
-        self, name: str, offset: int, buffers: Sequence[memoryview], *, arrived: Arrived | None = None
-    ) -> int:
-        self.read += sum(buffer.nbytes for buffer in buffers)
-        self._hook(self.read)
-        return super().read_into(name, offset, buffers, arrived=arrived)
-
-
-class _Rank:
-    """One rank of a load: its own memory, its own way to the object, and the door to the others."""
-
-    def __init__(self, folder: Path, pieces: Sequence[int], hook: Hook = lambda _: None) -> None:
-        self.store = _Store(folder, hook)
-        self.lobby = Lobby(str(folder), _MEMORY)
-        self.pieces = pieces
-        self.memory = {piece: bytearray(_PIECE) for piece in pieces}
-        self.done: list[int] = []
-
-    def extents(self, *, straight: bool) -> list[Extent]:
-        return [self._extent(piece, straight=straight) for piece in self.pieces]
-
-    def _extent(self, piece: int, *, straight: bool) -> Extent:
-        def deliver(data: memoryview) -> None:
-            self.memory[piece][:] = data
-
-        def done() -> None:
-            self.done.append(piece)
-
-        expected, start = _expected(piece), piece * _PIECE
-        if straight:
-            return Extent(start, _PIECE, done, into=memoryview(self.memory[piece]), expected=expected)
-        return Extent(start, _PIECE, done, deliver=deliver, expected=expected)
-
-    def load(self, circle: Circle | None, patience: float = 30.0, *, straight: bool = True) -> None:
-        assert circle is not None
-        try:
-            shared = SharedReads(circle, self.lobby, _MEMORY, patience)
-            sizes = {_NAME: len(_CONTENT)}
-            downloader = Downloader(self.store, 4, shared.memory_limit, sizes)
-            shared.read(downloader, {_NAME: self.extents(straight=straight)})
-        finally:
-            self.lobby.close()
-
-    def assert_loaded(self) -> None:
-        for piece, memory in self.memory.items():
-            assert memory == _CONTENT[piece * _PIECE : (piece + 1) * _PIECE], piece
-        assert sorted(self.done) == sorted(self.pieces), "each is delivered once"
+from support.sharers import CONTENT, NAME, PIECE, PIECES, Rank, expected_of, killed_after_passing_on
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / _NAME).write_bytes(_CONTENT)
+    (tmp_path / NAME).write_bytes(CONTENT)
     return tmp_path
 
 
-def load_all(ranks: Sequence[_Rank], patience: float = 30.0, *, straight: bool = True) -> None:
+def load_all(ranks: Sequence[Rank], patience: float = 30.0, *, straight: bool = True) -> None:
     with ThreadPoolExecutor(len(ranks)) as pool:
         loads = [
             pool.submit(rank.load, circle, patience, straight=straight)
@@ -129,50 +42,50 @@ def load_all(ranks: Sequence[_Rank], patience: float = 30.0, *, straight: bool =
 @pytest.mark.parametrize("straight", [True, False], ids=["into memory", "through a buffer"])
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_what_all_need_is_read_once(folder: Path, world_size: int, *, straight: bool) -> None:
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(world_size)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(world_size)]
     load_all(ranks, straight=straight)
     for rank in ranks:
         rank.assert_loaded()
-    assert sum(rank.store.read for rank in ranks) == len(_CONTENT)
+    assert sum(rank.store.read for rank in ranks) == len(CONTENT)
     assert all(rank.store.read for rank in ranks), "reading is shared out"
 
 
 def test_what_one_alone_needs_is_read_by_itself(folder: Path) -> None:
-    ranks = [_Rank(folder, range(first, 30 + first)) for first in (0, 10)]
+    ranks = [Rank(folder, range(first, 30 + first)) for first in (0, 10)]
     load_all(ranks)
     for rank in ranks:
         rank.assert_loaded()
-    assert sum(rank.store.read for rank in ranks) == len(_CONTENT)
+    assert sum(rank.store.read for rank in ranks) == len(CONTENT)
 
 
 def test_nothing_in_common_is_read_as_ever(folder: Path) -> None:
-    ranks = [_Rank(folder, range(20)), _Rank(folder, range(20, 40)), _Rank(folder, [])]
+    ranks = [Rank(folder, range(20)), Rank(folder, range(20, 40)), Rank(folder, [])]
     load_all(ranks)
     for rank in ranks:
         rank.assert_loaded()
-    assert [rank.store.read for rank in ranks] == [20 * _PIECE, 20 * _PIECE, 0]
+    assert [rank.store.read for rank in ranks] == [20 * PIECE, 20 * PIECE, 0]
 
 
 def test_what_does_not_fit_beside_the_others_is_read_alone(folder: Path) -> None:
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(2)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         loads = []
         for rank, circle in zip(ranks, circles([rank.lobby.door for rank in ranks]), strict=True):
             assert circle is not None
-            shared = SharedReads(circle, rank.lobby, _PIECE, 30.0)  # room for half a piece
-            downloader = Downloader(rank.store, 4, 4 << 20, {_NAME: len(_CONTENT)})
-            wanted = {_NAME: rank.extents(straight=False)}
+            shared = SharedReads(circle, rank.lobby, PIECE, 30.0)  # room for half a piece
+            downloader = Downloader(rank.store, 4, 4 << 20, {NAME: len(CONTENT)})
+            wanted = {NAME: rank.extents(straight=False)}
             loads.append(pool.submit(shared.read, downloader, wanted))
     for rank, load in zip(ranks, loads, strict=True):
         load.result()
         rank.assert_loaded()
         rank.lobby.close()
-        assert rank.store.read == len(_CONTENT)
+        assert rank.store.read == len(CONTENT)
 
 
 @pytest.mark.parametrize("late", [0, 1], ids=["the first", "another"])
 def test_a_rank_that_does_not_come_is_gone_without(folder: Path, late: int) -> None:
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
     members = circles([rank.lobby.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [pool.submit(ranks[at].load, members[at], 1.0) for at in range(3) if at != late]
@@ -187,10 +100,10 @@ def test_a_rank_that_does_not_come_is_gone_without(folder: Path, late: int) -> N
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_fails_alone(folder: Path, failing: int, *, straight: bool) -> None:
     def fail(read: int) -> None:
-        if read > 5 * _PIECE:
+        if read > 5 * PIECE:
             raise OSError("the network is gone")
 
-    ranks = [_Rank(folder, range(_PIECES), fail if at == failing else lambda _: None) for at in range(3)]
+    ranks = [Rank(folder, range(PIECES), fail if at == failing else lambda _: None) for at in range(3)]
     members = circles([rank.lobby.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [
@@ -211,7 +124,7 @@ def test_a_rank_that_stalls_is_gone_without(folder: Path) -> None:
     def stall(_: int) -> None:
         go_on.wait(60)
 
-    ranks = [_Rank(folder, range(_PIECES), stall), _Rank(folder, range(_PIECES))]
+    ranks = [Rank(folder, range(PIECES), stall), Rank(folder, range(PIECES))]
     members = circles([rank.lobby.door for rank in ranks])
     with ThreadPoolExecutor(2) as pool:
         stalled = pool.submit(ranks[0].load, members[0], 1.0)
@@ -235,27 +148,27 @@ def test_what_is_overwritten_before_it_is_passed_on_harms_no_other_rank(
         pass_on(self, number, ranks, arrivals)
 
     monkeypatch.setattr(SharedReads, "_pass_on", overwritten)
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
     load_all(ranks)
     for rank in ranks[1:]:
         rank.assert_loaded()
 
 
 def test_what_has_no_checksum_is_read_by_each_rank(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(2)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
     for rank in ranks:
         plain = [replace(extent, expected=None) for extent in rank.extents(straight=True)]
         monkeypatch.setattr(rank, "extents", lambda plain=plain, **_: plain)
     load_all(ranks)
     for rank in ranks:
         rank.assert_loaded()
-        assert rank.store.read == len(_CONTENT)
+        assert rank.store.read == len(CONTENT)
 
 
 def test_damage_is_found_by_every_rank(folder: Path) -> None:
-    path = folder / _NAME
-    path.write_bytes(_CONTENT[: 5 * _PIECE] + b"damage" + _CONTENT[5 * _PIECE + 6 :])
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
+    path = folder / NAME
+    path.write_bytes(CONTENT[: 5 * PIECE] + b"damage" + CONTENT[5 * PIECE + 6 :])
+    ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
     members = circles([rank.lobby.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [pool.submit(rank.load, circle) for rank, circle in zip(ranks, members, strict=True)]
@@ -268,7 +181,7 @@ def test_a_first_rank_that_never_comes_is_not_waited_for_as_long_as_a_request(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shared_reads, "_MEETING", 0.5)
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(2)]
+    ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
     members = circles([rank.lobby.door for rank in ranks])
     with within(60):
         ranks[1].load(members[1], 600.0)
@@ -284,8 +197,8 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
     def refuse() -> None:
         raise ValueError("not mine")
 
-    ranks = [_Rank(folder, range(_PIECES)) for _ in range(3)]
-    refusing = Extent(0, _PIECE, refuse, into=memoryview(ranks[2].memory[0]), expected=_expected(0))
+    ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
+    refusing = Extent(0, PIECE, refuse, into=memoryview(ranks[2].memory[0]), expected=expected_of(0))
     rest = ranks[2].extents(straight=True)[1:]
     monkeypatch.setattr(ranks[2], "extents", lambda **_: [refusing, *rest])
     members = circles([rank.lobby.door for rank in ranks])
@@ -298,33 +211,15 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
         ranks[at].assert_loaded()
 
 
-def _killed(folder: Path, connection: Connection) -> None:
-    passed_on = threading.Event()
-    pass_on = SharedReads._pass_on
-
-    def told(*arguments: Any) -> None:
-        pass_on(*arguments)
-        passed_on.set()
-
-    mock.patch.object(SharedReads, "_pass_on", told).start()
-
-    def kill(read: int) -> None:
-        if read > 12 * _PIECE:  # the second request of this rank
-            passed_on.wait(60)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    rank = _Rank(folder, range(_PIECES), kill)
-    connection.send(rank.lobby.door)
-    rank.load(connection.recv())
-
-
 @pytest.mark.parametrize("killed", [0, 1], ids=["the first", "another"])
 def test_a_rank_that_is_killed_is_gone_without(folder: Path, killed: int) -> None:
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_killed, args=(folder, theirs))
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_after_passing_on, args=(folder, theirs)
+    )
     process.start()
     theirs.close()
-    rank = _Rank(folder, range(_PIECES))
+    rank = Rank(folder, range(PIECES))
     doors = [rank.lobby.door]
     doors.insert(killed, ours.recv())
     members = circles(doors)
@@ -334,7 +229,7 @@ def test_a_rank_that_is_killed_is_gone_without(folder: Path, killed: int) -> Non
     process.join()
     assert process.exitcode == -signal.SIGKILL
     rank.assert_loaded()
-    assert rank.store.read < len(_CONTENT), "what came before it died is kept"
+    assert rank.store.read < len(CONTENT), "what came before it died is kept"
     ours.close()
 
 
