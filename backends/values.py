@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import threading
+import zipfile
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -77,12 +78,20 @@ def checked_archive(stream: IO[bytes], size: int) -> Any:
         Exception: it is damaged, or claims too much.
     """
     archive = torch._C.PyTorchFileReader(stream)  # noqa: SLF001 - the only reader that sees what torch sees
-    if sum(archive.get_record_size(name) for name in archive.get_all_records()) > size:
+    if _claimed(archive, stream) > size:
         raise ValueError("its archive claims to hold more than there is")
     if weighs_too_much(archive.get_record("data.pkl")):
         raise ValueError("its pickle claims more than it can need")
     stream.seek(0)
     return archive
+
+
+def _claimed(archive: Any, stream: IO[bytes]) -> int:
+    """Bytes that an archive says it holds."""
+    if hasattr(archive, "get_record_size"):
+        return sum(archive.get_record_size(name) for name in archive.get_all_records())
+    with zipfile.ZipFile(stream) as told:  # torch before 2.13 can't be asked
+        return sum(entry.file_size for entry in told.infolist())
 
 
 def _load(data: memoryview, fqn: str, *, trust: bool = False) -> object:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import cloudckpt
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends import stock
+from cloudckpt.backends import stock, values
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.pickles import claims_too_much
@@ -141,6 +141,16 @@ def test_an_archive_that_grows_when_it_is_read_is_refused() -> None:
     with pytest.raises(IntegrityError, match="claims to hold more"):
         prove_safe(memoryview(data), "x")
     assert located(data) is None
+
+
+def test_torch_that_can_not_be_asked_what_an_archive_claims_is_not_needed() -> None:
+    parts = hostile.records(saved(5))
+    for padding in (0, 3 << 20):
+        data = hostile.archive(parts | {"archive/more": bytes(padding)}, deflated=True)
+        archive = torch._C.PyTorchFileReader(io.BytesIO(data))
+        without_the_question = object()  # as before torch 2.13
+        told = values._claimed(without_the_question, io.BytesIO(data))
+        assert told == values._claimed(archive, io.BytesIO(data)) >= padding
 
 
 def located(data: bytes) -> stock.Stored | None:
