@@ -106,7 +106,7 @@ class Downloader:
         if cost > self._largest:  # one value, as large as the metadata says: nothing is taken on its word
             with self._damage_named(name):
                 self._check_size(name, self._store.stat(name).size)
-        with self._scratch.lent(cost) as scratch:
+        with self._scratch.lent(cost, locked=request.to_device) as scratch:
             with self._lanes.taken(request.size):
                 arrivals = self._transfer(name, request, scratch)
                 if pass_on is None:

@@ -19,7 +19,7 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.collection import no_collection
-from cloudckpt.backends.devices import await_caller, await_copies
+from cloudckpt.backends.devices import await_caller, await_copies, beside, settle
 from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_slices
@@ -178,7 +178,10 @@ class _Load:
         self._check_box(item, info, tuple(tensor.shape))
         with self._one_at_a_time:
             target = self._target(item)
-            _copy(item, target, narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+            try:
+                _copy(item, target, narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+            finally:
+                settle()
             self._planner.commit_tensor(item, target)
 
     def _target(self, item: ReadItem) -> torch.Tensor:
@@ -267,7 +270,15 @@ class _Load:
         if self._shared is not None:
             end = strides.span(stored.shape, stored.stride)
             lead, trail = whole_slices(piece, stored.stride, piece.first, end)
-        return Extent(offset, size, done, deliver=deliver, lead=lead * itemsize, trail=trail * itemsize)
+        return Extent(
+            offset,
+            size,
+            done,
+            deliver=deliver,
+            lead=lead * itemsize,
+            trail=trail * itemsize,
+            to_device=target.is_cuda,
+        )
 
     def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
         with self._one_at_a_time:
@@ -315,6 +326,7 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
         extent.deliver,
         lead=extent.lead + start - chunks[0].start,
         trail=extent.trail + chunks[-1].stop - stop,
+        to_device=extent.to_device,
         expected=Expected(checks, chunks, functools.partial(_refuse, fqn, info)),
     )
 
@@ -335,8 +347,8 @@ def _extent_into(offset: int, memory: memoryview, done: Callable[[], None]) -> E
 
 def _copy(item: ReadItem, target: torch.Tensor, source: torch.Tensor) -> None:
     try:
-        with torch.no_grad():
-            target.copy_(source)
+        with torch.no_grad(), beside(target):
+            target.copy_(source, non_blocking=True)
     except RuntimeError as error:
         raise ConfigurationError(
             f"{item.dest_index.fqn!r} cannot be copied into the state's tensor: {error}",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends.checksum import Expected
+from cloudckpt.backends.devices import settle
 from cloudckpt.backends.strides import span as span_of
 
 GAP = 64 << 10
@@ -115,6 +116,8 @@ class Extent:
     """Bytes before ``start`` that are read as well, because a checksum is of them too."""
     trail: int = 0
     """Bytes after the range, likewise."""
+    to_device: bool = False
+    """Whether ``deliver`` copies to a CUDA device."""
     expected: Expected | None = None
     """The chunks of everything that is read, lead and trail included; they are told of before ``deliver``."""
 
@@ -164,6 +167,11 @@ class Request:
         )
 
     @property
+    def to_device(self) -> bool:
+        """Whether some of it goes on to a CUDA device."""
+        return any(extent.to_device for extent in self.extents)
+
+    @property
     def widest_gap(self) -> int:
         """Bytes of the largest gap between two extents."""
         return max((b.begin - a.end for a, b in zip(self.extents, self.extents[1:], strict=False)), default=0)
@@ -197,9 +205,13 @@ class Request:
 
     def deliver(self, arrivals: Sequence[Arrival]) -> None:
         """Hand every extent its bytes, once they have arrived and are as expected."""
-        for extent, arrival in zip(self.extents, arrivals, strict=True):
-            if extent.deliver is not None:
-                extent.deliver(arrival.body)
+        try:
+            for extent, arrival in zip(self.extents, arrivals, strict=True):
+                if extent.deliver is not None:
+                    extent.deliver(arrival.body)
+        finally:
+            settle()
+        for extent in self.extents:
             extent.done()
 
 

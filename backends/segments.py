@@ -14,6 +14,8 @@ from typing import Protocol
 
 import torch
 
+from cloudckpt.backends.devices import beside, settle
+
 
 class Segment(Protocol):
     """A run of bytes of an object."""
@@ -28,8 +30,17 @@ class Segment(Protocol):
         """True when the bytes are the caller's own; False when memory is held for them."""
         ...
 
-    def window(self, start: int, stop: int) -> memoryview:
-        """Bytes ``start`` to ``stop`` of the segment."""
+    def window(self, start: int, stop: int, scratch: memoryview) -> memoryview:
+        """Bytes ``start`` to ``stop`` of the segment, brought to ``scratch`` where they are not in memory."""
+        ...
+
+    def gathered(self, start: int, stop: int) -> int:
+        """Bytes of scratch memory that this takes."""
+        ...
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the bytes come from a device."""
         ...
 
 
@@ -44,8 +55,15 @@ class View:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def window(self, start: int, stop: int) -> memoryview:
+    def window(self, start: int, stop: int, scratch: memoryview) -> memoryview:  # noqa: ARG002 - the interface's
         return self.data[start:stop]
+
+    def gathered(self, start: int, stop: int) -> int:  # noqa: ARG002 - the interface's
+        return 0
+
+    @property
+    def on_device(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +83,21 @@ class Gathered:
     def borrowed(self) -> bool:
         return False
 
-    def window(self, start: int, stop: int) -> memoryview:
+    def window(self, start: int, stop: int, scratch: memoryview) -> memoryview:
         itemsize = self.tensor.itemsize
         first, last = start // itemsize, -(-stop // itemsize)
-        host = torch.empty(last - first, dtype=self.tensor.dtype)
-        _copy_range(self.tensor, first, last, host)
-        return bytes_of(host)[start - first * itemsize : stop - first * itemsize]
+        host = torch.frombuffer(scratch, dtype=torch.uint8, count=(last - first) * itemsize)
+        with beside(self.tensor):
+            _copy_range(self.tensor, first, last, host.view(self.tensor.dtype))
+        return scratch[start - first * itemsize : stop - first * itemsize]
+
+    def gathered(self, start: int, stop: int) -> int:
+        itemsize = self.tensor.itemsize
+        return (-(-stop // itemsize) - start // itemsize) * itemsize
+
+    @property
+    def on_device(self) -> bool:
+        return self.tensor.is_cuda
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -80,11 +107,13 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 def _copy_range(tensor: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
     """Copy elements ``first`` to ``last``, counted in row-major order, without flattening the tensor."""
+    # torch conjugates and negates on the host what has come from a device, and waits for nothing before.
+    non_blocking = not (tensor.is_conj() or tensor.is_neg())
     if tensor.is_contiguous():
-        out.copy_(tensor.reshape(-1)[first:last])
+        out.copy_(tensor.reshape(-1)[first:last], non_blocking=non_blocking)
         return
     if tensor.dim() == 1:
-        out.copy_(tensor[first:last])
+        out.copy_(tensor[first:last], non_blocking=non_blocking)
         return
     row = math.prod(tensor.shape[1:])
     top, bottom = first // row, (last - 1) // row
@@ -98,7 +127,8 @@ def _copy_range(tensor: torch.Tensor, first: int, last: int, out: torch.Tensor) 
         top += 1
     whole = last // row - top
     if whole:
-        out[done : done + whole * row].view(whole, *tensor.shape[1:]).copy_(tensor[top : top + whole])
+        rows = out[done : done + whole * row].view(whole, *tensor.shape[1:])
+        rows.copy_(tensor[top : top + whole], non_blocking=non_blocking)
         done += whole * row
         top += whole
     if done < last - first:
@@ -120,18 +150,42 @@ class Window:
 
     @property
     def cost(self) -> int:
-        """Bytes of memory that the window needs: values held already, and copies that ``buffers`` makes."""
-        return sum(
-            stop - start + 2 * _ELEMENT for segment, start, stop in self.pieces if not segment.borrowed
+        """Bytes of memory that the window needs: values held already, and what is gathered."""
+        return self.gathered + sum(
+            stop - start
+            for segment, start, stop in self.pieces
+            if not segment.borrowed and not segment.gathered(start, stop)
         )
 
-    def buffers(self) -> list[memoryview]:
-        """The window's bytes: views where they are in memory, gathered copies where not."""
-        return [segment.window(start, stop) for segment, start, stop in self.pieces]
+    @property
+    def gathered(self) -> int:
+        """Bytes of scratch memory that `buffers` fills."""
+        return sum(_aligned(segment.gathered(start, stop)) for segment, start, stop in self.pieces)
+
+    @property
+    def from_device(self) -> bool:
+        """Whether some of it comes from a device."""
+        return any(segment.on_device for segment, _, _ in self.pieces)
+
+    def buffers(self, scratch: memoryview) -> list[memoryview]:
+        """The window's bytes: views where they are in memory, and where not, copies in ``scratch``."""
+        buffers: list[memoryview] = []
+        used = 0
+        try:
+            for segment, start, stop in self.pieces:
+                buffers.append(segment.window(start, stop, scratch[used:]))
+                used += _aligned(segment.gathered(start, stop))
+        finally:
+            settle()
+        return buffers
 
 
 _ELEMENT = 16
-"""Bytes of the largest element (complex128); a gathered window rounds to whole elements at both ends."""
+"""Bytes of the largest element (complex128), at multiples of which gathered pieces begin."""
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ELEMENT) * _ELEMENT
 
 
 def windows(segments: Iterable[Segment], size: int) -> Iterator[Window]:

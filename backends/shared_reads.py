@@ -270,7 +270,7 @@ class SharedReads:
         return batch
 
     def _receive(self, link: Link, batch: Request) -> None:
-        with self._scratch.lent(batch.buffered) as scratch:
+        with self._scratch.lent(batch.buffered, locked=batch.to_device) as scratch:
             _, arrivals = batch.buffers(scratch)
             link.fill([view for arrival in arrivals for view in arrival.views])
             for extent, arrival in zip(batch.extents, arrivals, strict=True):

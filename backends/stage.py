@@ -102,8 +102,8 @@ def _encoded(item: WriteItem, planner: SavePlanner) -> Item:
                 f"the tensor {item.index.fqn!r} is on the meta device and has no data",
                 hint="Materialise it before saving, or leave it out",
             )
-        await_caller(tensor)
         encoded, planned = encode_tensor(tensor), item.tensor_data
+        await_caller(tensor)  # for what encoding has queued as well: a conjugate's elements, say
         if planned is None or tensor.shape != planned.chunk.sizes:
             # A planner may reshape a tensor after planning; the archive alone then says what it is.
             encoded = replace(encoded, payload=None)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
 from cloudckpt.backends.lanes import lanes
+from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.tally import Tally
@@ -88,6 +89,7 @@ class Uploader:
         self._lanes = lanes(store.uri, "up", concurrency)
         self._observer = observer
         self._budget = Budget(memory_limit)
+        self._scratch = Scratch(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
         self._failed = threading.Event()
         self.begun: list[Upload] = []
@@ -110,6 +112,7 @@ class Uploader:
             except BaseException:
                 self._failed.set()
                 raise
+        self._scratch.clear()
         _raise_first(sending)
         return [self._sent(one) for one in sending]
 
@@ -188,15 +191,19 @@ class Uploader:
             self._room.release()
 
     def _transfer(self, to: Upload, number: int, window: Window) -> tuple[Part, list[Fragment]]:
-        buffers = window.buffers()
-        tally = Tally(self.algorithm, window, buffers)
-        checksum = None
-        if self._in_advance:
-            checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))
-        part = self._store.upload_part(
-            to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
-        )
-        return part, tally.finish()
+        gathered = window.gathered
+        with self._scratch.lent(
+            gathered, locked=window.from_device, beside=window.cost - gathered
+        ) as scratch:
+            buffers = window.buffers(scratch)
+            tally = Tally(self.algorithm, window, buffers)
+            checksum = None
+            if self._in_advance:
+                checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))
+            part = self._store.upload_part(
+                to, number, window.offset, buffers, checksum=checksum, departed=tally.departed
+            )
+            return part, tally.finish()
 
 
 def _padded(segments: Iterator[Segment], multiple: int) -> Iterator[Segment]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from cloudckpt.backends.devices import lock_pages, unlock_pages
 from cloudckpt.backends.errors import ExecutorError
 
 _GRAIN = 2 << 20
@@ -89,7 +90,7 @@ class Arena:
         """Lock the pages for copies from a CUDA device that need no stop on the way; once is enough."""
         if self._pinned is None and self._map is not None:
             address = self.address
-            if int(_cudart().cudaHostRegister(address, self.nbytes, 0)) == 0:
+            if lock_pages(address, self.nbytes):
                 self._pinned = address
 
     @property
@@ -123,7 +124,7 @@ class Arena:
 
     def _unmap(self) -> None:
         if self._pinned is not None:
-            _cudart().cudaHostUnregister(self._pinned)
+            unlock_pages(self._pinned)
             self._pinned = None
         # Not closed by hand: a tensor that is left keeps its memory mapped, and is valid.
         self._map = None
@@ -156,9 +157,3 @@ def _shared_memory_descriptor() -> int:
     fd = posix.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
     posix.shm_unlink(name)
     return int(fd)
-
-
-def _cudart() -> Any:
-    """CUDA's runtime, where there is a device."""
-    cuda: Any = torch.cuda
-    return cuda.cudart()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
+from cloudckpt.backends.devices import side_streams
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, Source
 
@@ -20,17 +19,21 @@ def copy(layout: Layout, arena: Arena) -> None:
 
     Copies from a CUDA device go to pinned pages on a stream of their own, behind what the caller has queued.
     """
-    devices = {device for source in layout.sources if (device := source.memory.device).type == "cuda"}
+    devices = layout.devices
     if devices:
         arena.pin()
     address = arena.address
-    with _side_streams(devices) as streams:
+    with side_streams(devices) as streams:
+        for device, stream in streams.items():
+            with torch.cuda.stream(stream):
+                for source, offset in zip(layout.sources, layout.offsets, strict=True):
+                    if source.memory.device == device:
+                        _as_bytes(source, arena, offset, non_blocking=True)
         for source, offset in zip(layout.sources, layout.offsets, strict=True):
             if source.memory.device.type == "cpu":
                 _copy_on_host(source, arena, address, offset)
-                continue
-            with torch.cuda.stream(streams.get(source.memory.device)):
-                _as_bytes(source, arena, offset, non_blocking=source.memory.device in streams)
+            elif source.memory.device not in streams:
+                _as_bytes(source, arena, offset, non_blocking=False)
 
 
 def _copy_on_host(source: Source, arena: Arena, address: int, offset: int) -> None:
@@ -49,17 +52,3 @@ def _as_bytes(source: Source, arena: Arena, offset: int, *, non_blocking: bool) 
     stretch = torch.empty(0, dtype=torch.uint8, device=memory.device)
     stretch.set_(memory, source.start, (source.nbytes,), (1,))
     target.copy_(stretch, non_blocking=non_blocking)
-
-
-@contextmanager
-def _side_streams(devices: set[torch.device]) -> Iterator[dict[torch.device, torch.cuda.Stream]]:
-    """A stream for each CUDA device, which waits for the caller's and is waited for at the end."""
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    for device in devices:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        streams[device].wait_stream(torch.cuda.current_stream(device))
-    try:
-        yield streams
-    finally:
-        for stream in streams.values():
-            stream.synchronize()

@@ -44,6 +44,11 @@ class Layout:
     offsets: list[int]
     nbytes: int
 
+    @property
+    def devices(self) -> set[torch.device]:
+        """The CUDA devices that sources are on."""
+        return {device for source in self.sources if (device := source.memory.device).type == "cuda"}
+
 
 def lay_out(tensors: Sequence[torch.Tensor]) -> Layout:
     """Find the stretches of memory that the tensors cover, and give each a place."""

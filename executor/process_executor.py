@@ -19,6 +19,7 @@ from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
+from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
 from cloudckpt.executor.store_council import StoreCouncil
@@ -172,7 +173,7 @@ class ProcessExecutor:
         job = Job(number=self._calls, subject="warm-up", delivery=Delivery())
         supervisor.submit(job)
         if state_dict is not None:
-            self._touch(snapshot.measure(state_dict))
+            self._touch(snapshot.layout_of(state_dict))
         job.delivery.handle.exception()
         error = job.delivery.handle.exception()
         if error is not None:
@@ -239,13 +240,15 @@ class ProcessExecutor:
         self._supervisor = Supervisor(terms, self._council, self._arenas)
         return self._supervisor
 
-    def _touch(self, nbytes: int) -> None:
-        """Fault the arenas in, all of them: a first touch is many times slower than a copy."""
+    def _touch(self, layout: Layout) -> None:
+        """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""
         taken = [self._arenas.acquire() for _ in range(len(self._arenas))]
         try:
             for index in taken:
-                self._arenas[index].reserve(nbytes)
+                self._arenas[index].reserve(layout.nbytes)
                 self._arenas[index].touch()
+                if layout.devices:
+                    self._arenas[index].pin()
         finally:
             for index in taken:
                 self._arenas.release(index)

@@ -84,9 +84,9 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def measure(state: Mapping[str, Any]) -> int:
-    """Bytes of the arena that a snapshot of the state takes."""
-    return _described(state)[2].nbytes
+def layout_of(state: Mapping[str, Any]) -> Layout:
+    """What a snapshot of the state takes of an arena."""
+    return _described(state)[2]
 
 
 def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def test_what_is_lent_and_what_is_idle_stay_within_the_limit_and_apart() -> None
         with scratch.lent(random.Random(number).randrange(1, MIB)) as buffer:
             buffer[0] = buffer[-1] = number % 256
             with lock:
-                held = scratch._lent + sum(map(len, scratch._idle))
+                held = scratch._held + sum(one.size for one in scratch._idle)
                 most = max(most, held)
             assert (buffer[0], buffer[-1]) == (number % 256, number % 256)
 
