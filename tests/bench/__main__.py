@@ -32,14 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     large = round(options.gib * (1 << 30) / options.tensors)
     shapes = [
-        Shape(f"{options.tensors} x {_size(large)}", options.tensors, max(1, large // 4), steps=True),
-        Shape(f"{options.small} x {_size(_SMALL)}", options.small, _SMALL // 4, steps=False),
+        Shape(
+            f"{options.tensors} x {_size(large)}", options.tensors, max(1, large // 4), True, options.device
+        ),
+        Shape(f"{options.small} x {_size(_SMALL)}", options.small, _SMALL // 4, False, options.device),
     ]
     console = Console()
     with tempfile.TemporaryDirectory(prefix="cloudckpt-bench-", dir=options.folder) as name:
         folder = Path(name)
         facts = machine(folder)
-        results = list(_compare(shapes, options.repeats, rounds_of(_STEP), folder))
+        results = list(_compare(shapes, options.repeats, rounds_of(_STEP, options.device), folder))
     show(results, facts, console)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     written = {"machine": facts, "results": [result.as_json() for result in results]}
@@ -51,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compare(shapes: Sequence[Shape], repeats: int, rounds: int, folder: Path) -> Iterator[Result]:
     """Have each form save in a process of its own, turn by turn; the first save of a state doesn't count."""
     failures: dict[str, str] = {}
+    device = shapes[0].device
     with ExitStack() as stack:
         trainers = {
-            form: stack.enter_context(Trainer(form, rounds, folder / form.replace(" ", "-")))
+            form: stack.enter_context(Trainer(form, rounds, folder / form.replace(" ", "-"), device))
             for form in FORMS
         }
         for shape in shapes:
@@ -84,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         "--small", type=int, default=10_000, help="16 KiB tensors in the other (default: 10000)"
     )
     parser.add_argument("--repeats", type=int, default=7, help="saves that count (default: 7)")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="where the state is, and the steps"
+    )
     parser.add_argument(
         "--folder",
         type=Path,

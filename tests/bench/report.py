@@ -76,6 +76,7 @@ def machine(folder: Path) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
 
 
@@ -99,7 +100,8 @@ def _file_system(folder: Path) -> str:
 def show(results: Sequence[Result], facts: dict[str, Any], console: Console) -> None:
     """Print both tables, and what could not be measured."""
     console.print(
-        f"{facts['cores']} cores ({facts['processor']}), load {facts['load']:.1f} at the start\n"
+        f"{facts['cores']} cores ({facts['processor']}), load {facts['load']:.1f} at the start, "
+        f"device: {facts['device']}\n"
         f"Saving to {facts['file_system']}, Python {facts['python']}, torch {facts['torch']}"
     )
     blocked = _table(

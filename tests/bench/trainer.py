@@ -26,7 +26,7 @@ _LAST_WORDS = 60.0
 """Seconds that a trainer may take to end."""
 _COPIES = 3
 """Bare copies before each save, of which the median counts."""
-_SIDE = 256
+_SIDES = {"cpu": 256, "cuda": 4096}
 """A step multiplies square matrices of this many rows."""
 
 
@@ -42,13 +42,21 @@ class Shape:
     tensors: int
     elements: int
     steps: bool
+    device: str = "cpu"
 
     @property
     def nbytes(self) -> int:
         return 4 * self.tensors * self.elements
 
     def make(self) -> State:
-        return {"model": {f"tensor-{number}": torch.rand(self.elements) for number in range(self.tensors)}}
+        tensors = (torch.rand(self.elements, device=self.device) for _ in range(self.tensors))
+        return {"model": {f"tensor-{number}": tensor for number, tensor in enumerate(tensors)}}
+
+    def host_memory(self) -> State:
+        """Memory of the host that the state fits into; locked where it is copied from a device."""
+        pinned = self.device != "cpu"
+        tensors = (torch.ones(self.elements, pin_memory=pinned) for _ in range(self.tensors))
+        return {"model": {f"tensor-{number}": tensor for number, tensor in enumerate(tensors)}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +73,12 @@ class Sample:
 class Trainer:
     """A trainer as the benchmark holds it."""
 
-    def __init__(self, form: str, rounds: int, folder: Path) -> None:
+    def __init__(self, form: str, rounds: int, folder: Path, device: str) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
         self._log = folder / "log"
         folder.mkdir()
-        self._process = spawn.Process(target=_serve, args=(form, rounds, folder, theirs), name=form)
+        self._process = spawn.Process(target=_serve, args=(form, rounds, folder, device, theirs), name=form)
         self._process.start()
         theirs.close()
 
@@ -106,29 +114,31 @@ class Trainer:
             self._process.join()
 
 
-def rounds_of(milliseconds: float) -> int:
+def rounds_of(milliseconds: float, device: str) -> int:
     """How many multiplications make a step of about that length on this machine."""
     torch.set_num_threads(1)
-    step = make_step(rounds=1)
+    step = make_step(1, device)
     for _ in range(20):
         step()
     return max(1, round(milliseconds / min(step() for _ in range(200))))
 
 
-def make_step(rounds: int) -> Callable[[], float]:
+def make_step(rounds: int, device: str) -> Callable[[], float]:
     """A training step, which returns its milliseconds."""
-    left, right, out = (torch.rand(_SIDE, _SIDE) for _ in range(3))
+    side = _SIDES[device]
+    left, right, out = (torch.rand(side, side, device=device) for _ in range(3))
 
     def step() -> float:
         start = time.perf_counter()
         for _ in range(rounds):
             torch.mm(left, right, out=out)
+        _synchronize(device)
         return _since(start)
 
     return step
 
 
-def _serve(form: str, rounds: int, folder: Path, connection: Connection) -> None:
+def _serve(form: str, rounds: int, folder: Path, device: str, connection: Connection) -> None:
     """Save a state of the shape that is asked for, until the benchmark hangs up."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     with (folder / "log").open("w") as log:
@@ -136,7 +146,7 @@ def _serve(form: str, rounds: int, folder: Path, connection: Connection) -> None
     torch.set_num_threads(1)
     try:
         with FORMS[form]() as saver:
-            bench = _Bench(saver, make_step(rounds), folder)
+            bench = _Bench(saver, make_step(rounds, device), folder)
             while True:
                 connection.send(bench.sample(connection.recv()))
     except EOFError:
@@ -159,9 +169,9 @@ class _Bench:
     def sample(self, shape: Shape) -> Sample:
         if shape != self._shape:
             self._state, self._warm = {}, {}  # or there would be two at once
-            self._shape, self._state, self._warm = shape, shape.make(), shape.make()
+            self._shape, self._state, self._warm = shape, shape.make(), shape.host_memory()
             self._form.prepare(self._state)
-        bare = statistics.median(self._bare_copy() for _ in range(_COPIES))
+        bare = statistics.median(self._bare_copy(shape.device) for _ in range(_COPIES))
         to = self._folder / "checkpoint"
         start = time.perf_counter()
         saved = self._form.save(self._state, to)
@@ -175,12 +185,19 @@ class _Bench:
         shutil.rmtree(to)
         return Sample(blocked, bare, whole, saving, idle)
 
-    def _bare_copy(self) -> float:
+    def _bare_copy(self, device: str) -> float:
+        _synchronize(device)
         start = time.perf_counter()
         for part, tensors in self._state.items():
             for name, tensor in tensors.items():
-                self._warm[part][name].copy_(tensor)
+                self._warm[part][name].copy_(tensor, non_blocking=True)
+        _synchronize(device)
         return _since(start)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _since(start: float) -> float:
