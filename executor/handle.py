@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -13,53 +14,69 @@ from cloudckpt.executor.progress import Progress
 
 _WAITING = Progress(0, 0, "waiting")
 
+T = TypeVar("T")
 
-class SaveHandle(Future[Metadata]):
-    """A save that goes on while training does: a future of DCP's ``Metadata``.
 
-    It ends when every rank's has ended, and alike on each: with the metadata once the checkpoint is
-    committed, or with the error that failed the save. A save that was skipped is ``cancelled()``; one that
-    was accepted can't be cancelled.
+class SaveHandle(Future[T], Generic[T]):
+    """A save that goes on while training does: a future of DCP's ``Metadata``, or of what is made of it.
+
+    It ends when every rank's has ended, and alike on each: with its result once the checkpoint is committed,
+    or with the error that failed the save. A save that was skipped is ``cancelled()``; one that was accepted
+    can't be cancelled.
 
     Attributes:
         staged: done when the state has been copied: from then on it may change. It is done already when
             ``execute_save`` was given the state itself and not a future of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[Metadata], T]) -> None:
         super().__init__()
         self.staged: Future[None] = Future()
         self._read: Callable[[], Progress] = lambda: _WAITING
+        self._make = make
         self._sealed: bytes | None = None
         self._unsealing = threading.Lock()
-        self._metadata: Metadata | None = None
+        self._made: T | None = None
+        self._heard = False
+
+    @property
+    def heard(self) -> bool:
+        """Whether somebody asked for its end and was told."""
+        return self._heard
 
     @property
     def progress(self) -> Progress:
         """This rank's part: bytes done and in all, the phase, and the object last written to."""
         return self._read()
 
-    def result(self, timeout: float | None = None) -> Metadata:
-        """The checkpoint's metadata, once it is committed.
+    def result(self, timeout: float | None = None) -> T:
+        """What the save came to, once it is committed.
 
         Raises:
             TimeoutError: it did not end in ``timeout`` seconds.
             CancelledError: it was skipped.
             Exception: what failed the save, on whichever rank.
         """
-        super().result(timeout)
+        self.exception(timeout)
+        super().result()
         with self._unsealing:
             # Unpickled by whoever wants it, not while training goes on.
-            if self._metadata is None and self._sealed is not None:
-                self._metadata, self._sealed = unpickle.loads(self._sealed), None
-        return self._metadata  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
+            if self._made is None and self._sealed is not None:
+                self._made, self._sealed = self._make(unpickle.loads(self._sealed)), None
+        return self._made  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What failed the save, or None once it is committed; raises as `result` where it didn't end."""
+        error = super().exception(timeout)
+        self._heard = True
+        return error
 
 
 class Delivery:
-    """The side of a handle that the executor holds."""
+    """The side of a handle that the executor holds. ``make`` turns the metadata into its result."""
 
-    def __init__(self) -> None:
-        self.handle = SaveHandle()
+    def __init__(self, make: Callable[[Metadata], Any]) -> None:
+        self.handle: SaveHandle[Any] = SaveHandle(make)
         self.handle.set_running_or_notify_cancel()
         self.handle.staged.set_running_or_notify_cancel()
 
@@ -80,7 +97,7 @@ class Delivery:
         handle._read = lambda: last  # noqa: SLF001
         if not handle.staged.done():
             handle.staged.set_result(None)
-        handle.set_result(None)  # type: ignore[arg-type]  # `result` unseals what there is
+        handle.set_result(None)  # `result` unseals what there is
 
     def failed(self, error: BaseException, last: Progress) -> None:
         """End with an error."""
@@ -93,9 +110,9 @@ class Delivery:
         handle.set_exception(error)
 
 
-def skipped() -> SaveHandle:
+def skipped() -> SaveHandle[Any]:
     """The handle of a save that never began."""
-    handle = SaveHandle()
+    handle: SaveHandle[Any] = SaveHandle(lambda metadata: metadata)
     for future in (handle, handle.staged):
         future.cancel()
         future.set_running_or_notify_cancel()

@@ -6,11 +6,13 @@ import atexit
 import os
 import pickle
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
@@ -27,6 +29,7 @@ from cloudckpt.executor.supervisor import Job, Supervisor, Terms
 from cloudckpt.executor.unpickle import MainScript
 
 OnBusy = Literal["wait", "skip", "raise"]
+T = TypeVar("T")
 
 
 class ProcessExecutor:
@@ -101,7 +104,7 @@ class ProcessExecutor:
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         use_collectives: bool = True,
-    ) -> SaveHandle:
+    ) -> SaveHandle[Metadata]:
         """Take a snapshot of the state and save it in the background.
 
         Returns when the state has been copied and may change, or, when it was given as a future, as soon as
@@ -112,6 +115,33 @@ class ProcessExecutor:
         Raises:
             ConfigurationError: there is nothing to save to, or the arguments contradict an earlier call's.
             ExecutorError: the executor is closed, or busy and told to raise.
+        """
+        return self.submit(
+            staging_future_or_state_dict,
+            _itself,
+            checkpoint_id=checkpoint_id,
+            storage_writer=storage_writer,
+            planner=planner,
+            process_group=process_group,
+            no_dist=no_dist,
+            use_collectives=use_collectives,
+        )
+
+    def submit(
+        self,
+        state: dict[str, Any] | Future[dict[str, Any]],
+        make: Callable[[Metadata], T],
+        *,
+        checkpoint_id: str | os.PathLike[str] | None = None,
+        storage_writer: StorageWriter | None = None,
+        planner: SavePlanner | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        use_collectives: bool = True,
+    ) -> SaveHandle[T]:
+        """Save as `execute_save` does, for a handle of what ``make`` makes of the metadata.
+
+        ``make`` is called once, by whoever first asks for the result.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
         supervisor = self._ready(process_group, no_dist)
@@ -129,7 +159,7 @@ class ProcessExecutor:
         job = Job(
             number=self._calls,
             subject=uri or "",
-            delivery=Delivery(),
+            delivery=Delivery(make),
             uri=uri,
             checkpoint_id=None if checkpoint_id is None else os.fspath(checkpoint_id),
             no_dist=no_dist,
@@ -139,10 +169,10 @@ class ProcessExecutor:
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
             job.arena = self._arenas.acquire()
-            if isinstance(staging_future_or_state_dict, Future):
-                job.state = staging_future_or_state_dict
+            if isinstance(state, Future):
+                job.state = state
             else:
-                job.taken = snapshot.take(staging_future_or_state_dict, self._arenas[job.arena])
+                job.taken = snapshot.take(state, self._arenas[job.arena])
                 job.delivery.staged()
         except failures.ANY as error:  # the handle raises it, on every rank
             job.failure = error
@@ -170,7 +200,7 @@ class ProcessExecutor:
         """
         supervisor = self._ready(process_group, no_dist)
         self._calls += 1
-        job = Job(number=self._calls, subject="warm-up", delivery=Delivery())
+        job = Job(number=self._calls, subject="warm-up", delivery=Delivery(_itself))
         supervisor.submit(job)
         if state_dict is not None:
             self._touch(snapshot.layout_of(state_dict))
@@ -252,6 +282,10 @@ class ProcessExecutor:
         finally:
             for index in taken:
                 self._arenas.release(index)
+
+
+def _itself(metadata: Metadata) -> Metadata:
+    return metadata
 
 
 def _writer(

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoints import child, committed_steps, step_name
 from model import GPT, Shape
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -60,7 +61,7 @@ class TrainingState:
 @dataclass(slots=True)
 class _UnderWay:
     step: int
-    handle: SaveHandle
+    handle: SaveHandle[Metadata]
     began: float
     meanwhile: int = 0  # steps that were done before it was
 

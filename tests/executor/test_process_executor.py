@@ -53,7 +53,7 @@ def test_saves_are_served_in_order_by_one_process_and_each_gets_its_own_answer(
 ) -> None:
     pid = executor.pid
     ended: list[int] = []
-    handles: list[SaveHandle] = []
+    handles: list[SaveHandle[Metadata]] = []
 
     def note(step: int, _: Any) -> None:
         ended.append(step)

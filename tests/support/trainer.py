@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from support.executors import small_state
@@ -33,7 +34,7 @@ class Trainer:
                 world_size=arguments["world_size"],
             )
         self.executor = ProcessExecutor(**arguments.get("executor", {}))
-        self.handles: list[SaveHandle] = []
+        self.handles: list[SaveHandle[Metadata]] = []
 
     def warmup(self) -> None:
         self.executor.warmup(small_state(0, self.rank))
