@@ -1,9 +1,9 @@
-"""Every way to lose the answer to the commit's put: on memory, and on S3 through a cutting proxy."""
+"""Every way to lose the answer to the commit's put: on memory, on S3 through a cutting proxy, and on GCS."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import pytest
@@ -24,6 +24,7 @@ from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
+from support.gcs import GCSServer
 from support.proxy import Answer, CutRequest, LoseAnswer, Proxy, proxied
 from support.servers import S3Server
 
@@ -126,11 +127,60 @@ class ProxyLine:
     def mend(self) -> None:
         self._proxy.forget()
 
+    def puts(self) -> int:
+        return len(self._proxy.seen("PutObject"))
 
-@pytest.fixture(params=["memory", "moto"])
+
+class GCSLine:
+    """A store on a GCS server that cuts off its answers itself."""
+
+    loses_refusals = True
+
+    def __init__(self, server: GCSServer, bucket: str, retries: int = 0) -> None:
+        self._server, self._bucket = server, bucket
+        target = Target.parse(
+            f"gs://{bucket}/{uuid.uuid4().hex}", endpoint_url=server.endpoint, retries=retries
+        )
+        self.store = open_store(target)
+        self._faults: list[dict[str, Any]] = []
+
+    def _spoil(self, method: str, do: str, times: int) -> None:
+        self._faults.append({"method": method, "path": f"/{self._bucket}/o", "do": do, "times": times})
+        self._server.spoil(*self._faults)
+
+    def cut_after(self) -> None:
+        self._spoil("POST", "reset after", 1)
+
+    def cut_before(self) -> None:
+        self._spoil("POST", "reset before", 1)
+
+    def refuse(self) -> None:
+        self._spoil("POST", "status 500", 1)
+
+    def deafen(self) -> None:
+        self._spoil("GET", "status 503", 1000)
+
+    def mend(self) -> None:
+        self._faults.clear()
+        self._server.spoil()
+
+    def puts(self) -> int:
+        where = f"/upload/storage/v1/b/{self._bucket}/o"
+        return sum(
+            method == "POST" and path.startswith(where) for method, path, *_ in self._server.requests()
+        )
+
+
+@pytest.fixture(params=["memory", "moto", "gcs"])
 def line(request: pytest.FixtureRequest) -> Iterator[Line]:
     if request.param == "memory":
         yield MemoryLine(Target.parse(f"memory://lost-{uuid.uuid4().hex}"))
+        return
+    if request.param == "gcs":
+        gcs: GCSServer = request.getfixturevalue("gcs")
+        cut = GCSLine(gcs, gcs.new_bucket())
+        yield cut
+        cut.mend()
         return
     moto: S3Server = request.getfixturevalue("s3_server_named")("moto")
     with proxied(moto.endpoint) as proxy:
@@ -217,19 +267,30 @@ def test_a_refusal_that_is_an_answer_is_a_failure(line: Line, previous: commit.P
     assert committed(line) == ("old" if previous else None)
 
 
+@pytest.fixture(params=["moto", "gcs"])
+def patient_line(request: pytest.FixtureRequest) -> Iterator[ProxyLine | GCSLine]:
+    """A line whose store tries again."""
+    if request.param == "gcs":
+        gcs: GCSServer = request.getfixturevalue("gcs")
+        yield GCSLine(gcs, gcs.new_bucket(), retries=3)
+        return
+    moto: S3Server = request.getfixturevalue("s3_server_named")("moto")
+    with proxied(moto.endpoint) as proxy:
+        yield ProxyLine(proxy, moto.new_bucket(), moto, retries=3)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("cut", ["cut_before", "cut_after"])
 def test_with_retries_a_lost_answer_is_no_error(
-    s3_server_named: Callable[[str], S3Server], overwrite: bool, cut: str
+    patient_line: ProxyLine | GCSLine, overwrite: bool, cut: str
 ) -> None:
     """The repetition succeeds, or is refused because the first try won."""
-    moto = s3_server_named("moto")
-    with proxied(moto.endpoint) as proxy:
-        line = ProxyLine(proxy, moto.new_bucket(), moto, retries=3)
-        if overwrite:
-            put(line.store, "old")
-        previous = commit.find_previous(line.store, NAME)
-        getattr(line, cut)()
-        put(line.store, "ours", previous)
-        assert len(proxy.seen("PutObject")) >= 2
-        assert committed(line) == "ours"
+    line = patient_line
+    if overwrite:
+        put(line.store, "old")
+    previous = commit.find_previous(line.store, NAME)
+    before = line.puts()
+    getattr(line, cut)()
+    put(line.store, "ours", previous)
+    assert line.puts() >= before + 2
+    assert committed(line) == "ours"

@@ -77,6 +77,11 @@ class GCSServer:
         found: list[dict[str, Any]] = json.loads(self._ask("GET", "/_gcs/sessions"))["open"]
         return found
 
+    def requests(self) -> list[list[str]]:
+        """Method and path of each request since the last `reset`."""
+        found: list[list[str]] = json.loads(self._ask("GET", "/_gcs/requests"))
+        return found
+
     def spoil(self, *faults: dict[str, Any]) -> None:
         """Let requests fail from here on, as `support.gcs_server` says."""
         self._ask("POST", "/_gcs/faults", json.dumps(faults).encode())
