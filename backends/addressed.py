@@ -13,8 +13,8 @@ from cloudckpt.backends.target import Target, is_checkpoint_uri
 class Addressed:
     """A checkpoint's URI with its options, kept over ``reset`` and pickling."""
 
-    def __init__(self, uri: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        self._target = Target.parse(uri, **options)
+    def __init__(self, uri: str | os.PathLike[str] | Target, options: dict[str, Any]) -> None:
+        self._target = uri if isinstance(uri, Target) else Target.parse(uri, **options)
         self._store: ObjectStore | None = None
 
     @property

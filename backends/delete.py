@@ -23,7 +23,12 @@ def delete_checkpoint(uri: str | os.PathLike[str], **options: Any) -> tuple[str,
         CheckpointNotFoundError: nothing is committed here.
         StorageError: the store could not be read, or not delete.
     """
-    with open_store(Target.parse(uri, **options)) as store:
+    return delete_checkpoint_at(Target.parse(uri, **options))
+
+
+def delete_checkpoint_at(target: Target) -> tuple[str, ...]:
+    """Delete the checkpoint at a target, as `delete_checkpoint` does."""
+    with open_store(target) as store:
         # Ranks that saved without each other have metadata of their own.
         names = commit.listed_metadata(store)
         if md.METADATA_NAME not in names:  # a listing may lag behind

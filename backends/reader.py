@@ -29,6 +29,7 @@ from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
+from cloudckpt.backends.target import Target
 
 _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""
@@ -44,7 +45,8 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
     ``weights_only=True``.
 
     Args:
-        uri: the checkpoint, such as ``s3://bucket/run/step-100``; options may stand in its query.
+        uri: the checkpoint, such as ``s3://bucket/run/step-100``; options may stand in its query. A target
+            that was parsed before has its options already.
         trust: let the checkpoint run code of whoever wrote it, as stock DCP always does.
         share: read what several ranks of one host need once, and pass it on between them. None does so where
             bytes come over a network, and not from a folder or from memory.
@@ -56,7 +58,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
 
     def __init__(
         self,
-        uri: str | os.PathLike[str],
+        uri: str | os.PathLike[str] | Target,
         *,
         trust: bool = False,
         share: bool | None = None,

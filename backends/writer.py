@@ -35,6 +35,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
@@ -53,6 +54,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     Args:
         uri: where the checkpoint goes, such as ``s3://bucket/run/step-100``; options may stand in its query.
+            A target that was parsed before has its options already.
         overwrite: replace a checkpoint that is committed there. It stays whole until the new one is.
         options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
 
@@ -60,7 +62,9 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         ConfigurationError: the URI or an option can't be used.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], *, overwrite: bool = False, **options: Any) -> None:
+    def __init__(
+        self, uri: str | os.PathLike[str] | Target, *, overwrite: bool = False, **options: Any
+    ) -> None:
         super().__init__(uri, options)
         self._overwrite = true_or_false("overwrite", overwrite)
         self._begin()

@@ -22,12 +22,16 @@ from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.verify import Damage, Verification, verify
 from cloudckpt.backends.version import __version__
 from cloudckpt.backends.writer import StorageWriter
+from cloudckpt.checkpointer import Checkpointer, CheckpointInfo
+from cloudckpt.executor import SaveHandle
 
 __all__ = [
     "AccessDeniedError",
     "CheckpointError",
     "CheckpointExistsError",
+    "CheckpointInfo",
     "CheckpointNotFoundError",
+    "Checkpointer",
     "CommitError",
     "ConfigurationError",
     "Damage",
@@ -36,6 +40,7 @@ __all__ = [
     "Garbage",
     "IntegrityError",
     "ObjectNotFoundError",
+    "SaveHandle",
     "SaveTimeoutError",
     "StorageError",
     "StorageReader",

@@ -1,0 +1,84 @@
+"""A training state as users have it: modules, optimizers, whatever has a state_dict, tensors, values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from cloudckpt.backends.errors import ConfigurationError
+
+
+class AppState:
+    """The values of a state, as DCP takes them, and back.
+
+    Modules and optimizers go through DCP's ``get_state_dict`` and ``set_state_dict``, which know FSDP, DDP
+    and ``torch.compile``: names are those of the plain module, and a checkpoint fits another parallelism. An
+    optimizer's model must be in the same state. All else is DCP's business.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(
+                f"a state is a dict, and not a {type(state).__name__}",
+                hint='Write {"model": model, "optimizer": optimizer, "step": step}',
+            )
+        if strange := next((key for key in state if not isinstance(key, str)), None):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigurationError(f"a state's keys are text, and {strange!r} is not")
+        self._state = state
+
+    def as_dcp_has_it(self) -> dict[str, Any]:
+        """The state for ``dcp.save`` and ``dcp.load``.
+
+        Raises:
+            ConfigurationError: an optimizer's model is not in the state.
+        """
+        return {key: self._described(key, value) for key, value in self._state.items()}
+
+    def take(self, loaded: Mapping[str, Any]) -> None:
+        """Take over what ``dcp.load`` has made of `as_dcp_has_it`.
+
+        Raises:
+            ConfigurationError: a value can't be put into the state.
+        """
+        for key, value in self._state.items():
+            if isinstance(value, nn.Module):
+                set_model_state_dict(value, loaded[key])
+        for key, value in self._state.items():  # after their models
+            if isinstance(value, Optimizer):
+                set_optimizer_state_dict(self._model_of(key, value), value, loaded[key])
+        for key, value in list(self._state.items()):
+            if isinstance(value, nn.Module | Optimizer) or loaded[key] is value:
+                continue
+            if not isinstance(self._state, MutableMapping):
+                raise ConfigurationError(
+                    f"the value at {key!r} was loaded and can't be put into a {type(self._state).__name__}",
+                    hint="Give the state as a dict",
+                )
+            self._state[key] = loaded[key]
+
+    def _described(self, key: str, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return get_model_state_dict(value)
+        if isinstance(value, Optimizer):
+            return get_optimizer_state_dict(self._model_of(key, value), value)
+        return value
+
+    def _model_of(self, key: str, optimizer: Optimizer) -> nn.Module:
+        parameters = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        for value in self._state.values():
+            if isinstance(value, nn.Module) and parameters <= {id(one) for one in value.parameters()}:
+                return value
+        raise ConfigurationError(
+            f"the optimizer at {key!r} has parameters that no model in the state has all of",
+            hint="Save a model and its optimizer in one state; put several models of one optimizer into a "
+            "ModuleDict",
+        )

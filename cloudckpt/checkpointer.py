@@ -1,0 +1,311 @@
+"""The Checkpointer: a whole run's checkpoints, by step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cloudckpt.app_state import AppState
+from cloudckpt.backends import metadata as md
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    IntegrityError,
+)
+from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.target import Target
+from cloudckpt.executor import ProcessExecutor, SaveHandle
+from cloudckpt.executor.handle import skipped
+from cloudckpt.executor.process_executor import OnBusy
+from cloudckpt.ranks import agreed, grouped
+from cloudckpt.retention import PruningWriter, Retention
+from cloudckpt.run import Run
+
+OnFailure = Literal["raise", "warn"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A checkpoint that was committed.
+
+    Attributes:
+        step: its number.
+        uri: where it is.
+        size: bytes of its data objects, of all ranks.
+        objects: how many there are.
+        seconds: from the call that saved it until it was known to be committed.
+        committed_at: when that was, by this machine's clock.
+    """
+
+    step: int
+    uri: str
+    size: int
+    objects: int
+    seconds: float
+    committed_at: datetime
+
+
+class Checkpointer:
+    """Saves and loads the steps of one run, in the background and with every rank.
+
+    Each step is a folder below the run's URI. A step exists when its commit does, on every rank and for
+    every other process at once. Every rank makes a Checkpointer and calls its methods alike; without
+    ``torch.distributed`` it works in a single process.
+
+    A state is a dict of modules, optimizers, whatever has ``state_dict`` and ``load_state_dict``, tensors and
+    plain values.
+
+    Args:
+        uri: the run, such as ``s3://bucket/run``; options may stand in its query.
+        keep_last: steps to keep; older ones are deleted in the background, once a newer one is committed.
+            None keeps all.
+        keep_every: steps that are a multiple of it are kept beyond ``keep_last``.
+        every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
+        on_failure: what becomes of a save that failed in the background and whose handle nobody asked:
+            ``"raise"`` at the next `async_save`, `wait` or `close`, or ``"warn"``.
+        snapshots: states that may be held at once: 1, or 2 to take one while the one before is saved.
+        on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
+        save_timeout: seconds that a save may take.
+        start_timeout: seconds that ranks wait for each other.
+        process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
+            collectives, saves do not.
+        trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
+        overwrite: replace a step that is committed already.
+        options: of the URI, as in the table of options.
+
+    Raises:
+        ConfigurationError: an argument can't be used.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        every_steps: int | None = None,
+        on_failure: OnFailure = "raise",
+        snapshots: int = 1,
+        on_busy: OnBusy = "wait",
+        save_timeout: float = 1800.0,
+        start_timeout: float = 300.0,
+        process_group: dist.ProcessGroup | None = None,
+        trust: bool = False,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> None:
+        self._run = Run(Target.parse(uri, **options))
+        self._retention = Retention(keep_last, keep_every)
+        if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
+            raise ConfigurationError(
+                f"every_steps is {every_steps!r}", hint="Give a number from 1 on, or None"
+            )
+        if on_failure not in get_args(OnFailure):
+            raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
+        self._every_steps = every_steps
+        self._on_failure = on_failure
+        self._group = process_group
+        self._trust = true_or_false("trust", trust)
+        self._overwrite = true_or_false("overwrite", overwrite)
+        self._executor = ProcessExecutor(
+            save_timeout,
+            start_timeout,
+            snapshots=snapshots,
+            on_busy=on_busy,
+            use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
+        )
+        self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
+
+    @property
+    def uri(self) -> str:
+        """The run, without options."""
+        return self._run.target.uri
+
+    def warmup(self, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Prove the store, start the checkpoint processes and have them meet, before step 0.
+
+        With a state, the memory of a snapshot is made ready as well: the first save is then as short as the
+        others.
+
+        Raises:
+            StorageError: the run can't be written to, or not read.
+            ExecutorError: a rank is missing, or the processes can't reach each other.
+        """
+        agreed(self._run.prove, self._group)
+        state = None if state_dict is None else AppState(state_dict).as_dcp_has_it()
+        self._executor.warmup(state, process_group=self._group, no_dist=not grouped())
+
+    def async_save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
+        """Take a snapshot of the state, return, and save it in the background.
+
+        The state may change as soon as this returns. A step that ``every_steps`` leaves out, or ``on_busy``
+        skips, has a handle that is ``cancelled()``.
+
+        Raises:
+            ConfigurationError: the step is no number of one, or the state can't be saved.
+            CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
+        """
+        self._raise_unheard()
+        self._run.folder(step)
+        if self._every_steps is not None and step % self._every_steps:
+            return skipped()
+        return self._save(step, state_dict)
+
+    def save(self, step: int, state_dict: Mapping[str, Any]) -> CheckpointInfo:
+        """Save and return when the step is committed, whatever ``every_steps`` says.
+
+        Raises:
+            CheckpointExistsError: it is committed already, and ``overwrite`` is off.
+            CheckpointError: what failed the save, on whichever rank.
+        """
+        return self._save(step, state_dict).result()
+
+    def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
+        """Load a step into the state, and return its number; by default the newest that is committed.
+
+        Waits for this run's own saves first. Tensors and modules are loaded in place; plain values are put
+        into the dict.
+
+        Args:
+            state_dict: like the one that was saved; what it does not have is not read.
+            step: which one.
+            fallback: where the newest proves damaged, load the one before it, and so on.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step, or none at all.
+            IntegrityError: it is damaged. Parts of the state may have been loaded.
+        """
+        state = AppState(state_dict)
+        self._settle()
+        chosen = agreed(self._run.newest, self._group) if step is None else step
+        if chosen is None:
+            raise CheckpointNotFoundError(
+                "no step of this run is committed yet", uri=self.uri, hint="Check the URI, or begin at step 0"
+            )
+        while True:
+            try:
+                self._load(state, chosen)
+            except IntegrityError as error:
+                older = agreed(lambda: self._run.newest(before=chosen), self._group)  # noqa: B023 - called at once
+                if step is not None or not fallback or older is None:
+                    if older is not None:
+                        error.add_note(f"step {older} is the newest before it: load(state, step={older})")
+                    raise
+                _log.warning("step %d is damaged, loading step %d: %s", chosen, older, error)
+                chosen = older
+            else:
+                return chosen
+
+    def latest_step(self) -> int | None:
+        """The newest committed step, whoever committed it; None where there is none. Alike on every rank."""
+        return agreed(self._run.newest, self._group)
+
+    def all_steps(self) -> list[int]:
+        """Every committed step, in order. Alike on every rank."""
+        return agreed(self._run.steps, self._group)
+
+    def wait(self) -> None:
+        """Wait for every save under way.
+
+        Raises:
+            CheckpointError: one failed, and nobody has asked its handle.
+        """
+        self._settle()
+        self._raise_unheard()
+
+    def close(self) -> None:
+        """Wait for every save, and end the checkpoint process.
+
+        Raises:
+            CheckpointError: a save failed, and nobody has asked its handle.
+        """
+        self._executor.close()
+        self._raise_unheard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as failed:  # what ends the block is what counts
+            _log.warning("%s", failed)
+
+    def _save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
+        writer = PruningWriter(self._run, step, self._retention, overwrite=self._overwrite)
+        began, ended = time.monotonic(), list[tuple[float, datetime]]()
+
+        def describe(metadata: Metadata) -> CheckpointInfo:
+            sizes = md.sizes_of(metadata)
+            done, when = ended[0]
+            return CheckpointInfo(
+                step, writer.checkpoint_id, sum(sizes.values()), len(sizes), done - began, when
+            )
+
+        handle = self._executor.submit(
+            AppState(state_dict).as_dcp_has_it(),
+            describe,
+            storage_writer=writer,
+            process_group=self._group,
+            no_dist=not grouped(),
+        )
+        handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
+        self._saves.append((step, handle))
+        return handle
+
+    def _load(self, state: AppState, step: int) -> None:
+        reader = StorageReader(self._run.at(step), trust=self._trust)
+        loaded = state.as_dcp_has_it()
+        try:
+            with warnings.catch_warnings():
+                # DCP says so on every load in a single process, which is what that means here.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(loaded, storage_reader=reader, process_group=self._group, no_dist=not grouped())
+        except CheckpointException as error:
+            # The same on every rank: DCP has gathered them.
+            for _, (failure, _) in sorted(error.failures.items()):
+                if isinstance(failure, CheckpointError):
+                    raise failure from error
+            raise
+        state.take(loaded)
+
+    def _settle(self) -> None:
+        """Wait for every save under way, however it ends."""
+        wait([handle for _, handle in self._saves])
+
+    def _raise_unheard(self) -> None:
+        """Raise, or tell, the first failure that nobody has heard of."""
+        done = [(step, handle) for step, handle in self._saves if handle.done()]
+        self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]
+        for step, handle in done:
+            if handle.cancelled() or handle.heard:
+                continue
+            error = handle.exception()
+            if error is None:
+                continue
+            if self._on_failure == "raise":
+                error.add_note(f"it is the save of step {step} that failed, in the background")
+                raise error
+            _log.warning("the save of step %d failed: %s", step, error)

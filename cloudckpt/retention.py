@@ -1,0 +1,96 @@
+"""Which steps of a run stay, and a writer that deletes the others once its own checkpoint is committed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from cloudckpt.backends.delete import delete_checkpoint_at
+from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from cloudckpt.backends.writer import StorageWriter
+from cloudckpt.run import Run
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Keep the newest ``keep_last`` steps and every step that is a multiple of ``keep_every``.
+
+    With ``keep_last=None`` every step stays.
+
+    Raises:
+        ConfigurationError: a number can't be used.
+    """
+
+    keep_last: int | None = None
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "keep_every"):
+            value: object = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigurationError(
+                    f"{name} is {value!r}", hint="Give a whole number from 1 on, or None"
+                )
+        if self.keep_every is not None and self.keep_last is None:
+            raise ConfigurationError(
+                "keep_every says which steps outlive keep_last, and that is not given",
+                hint="Give keep_last, too; without it every step stays",
+            )
+
+    def superseded(self, steps: Sequence[int]) -> list[int]:
+        """Those of the committed steps that go, oldest first; never the newest."""
+        if self.keep_last is None:
+            return []
+        every = self.keep_every
+        return [step for step in sorted(steps)[: -self.keep_last] if every is None or step % every]
+
+
+class PruningWriter(StorageWriter):
+    """A StorageWriter of one step, which after the commit deletes the steps that its retention lets go.
+
+    It does so where ``finish`` runs: on the coordinator, and in the background where the save is there. A
+    step that could not be deleted is no failure of the save; the next save tries again.
+    """
+
+    def __init__(self, run: Run, step: int, retention: Retention, *, overwrite: bool = False) -> None:
+        super().__init__(run.at(step), overwrite=overwrite)
+        self._run, self._retention = run, retention
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"run": self._run, "retention": self._retention}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run, self._retention = state["run"], state["retention"]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        try:
+            prune(self._run, self._retention)
+        except CheckpointError as error:
+            _log.warning("the save is committed; older steps stay until the next one: %s", error)
+
+
+def prune(run: Run, retention: Retention) -> list[int]:
+    """Delete the steps of a run that its retention lets go, and return them.
+
+    Raises:
+        StorageError: the store could not list or delete; those deleted before are gone.
+    """
+    if retention.keep_last is None:
+        return []
+    gone = retention.superseded(run.steps())
+    for step in gone:
+        try:
+            delete_checkpoint_at(run.at(step))
+        except CheckpointNotFoundError:  # another was faster
+            continue
+        _log.info("deleted step %d of %s", step, run.target.uri)
+    return gone

@@ -1,0 +1,365 @@
+"""The Checkpointer: steps that are saved, listed, loaded and let go of; on one rank and on two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import cloudckpt
+from cloudckpt import Checkpointer
+from cloudckpt.backends import metadata as md
+from support.places import FOLDER, GCS, Place, new_place
+from support.ranks import RankPool, RankPools
+from support.servers import S3Server
+
+MINUTES = 60.0
+
+
+@pytest.fixture(params=[FOLDER, "moto", GCS])
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
+) -> Place:
+    return new_place(request.param, tmp_path, s3_server_named)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Place:
+    return Place.in_folder(tmp_path / "run")
+
+
+def run_at(place: Place, **more: Any) -> Checkpointer:
+    return Checkpointer(place.uri, **place.options, save_timeout=MINUTES, start_timeout=MINUTES, **more)
+
+
+def training(seed: int) -> dict[str, Any]:
+    """A model, its optimizer and a schedule, some steps on."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20), nn.Linear(20, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(1 + seed % 3):
+        model(torch.rand(8, 30)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "ema": torch.rand(5),
+        "nested": {"seen": 1000 + seed, "name": f"epoch {seed}"},
+        "loss": 1 / (1 + seed),
+    }
+
+
+def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
+    def described(state: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.state_dict() if hasattr(value, "state_dict") else value for key, value in state.items()
+        }
+
+    assert_equal(described(one), described(other))
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_equal(value, other[key])
+    else:
+        assert one == other
+
+
+def numbered(step: int) -> dict[str, Any]:
+    return {"t": torch.full((1000,), float(step)), "step": step}
+
+
+def damage(place: Place, step: int) -> None:
+    """Flip a byte of the step's first tensor."""
+    there = place.child(f"step-{step:010}")
+    stored = md.load(there.read(md.METADATA_NAME), uri=there.uri).storage_data
+    info = next(info for info in stored.values() if md.payload_of(info) is not None)
+    data = bytearray(there.read(info.relative_path))
+    data[info.offset + info.length // 2] ^= 1
+    there.write(info.relative_path, bytes(data))
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the Checkpointer has logged."""
+    return [record.message for record in caplog.records if record.name == "cloudckpt.checkpointer"]
+
+
+def test_a_training_state_is_saved_in_the_background_and_loaded_into_a_new_one(place: Place) -> None:
+    saved, again = training(1), training(1)
+    with run_at(place) as checkpointer:
+        checkpointer.warmup(saved)
+        assert checkpointer.latest_step() is None
+        before = datetime.now(UTC)
+        handle = checkpointer.async_save(100, saved)
+        with torch.no_grad():
+            for parameter in saved["model"].parameters():
+                parameter.zero_()
+        info = handle.result(MINUTES)
+        assert (info.step, info.uri) == (100, f"{place.uri}/step-0000000100")
+        data = {name for name in place.child("step-0000000100").visible() if name != md.METADATA_NAME}
+        assert info.objects == len(data)
+        assert info.size == sum(len(place.child("step-0000000100").read(name)) for name in data)
+        assert before - timedelta(seconds=1) < info.committed_at < datetime.now(UTC) + timedelta(seconds=1)
+        assert 0 < info.seconds < MINUTES
+        assert handle.progress.phase == "done"
+        assert handle.staged.done()
+        loaded = training(2)
+        assert checkpointer.load(loaded) == 100
+        assert_alike(loaded, again)
+
+
+def test_only_the_newest_steps_stay_and_those_that_are_kept_for_good(place: Place) -> None:
+    with run_at(place, keep_last=2, keep_every=40) as checkpointer:
+        for step in range(10, 100, 10):
+            checkpointer.save(step, numbered(step))
+        assert checkpointer.all_steps() == [40, 80, 90]
+        assert checkpointer.latest_step() == 90
+        state = numbered(0)
+        assert checkpointer.load(state, step=40) == 40
+        assert_equal(state, numbered(40))
+    folders = {name.partition("/")[0] for name in place.visible()}
+    assert folders == {"step-0000000040", "step-0000000080", "step-0000000090"}
+
+
+def test_a_step_is_there_when_its_commit_is_whoever_made_it(folder: Place, tmp_path: Path) -> None:
+    with run_at(folder) as one, run_at(folder) as other:
+        one.save(1, numbered(1))
+        assert other.latest_step() == 1
+        other.save(2, numbered(2))
+        assert one.all_steps() == [1, 2]
+        step = folder.child("step-0000000002")
+        step.remove(md.METADATA_NAME)
+        for stray in ("step-0000000003/__0_0.distcp", "step-7/.metadata"):
+            (tmp_path / "run" / stray).parent.mkdir()
+            folder.write(stray, b"no commit of a step")
+        assert one.latest_step() == other.latest_step() == 1
+        assert one.all_steps() == [1]
+
+
+def test_a_step_that_is_not_there_is_said_to_be_missing(place: Place) -> None:
+    with run_at(place) as checkpointer:
+        with pytest.raises(cloudckpt.CheckpointNotFoundError, match="no step of this run"):
+            checkpointer.load(numbered(0))
+        checkpointer.save(1, numbered(1))
+        with pytest.raises(cloudckpt.CheckpointNotFoundError, match="step-0000000002"):
+            checkpointer.load(numbered(0), step=2)
+
+
+def test_a_damaged_step_is_named_and_with_fallback_the_one_before_it_is_loaded(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with run_at(place) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, numbered(step))
+        for step in (2, 3):
+            damage(place, step)
+        with pytest.raises(cloudckpt.IntegrityError, match="step-0000000003") as caught:
+            checkpointer.load(numbered(0))
+        assert any("step 2 is the newest before it" in note for note in caught.value.__notes__)
+        with pytest.raises(cloudckpt.IntegrityError, match="step-0000000002"):
+            checkpointer.load(numbered(0), step=2, fallback=True)  # this one was asked for
+        state = numbered(0)
+        with caplog.at_level(logging.WARNING, "cloudckpt"):
+            assert checkpointer.load(state, fallback=True) == 1
+        assert_equal(state, numbered(1))
+        assert [said.partition(",")[0] for said in told(caplog)] == ["step 3 is damaged", "step 2 is damaged"]
+        damage(place, 1)
+        with pytest.raises(cloudckpt.IntegrityError, match="step-0000000001"):
+            checkpointer.load(numbered(0), fallback=True)
+
+
+def test_a_save_that_failed_in_the_background_is_raised_where_the_run_is_touched_next(folder: Place) -> None:
+    checkpointer = run_at(folder, snapshots=2)
+    checkpointer.save(1, numbered(1))
+    checkpointer.async_save(1, numbered(1))
+    with pytest.raises(cloudckpt.CheckpointExistsError) as caught:
+        checkpointer.wait()
+    assert "it is the save of step 1 that failed, in the background" in caught.value.__notes__
+    checkpointer.wait()  # once is enough
+
+    heard = checkpointer.async_save(1, numbered(1))
+    assert isinstance(heard.exception(MINUTES), cloudckpt.CheckpointExistsError)
+    checkpointer.wait()  # it has been told to who asked
+
+    failed = checkpointer.async_save(1, numbered(1))
+    while not failed.done():
+        pass
+    with pytest.raises(cloudckpt.CheckpointExistsError):
+        checkpointer.async_save(2, numbered(2))
+    checkpointer.async_save(1, numbered(1))
+    with pytest.raises(cloudckpt.CheckpointExistsError):
+        checkpointer.close()
+    assert checkpointer.all_steps() == [1]
+
+
+def test_an_error_in_the_block_is_not_hidden_by_a_save_that_failed(folder: Place) -> None:
+    def fail() -> None:
+        with run_at(folder) as checkpointer:
+            checkpointer.save(1, numbered(1))
+            checkpointer.async_save(1, numbered(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_failures_are_told_and_training_goes_on_where_that_is_wanted(
+    folder: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "cloudckpt"), run_at(folder, on_failure="warn") as checkpointer:
+        checkpointer.save(1, numbered(1))
+        checkpointer.async_save(1, numbered(1))
+        checkpointer.wait()
+        checkpointer.async_save(2, numbered(2)).result(MINUTES)
+        with pytest.raises(cloudckpt.CheckpointExistsError):
+            checkpointer.save(2, numbered(2))  # whoever waits for a save hears of it
+    assert sum("the save of step 1 failed" in said for said in told(caplog)) == 1
+
+
+def test_a_step_is_replaced_where_that_is_allowed(folder: Place) -> None:
+    with run_at(folder, overwrite=True) as checkpointer:
+        checkpointer.save(1, numbered(1))
+        checkpointer.save(1, numbered(5))
+        state = numbered(0)
+        checkpointer.load(state)
+        assert_equal(state, numbered(5))
+
+
+def test_steps_between_those_of_the_policy_are_skipped(folder: Place) -> None:
+    with run_at(folder, every_steps=3) as checkpointer:
+        handles = [checkpointer.async_save(step, numbered(step)) for step in range(7)]
+        checkpointer.wait()
+        assert [handle.cancelled() for handle in handles] == [step % 3 != 0 for step in range(7)]
+        assert checkpointer.all_steps() == [0, 3, 6]
+        checkpointer.save(7, numbered(7))
+        assert checkpointer.latest_step() == 7
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("keep_last", 0),
+        ("keep_last", True),
+        ("keep_every", 5),  # without keep_last
+        ("every_steps", 0),
+        ("on_failure", "ignore"),
+        ("snapshots", 3),
+        ("on_busy", "panic"),
+        ("trust", "yes"),
+        ("overwrite", 1),
+        ("keep_lsat", 3),
+    ],
+)
+def test_what_can_not_be_meant_is_refused(tmp_path: Path, argument: str, value: Any) -> None:
+    with pytest.raises(cloudckpt.ConfigurationError, match=argument):
+        Checkpointer(f"file://{tmp_path}/run", **{argument: value})
+
+
+@pytest.mark.parametrize("step", [-1, 10**10, True, 1.0, "1", None])
+def test_what_is_no_step_is_refused_before_anything_is_saved(folder: Place, step: Any) -> None:
+    with run_at(folder) as checkpointer:
+        with pytest.raises(cloudckpt.ConfigurationError, match="whole number"):
+            checkpointer.async_save(step, numbered(1))
+        assert checkpointer.all_steps() == []
+
+
+def test_a_state_that_can_not_be_meant_is_refused(folder: Place) -> None:
+    model, stranger = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(stranger.parameters(), lr=1)
+    with run_at(folder) as checkpointer:
+        for state in ([1], {"optimizer": optimizer}, {"model": model, "optimizer": optimizer}, {1: 2}):
+            with pytest.raises(cloudckpt.ConfigurationError):
+                checkpointer.async_save(1, state)  # type: ignore[arg-type]
+        assert checkpointer.all_steps() == []
+
+
+def test_a_run_that_can_not_be_written_to_is_known_before_step_0(moto: S3Server) -> None:
+    place = Place.on_server(moto, "a-bucket-that-is-not-there")
+    with run_at(place) as checkpointer, pytest.raises(cloudckpt.StorageError, match="not-there"):
+        checkpointer.warmup()
+
+
+@pytest.fixture
+def pool(rank_pool: RankPools) -> RankPool:
+    return rank_pool(2)
+
+
+def sharded(value: float) -> dict[str, Any]:
+    """A model that two ranks share, with an optimizer that has made a step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"model": model, "optimizer": optimizer, "step": int(value)}
+
+
+def values_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    model, optimizer = state["model"], state["optimizer"]
+    tensors = [parameter.to_local() for parameter in model.parameters()]
+    tensors += [held["exp_avg"].to_local() for held in optimizer.state.values()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_two_ranks_save_and_load_what_they_share_and_always_agree(pool: RankPool, tmp_path: Path) -> None:
+    place = Place.in_folder(tmp_path / "run")
+
+    def on_rank(rank: int) -> tuple[Any, ...]:
+        with run_at(place, keep_last=2) as checkpointer:
+            state = sharded(3.0)
+            checkpointer.warmup(state)
+            for step in (1, 2, 3):
+                handle = checkpointer.async_save(step, state)
+            info = handle.result(MINUTES)
+            steps, latest = checkpointer.all_steps(), checkpointer.latest_step()
+            expected = values_of(state)
+            other = sharded(4.0)
+            assert checkpointer.load(other) == 3
+            assert all(map(torch.equal, values_of(other), expected))
+            dist.barrier()
+            if rank == 0:
+                damage(place, 3)
+            dist.barrier()
+            with pytest.raises(cloudckpt.IntegrityError):
+                checkpointer.load(other)
+            return info.size, info.objects, steps, latest, checkpointer.load(other, fallback=True)
+
+    one, two = pool(on_rank)
+    assert one == two
+    assert one[2:] == ([2, 3], 3, 2)
+
+
+def test_a_question_that_fails_fails_on_every_rank(pool: RankPool, moto: S3Server) -> None:
+    place = Place.on_server(moto, "a-bucket-that-is-not-there")
+
+    def on_rank(_rank: int) -> str:
+        with run_at(place) as checkpointer:
+            with pytest.raises(cloudckpt.StorageError) as caught:
+                checkpointer.latest_step()
+            return str(caught.value)
+
+    one, two = pool(on_rank)
+    assert one == two
