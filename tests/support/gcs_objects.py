@@ -23,7 +23,7 @@ Sums = Sequence[tuple[str, str]]
 
 
 class Refusal(Exception):
-    """An answer that isn't the one asked for, as Google's errors say it."""
+    """An answer that isn't the one asked for, as Google's errors say it; without a reason, as plain text."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(message)

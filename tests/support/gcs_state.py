@@ -93,19 +93,28 @@ class Session:
     cancelled: bool = False
 
     def keep(self, chunk: Chunk, body: memoryview) -> bool:
-        """Take what a chunk brings that isn't held yet; return whether the object is to be ended."""
+        """Take what a chunk brings that isn't held yet; return whether the object is to be ended.
+
+        What Google's guide leaves open is here as Google's Java client expects it, in the scenarios S.1 to
+        S.5 of its ITJsonResumableSessionPutTaskTest.
+        """
+        if chunk.start is None:
+            # A size that isn't what is held is no error, be it more or less (S.2, S.3).
+            return chunk.total == self.held and self.total in (None, self.held)
         total = self.total if chunk.total is None else chunk.total
         if self.total not in (None, total) or (total is not None and max(chunk.stop, self.held) > total):
             raise invalid(f"The upload's size can't be {total}: {self.held} bytes are held of {self.total}")
-        if chunk.start is None:
-            return chunk.total == self.held
         length = chunk.stop - chunk.start
         ends = chunk.stop == chunk.total
         if not ends and length % QUANTUM:
             raise invalid(f"{length} bytes: a chunk but the last is a multiple of {QUANTUM} long")
         if chunk.start > self.held:
-            raise invalid(
-                f"The upload offset is {chunk.start}, which exceeds the uploaded size of {self.held}"
+            # S.5
+            raise Refusal(
+                503,
+                "",
+                "Invalid request.  According to the Content-Range header, the upload offset is "
+                f"{chunk.start} byte(s), which exceeds already uploaded size of {self.held} byte(s).",
             )
         self.total = total
         whole = len(body) == length
@@ -254,7 +263,8 @@ class Cloud:
         with session.lock:
             if session.cancelled:
                 raise Refusal(410, "gone", "The upload was cancelled")
-            if session.keep(chunk, body) and session.ended is None:
+            # An ended session tells its object whatever it is sent, of another size too (S.1, S.4).
+            if session.ended is None and session.keep(chunk, body):
                 session.ended = self.put(
                     session.bucket,
                     session.name,
@@ -263,7 +273,6 @@ class Cloud:
                     sums=(*session.sums, *sums),
                     conditions=session.conditions,
                 )
-                session.total = session.held
                 session.pieces.clear()
             return session.held if session.ended is None else session.ended
 

@@ -82,9 +82,14 @@ def in_json(value: object, status: int = 200, headers: Mapping[str, str] | None 
 
 
 def refused(refusal: Refusal, headers: Mapping[str, str] | None = None) -> Answer:
-    """Return Google's JSON for an error."""
+    """Return Google's JSON for an error, or plain text for one without a reason."""
     if refusal.status == 304:
         return Answer(304, headers or {})
+    if not refusal.reason:
+        text = memoryview(refusal.message.encode())
+        return Answer(
+            refusal.status, {"Content-Type": "text/plain; charset=utf-8", **(headers or {})}, [text]
+        )
     reason = {"reason": refusal.reason, "message": refusal.message, "domain": "global"}
     error = {"code": refusal.status, "message": refusal.message, "errors": [reason]}
     return in_json({"error": error}, refusal.status, headers)
