@@ -22,7 +22,9 @@ from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from support import states
-from support.places import S3_PART_SIZE, Place
+from support.crash import committed
+from support.gcs import GCSServer
+from support.places import GCS, S3_PART_SIZE, Place
 from support.proxy import Answer, LoseAnswer, Proxy, Request, Spoiling, proxied
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
@@ -37,6 +39,9 @@ MANY_PARTS = 24
 CALL_SECONDS = 300.0
 
 
+ServerNamed = Callable[[str], "S3Server | GCSServer"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sky:
     """A server with a proxy before it, and a place there that is reached through the proxy."""
@@ -45,9 +50,13 @@ class Sky:
     place: Place
 
 
-def under(server: S3Server, proxy: Proxy, timeout: float = SECONDS) -> Sky:
+def under(server: S3Server | GCSServer, proxy: Proxy, timeout: float = SECONDS) -> Sky:
     """Return a new place; what an outsider sees of it is seen past the proxy."""
-    place = Place.on_server(server, server.new_bucket()).child("run")
+    bucket = server.new_bucket()
+    if isinstance(server, GCSServer):
+        place = Place.on_gcs(server, bucket).child("run")
+    else:
+        place = Place.on_server(server, bucket).child("run")
     options = {**place.options, "endpoint_url": proxy.endpoint, "timeout": timeout}
     if server.name == "ministack":
         options["checksum"] = "none"  # it takes seconds for that of a part, which would be the timeout
@@ -87,6 +96,18 @@ def load(_rank: int, place: Place, number: int) -> None:
     states.assert_bit_exact(loaded, expected)
 
 
+def held_by_uploads(place: Place) -> set[str]:
+    """Return the names of uploads that were left open.
+
+    On GCS, of those that hold bytes: a session whose address was lost with the answer to its start can't be
+    cancelled or listed by anybody, holds nothing, and is gone after a week.
+    """
+    if isinstance(place.server, GCSServer):
+        bucket = place.uri.split("/")[2]
+        return {one["name"] for one in place.server.sessions() if one["bucket"] == bucket and one["held"]}
+    return place.pending()
+
+
 def save_and_load_in(weather: Weather, pool: RankPool, sky: Sky, times: int, places: int = 1) -> None:
     """Save and load so many times, then assert that nothing but the last checkpoints is left.
 
@@ -99,17 +120,23 @@ def save_and_load_in(weather: Weather, pool: RankPool, sky: Sky, times: int, pla
         pool(load, place, number, deadline=CALL_SECONDS)
         sky.proxy.forget()  # the bodies, not the rule
         sky.proxy.rule(weather)
-    assert sky.place.pending() == set()
+    assert held_by_uploads(sky.place) == set()
     for index in range(places):
-        names = sky.place.child(f"step-{index}").visible()
-        assert Counter(name[:4] for name in names) == {"__0_": 1, "__1_": 1, ".met": 1}
+        place = sky.place.child(f"step-{index}")
+        assert place.visible() == committed(place)
 
 
-@pytest.mark.parametrize(("name", "times"), [("moto", 2), ("ministack", 1)])
+@pytest.fixture
+def server_named(s3_server_named: Callable[[str], S3Server], gcs: GCSServer) -> ServerNamed:
+    """Return a server of S3 or of GCS by name."""
+    return lambda name: gcs if name == GCS else s3_server_named(name)
+
+
+@pytest.mark.parametrize(("name", "times"), [("moto", 2), ("ministack", 1), (GCS, 2)])
 def test_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
-    pool: RankPool, s3_server_named: Callable[[str], S3Server], name: str, times: int
+    pool: RankPool, server_named: ServerNamed, name: str, times: int
 ) -> None:
-    server, weather = s3_server_named(name), Weather(seed=3, share=SHARE)
+    server, weather = server_named(name), Weather(seed=3, share=SHARE)
     with proxied(server.endpoint) as proxy:
         save_and_load_in(weather, pool, under(server, proxy), times)
     assert weather.injected
@@ -117,14 +144,11 @@ def test_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", ["moto"])
+@pytest.mark.parametrize("name", ["moto", GCS])
 def test_fifty_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
-    pool: RankPool,
-    s3_server_named: Callable[[str], S3Server],
-    capsys: pytest.CaptureFixture[str],
-    name: str,
+    pool: RankPool, server_named: ServerNamed, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    server, weather = s3_server_named(name), Weather(seed=1, share=SHARE)
+    server, weather = server_named(name), Weather(seed=1, share=SHARE)
     with proxied(server.endpoint) as proxy:
         save_and_load_in(weather, pool, under(server, proxy, SOAK_SECONDS), times=50, places=2)
     with capsys.disabled():
@@ -132,9 +156,18 @@ def test_fifty_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
     assert {kind for kind, _ in weather.injected} == set(KINDS)
 
 
-@pytest.mark.parametrize("operation", ["PutObject", "CompleteMultipartUpload", "CreateMultipartUpload"])
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [
+        ("moto", "PutObject"),
+        ("moto", "CompleteMultipartUpload"),
+        ("moto", "CreateMultipartUpload"),
+        (GCS, "UploadPart"),  # of which the last ends a session
+        (GCS, "CreateMultipartUpload"),
+    ],
+)
 def test_an_answer_lost_to_each_step_of_the_commit_is_no_error(
-    pool: RankPool, sky: Sky, operation: str
+    pool: RankPool, server_named: ServerNamed, name: str, operation: str
 ) -> None:
     def spoilt(request: Request) -> Spoiling:
         wanted = operation != "PutObject" or request.target.endswith("/.metadata")
@@ -145,13 +178,16 @@ def test_an_answer_lost_to_each_step_of_the_commit_is_no_error(
         return None
 
     lock, lost = threading.Lock(), Counter[str]()
-    sky.proxy.rule(spoilt)
-    pool(save, sky.place, 1)
-    assert lost
-    assert all(count > 1 for count in lost.values())
-    assert sky.place.pending() == set()
-    assert Counter(name[:4] for name in sky.place.visible()) == {"__0_": 1, "__1_": 1, ".met": 1}
-    pool(load, sky.place, 1)
+    server = server_named(name)
+    with proxied(server.endpoint) as proxy:
+        sky = under(server, proxy)
+        proxy.rule(spoilt)
+        pool(save, sky.place, 1)
+        assert lost
+        assert all(count > 1 for count in lost.values())
+        assert held_by_uploads(sky.place) == set()
+        assert sky.place.visible() == committed(sky.place)
+        pool(load, sky.place, 1)
 
 
 def save_many_parts(_rank: int, place: Place) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,10 +25,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.store import Create, Overwrite, Part
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.target import Target
-from support import states
 from support.gcs import GCSServer, gcs_server
-from support.places import Place
-from support.ranks import RankPools
 
 _GRANULE = 256 << 10
 _DATA = os.urandom(8 * _GRANULE + 100)
@@ -112,44 +108,6 @@ def test_a_commit_whose_answer_was_lost_is_a_commit(gcs: GCSServer) -> None:
     dcp.load(loaded, storage_reader=reader, no_dist=True)
     assert torch.equal(loaded["t"], state["t"])
     gcs.reset()
-
-
-_STATUSES = tuple(f"status {status}" for status in (429, 500, 503, 504))
-_WEATHER = (*_STATUSES, "reset before", "reset after", "keep 9", "keep 300000")
-
-
-def _save(_: int, place: Place) -> None:
-    dcp.save(states.build(states.world_mesh()), storage_writer=place.writer())
-
-
-def _load(_: int, place: Place) -> None:
-    mesh = states.world_mesh()
-    loaded = states.blank(mesh)
-    dcp.load(loaded, storage_reader=place.reader())
-    states.assert_bit_exact(loaded, states.build(mesh))
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_two_ranks_save_and_load_while_a_fifth_of_all_requests_fails(
-    rank_pool: RankPools, gcs: GCSServer, seed: int
-) -> None:
-    chance = random.Random(seed)
-    place = Place.on_gcs(gcs, gcs.new_bucket()).child("run")
-    asked = 0
-    for step in (_save, _load):
-        gcs.reset()
-        gcs.spoil(
-            *(
-                {"method": ".*", "path": place.uri.split("/")[2], "do": chance.choice(_WEATHER), "skip": at}
-                for at in range(1000)
-                if chance.random() < 0.2
-            )
-        )
-        coming = gcs.faults_to_come()
-        rank_pool(2)(step, place)
-        asked += coming - gcs.faults_to_come()
-    gcs.reset()
-    assert asked > 3, "the weather was bad"
 
 
 def test_parts_go_in_order(opened: Opened) -> None:

@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that keeps every request as it arrived, and spoils those it is told to.
+"""A proxy before an S3 or GCS server that keeps every request as it arrived, and spoils some of them.
 
     with proxied(server.endpoint) as proxy:
         proxy.spoil("UploadPart", [Answer(503, "SlowDown"), LoseAnswer()])
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import ssl
 import sys
 import threading
@@ -125,9 +126,11 @@ class Request:
 
     @property
     def operation(self) -> str:
-        """The name of the S3 operation."""
+        """The name of the S3 operation; for GCS, of the one that does the same there."""
         split = urlsplit(self.target)
         query = parse_qs(split.query, keep_blank_values=True)
+        if _OF_GCS.match(split.path):
+            return _gcs_operation(self.method, split.path, query)
         if not split.path.lstrip("/").partition("/")[2]:
             listing = "ListMultipartUploads" if "uploads" in query else "ListObjectsV2"
             return "DeleteObjects" if "delete" in query else listing
@@ -141,6 +144,21 @@ class Request:
         return {"GET": "GetObject", "HEAD": "HeadObject", "PUT": "PutObject", "DELETE": "DeleteObject"}[
             self.method
         ]
+
+
+_OF_GCS = re.compile(r"/(?:storage|(?:upload|download|batch)/storage)/v1(?:/|$)")
+
+
+def _gcs_operation(method: str, path: str, query: Mapping[str, Sequence[str]]) -> str:
+    if path.startswith("/batch/"):
+        return "DeleteObjects"
+    if "upload_id" in query:
+        return {"PUT": "UploadPart", "DELETE": "AbortMultipartUpload"}[method]
+    if path.startswith("/upload/"):
+        return "CreateMultipartUpload" if "resumable" in query["uploadType"] else "PutObject"
+    if path.endswith("/o"):
+        return "ListObjectsV2"
+    return {"GET": "GetObject", "DELETE": "DeleteObject"}[method]
 
 
 Rule = Callable[[Request], Spoiling]
