@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
-import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,48 +21,26 @@ from unittest import mock
 import torch
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
-from rich.table import Table
 
 import cloudckpt
 from bench.endpoint import served
 from bench.growth import reached
 from bench.report import machine
+from bench.turns import Form, as_json, measured, table, usual_states
 from support.servers import S3Server
 
-_GIB = 1 << 30
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory; the folder in it gets a name of its own
-State = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A way to save and to load, and where the tensors are."""
-
-    device: str
-    writer: Callable[[str], dcp.StorageWriter]
-    reader: Callable[[str], dcp.StorageReader]
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One save or load."""
-
-    wall: float
-    """Seconds."""
-    cpu: float
-    """Seconds of this process."""
 
 
 def forms(server: S3Server, folder: Path) -> dict[str, Form]:
-    """All that are compared; names of checkpoints become objects of a bucket each, or folders."""
+    """All that are compared, each in a bucket of its own or in a folder."""
 
     def ours(device: str, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Form:
         bucket = server.new_bucket()
         return Form(
+            lambda _: cloudckpt.StorageWriter(f"s3://{bucket}/checkpoint", overwrite=True, **reached(server)),
+            lambda _: cloudckpt.StorageReader(f"s3://{bucket}/checkpoint", **reached(server)),
             device,
-            lambda name: cloudckpt.StorageWriter(f"s3://{bucket}/{name}", overwrite=True, **reached(server)),
-            lambda name: cloudckpt.StorageReader(f"s3://{bucket}/{name}", **reached(server)),
             within,
         )
 
@@ -75,9 +49,7 @@ def forms(server: S3Server, folder: Path) -> dict[str, Form]:
         "pages not locked": ours("cuda", _no_locks),
         "in host memory": ours("cpu"),
         "stock, to a folder": Form(
-            "cuda",
-            lambda name: dcp.FileSystemWriter(folder / name),
-            lambda name: dcp.FileSystemReader(folder / name),
+            lambda _: dcp.FileSystemWriter(folder), lambda _: dcp.FileSystemReader(folder), "cuda"
         ),
     }
 
@@ -93,69 +65,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         console.print("There is no CUDA device here.")
         return 2
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    sizes = {
-        f"{options.gib:g} GiB in 32 MiB tensors": (round(options.gib * 32), 8 << 20),
-        f"{options.small} x 16 KiB": (options.small, 4096),
-    }
     written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as name, served() as endpoint:
-        folder = Path(name)
-        written["machine"] = facts = machine(folder)
+        written["machine"] = facts = machine(Path(name))
         console.print(f"{facts['device']}, {facts['cores']} cores ({facts['processor']})", markup=False)
-        for title, (tensors, elements) in sizes.items():
-            samples = _measured(forms(endpoint.server, folder), tensors, elements, options.repeats)
-            console.print(_table(title, samples, 4 * tensors * elements / _GIB))
-            written[title] = {
-                form: {way: [asdict(one) for one in taken] for way, taken in ways.items()}
-                for form, ways in samples.items()
-            }
+        for state in usual_states(options.gib, options.small):
+            samples = measured(forms(endpoint.server, Path(name)), state, options.repeats)
+            console.print(table(state, samples))
+            written[state.title] = as_json(samples)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(written, indent=1) + "\n")
     return 0
-
-
-def _measured(
-    taking_part: dict[str, Form], tensors: int, elements: int, repeats: int
-) -> dict[str, dict[str, list[Sample]]]:
-    saved: dict[str, State] = {}
-    for device in ("cuda", "cpu"):
-        saved[device] = {f"t{i}": torch.rand(elements, device=device) for i in range(tensors)}
-    samples: dict[str, dict[str, list[Sample]]] = {form: {"save": [], "load": []} for form in taking_part}
-    for repeat in range(1 + repeats):
-        for name, form in taking_part.items():
-            state = saved[form.device]
-            loaded = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-            with form.within():
-                writer, reader = form.writer("checkpoint"), form.reader("checkpoint")
-                saving = _timed(lambda: dcp.save(state, storage_writer=writer, no_dist=True))  # noqa: B023
-                loading = _timed(lambda: dcp.load(loaded, storage_reader=reader, no_dist=True))  # noqa: B023
-            assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items()), name
-            if repeat:
-                samples[name]["save"].append(saving)
-                samples[name]["load"].append(loading)
-    return samples
-
-
-def _timed(task: Callable[[], object]) -> Sample:
-    torch.cuda.synchronize()
-    wall, cpu = time.perf_counter(), time.process_time()
-    task()
-    torch.cuda.synchronize()
-    return Sample(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def _table(title: str, samples: dict[str, dict[str, list[Sample]]], gib: float) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("", "save s", "CPU s/GiB", "load s", "CPU s/GiB"):
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for form, ways in samples.items():
-        cells: list[str] = []
-        for way in ("save", "load"):
-            cells.append(f"{statistics.median(one.wall for one in ways[way]):.2f}")
-            cells.append(f"{statistics.median(one.cpu for one in ways[way]) / gib:.2f}")
-        table.add_row(form, *cells)
-    return table
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,83 @@
+"""What saving and loading cost on GCS, beside the S3 store and stock DCP over gcsfs: part of `make bench`.
+
+Run as `python -m bench.gcs` with `tests` on the module search path. Every form saves and loads the same
+bytes through DCP, by turns; the first turn of each doesn't count. GCS is the server of the tests, S3 the one
+of the other comparisons, each in memory and in a process of its own. The two servers differ in what they
+cost, so the seconds of the client's processor are what can be compared, and between the two forms on GCS
+the wall time, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
+
+import cloudckpt
+from bench.endpoint import served
+from bench.growth import reached
+from bench.report import machine
+from bench.turns import Form, as_json, measured, table, usual_states
+from support.gcs import GCSServer, gcs_server
+from support.servers import S3Server
+
+
+def forms(s3: S3Server, gcs: GCSServer) -> dict[str, Form]:
+    """All that are compared; each overwrites the checkpoint of the turn before, in a bucket of its own."""
+    on_s3, on_gcs, by_stock = s3.new_bucket(), gcs.new_bucket(), gcs.new_bucket()
+    stock: dict[str, Any] = {"endpoint_url": gcs.endpoint, "token": "anon", "use_listings_cache": False}
+    return {
+        "cloudckpt, gs://": Form(
+            lambda _: cloudckpt.StorageWriter(f"gs://{on_gcs}/c", overwrite=True, endpoint_url=gcs.endpoint),
+            lambda _: cloudckpt.StorageReader(f"gs://{on_gcs}/c", endpoint_url=gcs.endpoint),
+        ),
+        "cloudckpt, s3://": Form(
+            lambda _: cloudckpt.StorageWriter(f"s3://{on_s3}/c", overwrite=True, **reached(s3)),
+            lambda _: cloudckpt.StorageReader(f"s3://{on_s3}/c", **reached(s3)),
+        ),
+        "stock DCP, gcsfs": Form(
+            lambda _: FsspecWriter(f"gs://{by_stock}/c", sync_files=False, **stock),
+            lambda _: FsspecReader(f"gs://{by_stock}/c", **stock),
+        ),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    options = _parser().parse_args(arguments)
+    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else stock asks each bucket's type over gRPC
+    console = Console()
+    written: dict[str, Any] = {}
+    with served() as endpoint, gcs_server("--no-md5") as gcs:
+        written["machine"] = facts = machine(Path(tempfile.gettempdir()))
+        console.print(
+            f"{facts['cores']} cores ({facts['processor']}), load {facts['load']:.1f}", markup=False
+        )
+        for state in usual_states(options.gib, options.small):
+            samples = measured(forms(endpoint.server, gcs), state, options.repeats)
+            console.print(table(state, samples))
+            written[state.title] = as_json(samples)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(written, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bench.gcs", description=__doc__)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the large state (default: 1)")
+    parser.add_argument("--small", type=int, default=5000, help="16 KiB tensors (default: 5000)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: 5)")
+    parser.add_argument("--json", type=Path, default=Path("build/bench/gcs.json"), help="every sample")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
