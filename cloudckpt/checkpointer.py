@@ -78,6 +78,8 @@ class Checkpointer:
             None keeps all.
         keep_every: steps that are a multiple of it are kept beyond ``keep_last``.
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
+        every_seconds: `async_save` saves when so many seconds have passed since the save before began, by
+            rank 0's clock; with ``every_steps``, when either says so.
         on_failure: what becomes of a save that failed in the background and whose handle nobody asked:
             ``"raise"`` at the next `async_save`, `wait` or `close`, or ``"warn"``.
         snapshots: states that may be held at once: 1, or 2 to take one while the one before is saved.
@@ -101,6 +103,7 @@ class Checkpointer:
         keep_last: int | None = None,
         keep_every: int | None = None,
         every_steps: int | None = None,
+        every_seconds: float | None = None,
         on_failure: OnFailure = "raise",
         snapshots: int = 1,
         on_busy: OnBusy = "wait",
@@ -117,9 +120,12 @@ class Checkpointer:
             raise ConfigurationError(
                 f"every_steps is {every_steps!r}", hint="Give a number from 1 on, or None"
             )
+        if every_seconds is not None and not every_seconds > 0:
+            raise ConfigurationError(f"every_seconds is {every_seconds!r}", hint="Give more than 0, or None")
         if on_failure not in get_args(OnFailure):
             raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
-        self._every_steps = every_steps
+        self._every_steps, self._every_seconds = every_steps, every_seconds
+        self._began = time.monotonic()
         self._on_failure = on_failure
         self._group = process_group
         self._trust = true_or_false("trust", trust)
@@ -155,21 +161,21 @@ class Checkpointer:
     def async_save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
         """Take a snapshot of the state, return, and save it in the background.
 
-        The state may change as soon as this returns. A step that ``every_steps`` leaves out, or ``on_busy``
-        skips, has a handle that is ``cancelled()``.
+        The state may change as soon as this returns. A step that ``every_steps`` and ``every_seconds`` leave
+        out, or ``on_busy`` skips, has a handle that is ``cancelled()``.
 
         Raises:
             ConfigurationError: the step is no number of one, or the state can't be saved.
             CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
         """
-        self._raise_unheard()
         self._run.folder(step)
-        if self._every_steps is not None and step % self._every_steps:
+        if not self._is_due(step):
             return skipped()
+        self._raise_unheard()
         return self._save(step, state_dict)
 
     def save(self, step: int, state_dict: Mapping[str, Any]) -> CheckpointInfo:
-        """Save and return when the step is committed, whatever ``every_steps`` says.
+        """Save and return when the step is committed, whatever ``every_steps`` and ``every_seconds`` say.
 
         Raises:
             CheckpointExistsError: it is committed already, and ``overwrite`` is off.
@@ -237,7 +243,10 @@ class Checkpointer:
             CheckpointError: a save failed, and nobody has asked its handle.
         """
         self._executor.close()
-        self._raise_unheard()
+        if self._on_failure == "warn":
+            self._tell_unheard()
+        else:
+            self._raise_next()  # on this rank alone: others may not come to their end
 
     def __enter__(self) -> Self:
         return self
@@ -253,9 +262,19 @@ class Checkpointer:
         except CheckpointError as failed:  # what ends the block is what counts
             _log.warning("%s", failed)
 
+    def _is_due(self, step: int) -> bool:
+        """Whether a step is to be saved: on all ranks or on none."""
+        if self._every_steps is not None and step % self._every_steps == 0:
+            return True
+        if self._every_seconds is None:
+            return self._every_steps is None
+        due = time.monotonic() - self._began >= self._every_seconds
+        return self._executor.follow_first(due, process_group=self._group, no_dist=not grouped())
+
     def _save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
         writer = PruningWriter(self._run, step, self._retention, overwrite=self._overwrite)
-        began, ended = time.monotonic(), list[tuple[float, datetime]]()
+        self._began = began = time.monotonic()
+        ended: list[tuple[float, datetime]] = []
 
         def describe(metadata: Metadata) -> CheckpointInfo:
             sizes = md.sizes_of(metadata)
@@ -296,16 +315,35 @@ class Checkpointer:
         wait([handle for _, handle in self._saves])
 
     def _raise_unheard(self) -> None:
-        """Raise, or tell, the first failure that nobody has heard of."""
-        done = [(step, handle) for step, handle in self._saves if handle.done()]
+        """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.
+
+        A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
+        one rank alone. A rank that raised by itself would miss the save that the others go on with.
+        """
+        if self._on_failure == "warn":
+            self._tell_unheard()
+            return
+        ended_badly = any(handle.failed and not handle.heard for _, handle in self._saves)
+        if self._executor.follow_first(ended_badly, process_group=self._group, no_dist=not grouped()):
+            wait([handle for _, handle in self._saves])
+            self._raise_next(even_heard=True)
         self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]
-        for step, handle in done:
-            if handle.cancelled() or handle.heard:
-                continue
-            error = handle.exception()
-            if error is None:
-                continue
-            if self._on_failure == "raise":
-                error.add_note(f"it is the save of step {step} that failed, in the background")
-                raise error
-            _log.warning("the save of step %d failed: %s", step, error)
+
+    def _raise_next(self, *, even_heard: bool = False) -> None:
+        """Raise the first failure of those that have ended, and forget the saves up to it."""
+        failed = [at for at, (_, handle) in enumerate(self._saves) if handle.failed]
+        unheard = [at for at in failed if not self._saves[at][1].heard]
+        if not unheard and not (even_heard and failed):
+            return
+        at = (unheard or failed)[0]
+        step, handle = self._saves[at]
+        del self._saves[: at + 1]
+        if (error := handle.exception()) is not None:
+            error.add_note(f"it is the save of step {step} that failed, in the background")
+            raise error
+
+    def _tell_unheard(self) -> None:
+        for step, handle in self._saves:
+            if handle.failed and not handle.heard:
+                _log.warning("the save of step %d failed: %s", step, handle.exception())
+        self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

@@ -40,6 +40,11 @@ class SaveHandle(Future[T], Generic[T]):
         self._heard = False
 
     @property
+    def failed(self) -> bool:
+        """Whether it has ended with an error; who looks here has not heard of it."""
+        return self.done() and not self.cancelled() and super().exception() is not None
+
+    @property
     def heard(self) -> bool:
         """Whether somebody asked for its end and was told."""
         return self._heard

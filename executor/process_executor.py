@@ -85,6 +85,7 @@ class ProcessExecutor:
         self._use_prefix_store = use_prefix_store
         self._arenas = ArenaPool(snapshots)
         self._calls = 0
+        self._asked = 0
         self._closed = False
         self._owner = os.getpid()
         self._served: tuple[dist.ProcessGroup | None, bool] | None = None
@@ -208,6 +209,20 @@ class ProcessExecutor:
         error = job.delivery.handle.exception()
         if error is not None:
             raise error
+
+    def follow_first(
+        self, value: bool, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
+    ) -> bool:
+        """Rank 0's value, on every rank: by the store in which the processes meet, without a collective.
+
+        Every rank calls it, and in the same order with all other calls.
+
+        Raises:
+            ExecutorError: rank 0 did not say within ``start_timeout``.
+        """
+        self._ready(process_group, no_dist)
+        self._asked += 1
+        return self._council.follow_first(f"asked/{self._asked}", value, self._start_timeout)
 
     @property
     def pid(self) -> int | None:

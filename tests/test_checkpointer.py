@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -251,9 +254,33 @@ def test_steps_between_those_of_the_policy_are_skipped(folder: Place) -> None:
         assert checkpointer.latest_step() == 7
 
 
+def test_steps_are_saved_when_it_is_time_on_every_rank_or_on_none(pool: RankPool, tmp_path: Path) -> None:
+    place = Place.in_folder(tmp_path / "run")
+
+    def on_rank(rank: int) -> list[bool]:
+        late = [0.0]
+        real = time.monotonic
+        saved: list[bool] = []
+        with run_at(place, every_seconds=1000, every_steps=5, snapshots=2) as checkpointer:
+            for step in range(1, 7):
+                if step in {2, 3, 6}:
+                    late[0] += 600.0
+                with mock.patch("cloudckpt.checkpointer.time") as clock:
+                    clock.monotonic = lambda: real() + (late[0] if rank == 0 else 0.0)
+                    handle = checkpointer.async_save(step, numbered(step))
+                    saved.append(not handle.cancelled())
+                    wait([handle])
+        return saved
+
+    one, two = pool(on_rank)
+    # 1,200 seconds have passed at step 3, step 5 is a multiple of 5, and 600 are not enough for step 6.
+    assert one == two == [False, False, True, False, True, False]
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
+        ("every_seconds", 0),
         ("keep_last", 0),
         ("keep_last", True),
         ("keep_every", 5),  # without keep_last
@@ -363,3 +390,32 @@ def test_a_question_that_fails_fails_on_every_rank(pool: RankPool, moto: S3Serve
 
     one, two = pool(on_rank)
     assert one == two
+
+
+def test_a_failure_is_raised_by_every_rank_at_the_same_call(pool: RankPool, tmp_path: Path) -> None:
+    place = Place.in_folder(tmp_path / "run")
+
+    def on_rank(rank: int) -> list[str]:
+        ends: list[str] = []
+        with run_at(place, snapshots=2) as checkpointer:
+            checkpointer.save(1, numbered(1))
+            failing = checkpointer.async_save(1, numbered(1))
+            if rank == 0:
+                while not failing.done():
+                    pass
+            else:
+                assert isinstance(
+                    failing.exception(MINUTES), cloudckpt.CheckpointExistsError
+                )  # heard here alone
+            for step in (2, 3):
+                try:
+                    ends.append(f"{checkpointer.async_save(step, numbered(step)).result(MINUTES).step}")
+                except cloudckpt.CheckpointExistsError as error:
+                    ends.append(f"{type(error).__name__}: {error.__notes__[-1]}")
+            assert checkpointer.all_steps() == [1, 3]
+        return ends
+
+    one, two = pool(on_rank)
+    assert (
+        one == two == ["CheckpointExistsError: it is the save of step 1 that failed, in the background", "3"]
+    )
