@@ -22,7 +22,8 @@ from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.verify import Damage, Verification, verify
 from cloudckpt.backends.version import __version__
 from cloudckpt.backends.writer import StorageWriter
-from cloudckpt.checkpointer import Checkpointer, CheckpointInfo
+from cloudckpt.checkpointer import Checkpointer
+from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
 
 __all__ = [

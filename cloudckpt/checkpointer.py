@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import wait
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -29,37 +28,18 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.target import Target
+from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.process_executor import OnBusy
-from cloudckpt.ranks import agreed, grouped
-from cloudckpt.retention import PruningWriter, Retention
+from cloudckpt.ranks import agreed, grouped, own_rank
+from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
+from cloudckpt.watch import Watch
 
 OnFailure = Literal["raise", "warn"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """A checkpoint that was committed.
-
-    Attributes:
-        step: its number.
-        uri: where it is.
-        size: bytes of its data objects, of all ranks.
-        objects: how many there are.
-        seconds: from the call that saved it until it was known to be committed.
-        committed_at: when that was, by this machine's clock.
-    """
-
-    step: int
-    uri: str
-    size: int
-    objects: int
-    seconds: float
-    committed_at: datetime
 
 
 class Checkpointer:
@@ -86,6 +66,8 @@ class Checkpointer:
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
+        progress: log a line about a save under way every ten seconds, on rank 0.
+        on_event: told of what happens, as a `cloudckpt.events.Event`: on every rank, on a thread of its own.
         process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
             collectives, saves do not.
         trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
@@ -109,6 +91,8 @@ class Checkpointer:
         on_busy: OnBusy = "wait",
         save_timeout: float = 1800.0,
         start_timeout: float = 300.0,
+        progress: bool = True,
+        on_event: OnEvent | None = None,
         process_group: dist.ProcessGroup | None = None,
         trust: bool = False,
         overwrite: bool = False,
@@ -136,6 +120,10 @@ class Checkpointer:
             snapshots=snapshots,
             on_busy=on_busy,
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
+        )
+        self._rank = own_rank(process_group)
+        self._watch = Watch(
+            on_event, self._rank, progress=true_or_false("progress", progress) and self._rank == 0
         )
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
 
@@ -243,6 +231,7 @@ class Checkpointer:
             CheckpointError: a save failed, and nobody has asked its handle.
         """
         self._executor.close()
+        self._watch.finish()
         if self._on_failure == "warn":
             self._tell_unheard()
         else:
@@ -273,15 +262,16 @@ class Checkpointer:
 
     def _save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
         writer = PruningWriter(self._run, step, self._retention, overwrite=self._overwrite)
+        uri = writer.checkpoint_id
         self._began = began = time.monotonic()
         ended: list[tuple[float, datetime]] = []
+        pruned: list[int] = []
 
         def describe(metadata: Metadata) -> CheckpointInfo:
             sizes = md.sizes_of(metadata)
             done, when = ended[0]
-            return CheckpointInfo(
-                step, writer.checkpoint_id, sum(sizes.values()), len(sizes), done - began, when
-            )
+            pruned.extend(pruned_by(metadata))
+            return CheckpointInfo(step, uri, sum(sizes.values()), len(sizes), done - began, when)
 
         handle = self._executor.submit(
             AppState(state_dict).as_dcp_has_it(),
@@ -292,9 +282,13 @@ class Checkpointer:
         )
         handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
         self._saves.append((step, handle))
+        if handle.staged.done() and not handle.cancelled():
+            blocked = time.monotonic() - began
+            self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
         return handle
 
     def _load(self, state: AppState, step: int) -> None:
+        began = time.monotonic()
         reader = StorageReader(self._run.at(step), trust=self._trust)
         loaded = state.as_dcp_has_it()
         try:
@@ -309,10 +303,12 @@ class Checkpointer:
                     raise failure from error
             raise
         state.take(loaded)
+        self._watch.tell(Loaded(step, reader.checkpoint_id, self._rank, time.monotonic() - began))
 
     def _settle(self) -> None:
-        """Wait for every save under way, however it ends."""
+        """Wait for every save under way, however it ends, until all is told of it."""
         wait([handle for _, handle in self._saves])
+        self._watch.finish()
 
     def _raise_unheard(self) -> None:
         """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.

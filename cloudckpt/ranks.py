@@ -17,6 +17,11 @@ def grouped() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def own_rank(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in the group; 0 in a single process."""
+    return dist.get_rank(group) if grouped() else 0
+
+
 def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Ask on the group's first rank, and return its answer, or raise its error, on every one.
 

@@ -17,6 +17,8 @@ from cloudckpt.run import Run
 
 _log = logging.getLogger(__name__)
 
+_PRUNED = "cloudckpt_pruned"
+
 
 @dataclass(frozen=True, slots=True)
 class Retention:
@@ -73,9 +75,16 @@ class PruningWriter(StorageWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
         try:
-            prune(self._run, self._retention)
+            # Goes to every rank with the metadata, which is stored already.
+            metadata.__dict__[_PRUNED] = tuple(prune(self._run, self._retention))
         except CheckpointError as error:
             _log.warning("the save is committed; older steps stay until the next one: %s", error)
+
+
+def pruned_by(metadata: Metadata) -> tuple[int, ...]:
+    """The steps that the save which returned this metadata has let go."""
+    steps: tuple[int, ...] = metadata.__dict__.get(_PRUNED, ())
+    return steps
 
 
 def prune(run: Run, retention: Retention) -> list[int]:

@@ -45,6 +45,11 @@ class SaveHandle(Future[T], Generic[T]):
         return self.done() and not self.cancelled() and super().exception() is not None
 
     @property
+    def error(self) -> BaseException | None:
+        """What failed it, where it has ended so; who looks here has not heard of it."""
+        return super().exception() if self.failed else None
+
+    @property
     def heard(self) -> bool:
         """Whether somebody asked for its end and was told."""
         return self._heard

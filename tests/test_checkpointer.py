@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -18,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import cloudckpt
-from cloudckpt import Checkpointer
+from cloudckpt import Checkpointer, events, watch
 from cloudckpt.backends import metadata as md
 from support.places import FOLDER, GCS, Place, new_place
 from support.ranks import RankPool, RankPools
@@ -277,9 +278,58 @@ def test_steps_are_saved_when_it_is_time_on_every_rank_or_on_none(pool: RankPool
     assert one == two == [False, False, True, False, True, False]
 
 
+def test_everything_that_happens_is_told_in_its_order(
+    folder: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[events.Event] = []
+
+    def note(event: events.Event) -> None:
+        told.append(event)
+        if isinstance(event, events.Committed) and event.step == 2:
+            raise ZeroDivisionError("what is told of an event is nobody's trouble")
+
+    with run_at(folder, keep_last=1, on_event=note, on_failure="warn") as checkpointer:
+        infos = [checkpointer.save(step, numbered(step)) for step in (1, 2)]
+        checkpointer.async_save(2, numbered(2))
+        checkpointer.wait()
+        checkpointer.load(numbered(0))
+    where = [(event.step, type(event).__name__) for event in told]
+    saved = ["Staged", "Planned", "Uploaded", "Committed"]
+    assert where == [
+        *((1, name) for name in saved),
+        *((2, name) for name in saved),
+        (2, "Pruned"),
+        (2, "Staged"),
+        (2, "Failed"),
+        (2, "Loaded"),
+    ]
+    assert [event.info for event in told if isinstance(event, events.Committed)] == infos
+    assert [event.steps for event in told if isinstance(event, events.Pruned)] == [(1,)]
+    assert all(event.size >= 4000 for event in told if isinstance(event, events.Uploaded | events.Planned))
+    (failed,) = (event for event in told if isinstance(event, events.Failed))
+    assert isinstance(failed.error, cloudckpt.CheckpointExistsError)
+    assert {event.rank for event in told} == {0}
+    assert sum("on_event raised" in record.message for record in caplog.records) == 1
+
+
+def test_a_long_save_says_how_far_it_is(
+    folder: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "_TELL", 0.0)
+    state = {"t": torch.ones(16 << 20)}
+    for progress in (True, False):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "cloudckpt"), run_at(folder, progress=progress) as checkpointer:
+            checkpointer.save(int(progress), state)
+        said = [record.message for record in caplog.records if record.name == "cloudckpt.watch"]
+        assert bool(said) == progress
+        assert all(re.fullmatch(r"step 1, rank 0: \w+, 0\.\d\d of 0\.\d\d GiB", line) for line in said)
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
+        ("progress", "loud"),
         ("every_seconds", 0),
         ("keep_last", 0),
         ("keep_last", True),

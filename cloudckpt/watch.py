@@ -1,0 +1,169 @@
+"""A thread that follows the saves under way: it tells of them as events, and now and then in the log."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from cloudckpt.events import (
+    CheckpointInfo,
+    Committed,
+    Event,
+    Failed,
+    OnEvent,
+    Planned,
+    Pruned,
+    Staged,
+    Uploaded,
+)
+from cloudckpt.executor import SaveHandle
+
+_log = logging.getLogger(__name__)
+
+_LOOK = 0.1
+"""Seconds between two looks at the saves under way; an end is heard of at once."""
+_TELL = 10.0
+"""Seconds between two lines about one save."""
+_GIB = 1 << 30
+_PLANNED = ("writing", "committing", "committed", "done")
+_UPLOADED = _PLANNED[1:]
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save under way, and what has been told of it."""
+
+    step: int
+    uri: str
+    rank: int
+    handle: SaveHandle[CheckpointInfo]
+    blocked: float
+    pruned: Callable[[], tuple[int, ...]]
+    staged: bool = False
+    planned: bool = False
+    uploaded: bool = False
+    told_at: float = field(default_factory=time.monotonic)
+
+    def news(self, *, ended: bool) -> Iterator[Event]:
+        """What has happened since the last look; of an end, all that came before it."""
+        progress = self.handle.progress
+        where = (self.step, self.uri, self.rank)
+        if not self.staged:
+            self.staged = True
+            yield Staged(*where, self.blocked)
+        if ended and (error := self.handle.error) is not None:
+            yield Failed(*where, error)
+            return
+        if not self.planned and (ended or progress.phase in _PLANNED):
+            self.planned = True
+            yield Planned(*where, progress.bytes_total)
+        if not self.uploaded and (ended or progress.phase in _UPLOADED):
+            self.uploaded = True
+            yield Uploaded(*where, progress.bytes_total)
+        if ended and not self.handle.cancelled():
+            info = self.handle.result()
+            yield Committed(*where, info)
+            if steps := self.pruned():
+                yield Pruned(*where, steps)
+
+
+class Watch:
+    """Follows saves until they have ended. Its thread lives as long as one is under way.
+
+    Args:
+        on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
+        rank: of this process.
+        progress: log a line about each save every ten seconds.
+    """
+
+    def __init__(self, on_event: OnEvent | None, rank: int, *, progress: bool) -> None:
+        self._on_event = on_event
+        self._rank = rank
+        self._progress = progress
+        self._changed = threading.Condition()
+        self._saves: list[_Save] = []
+        self._thread: threading.Thread | None = None
+
+    def follow(
+        self,
+        step: int,
+        uri: str,
+        handle: SaveHandle[CheckpointInfo],
+        *,
+        blocked: float,
+        pruned: Callable[[], tuple[int, ...]],
+    ) -> None:
+        """Tell of this save from here on.
+
+        Args:
+            step: its number.
+            uri: where its checkpoint will be.
+            handle: its handle.
+            blocked: seconds that its snapshot took.
+            pruned: says which steps it has let go, once it is committed.
+        """
+        if self._on_event is None and not self._progress:
+            return
+        with self._changed:
+            self._saves.append(_Save(step, uri, self._rank, handle, blocked, pruned))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
+                self._thread.start()
+        handle.add_done_callback(lambda _: self._wake())
+
+    def tell(self, event: Event) -> None:
+        """Hand an event over."""
+        _log.debug("%s", event)
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(event)
+        except Exception:  # noqa: BLE001 - whatever a user's function raises is told, and disturbs no save
+            _log.exception("on_event raised; the checkpoints are not concerned")
+
+    def finish(self) -> None:
+        """Wait until all is told of the saves that have ended, and of those under way once they have."""
+        with self._changed:
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._saves:
+                    self._thread = None
+                    return
+                saves = list(self._saves)
+                if not any(save.handle.done() for save in saves):
+                    self._changed.wait(_LOOK)
+            for save in saves:
+                ended = save.handle.done()
+                for event in save.news(ended=ended):
+                    self.tell(event)
+                self._log_progress(save)
+                if ended:
+                    with self._changed:
+                        self._saves.remove(save)
+
+    def _log_progress(self, save: _Save) -> None:
+        now = time.monotonic()
+        if not self._progress or save.handle.done() or now - save.told_at < _TELL:
+            return
+        save.told_at = now
+        progress = save.handle.progress
+        _log.info(
+            "step %d, rank %d: %s, %.2f of %.2f GiB",
+            save.step,
+            save.rank,
+            progress.phase,
+            progress.bytes_done / _GIB,
+            progress.bytes_total / _GIB,
+        )
