@@ -31,7 +31,7 @@ from support.servers import S3Server
 
 
 def forms(s3: S3Server, gcs: GCSServer) -> dict[str, Form]:
-    """All that are compared; each overwrites the checkpoint of the turn before, in a bucket of its own."""
+    """All that are compared, each in a bucket of its own; ours overwrites the checkpoint of the turn before."""
     on_s3, on_gcs, by_stock = s3.new_bucket(), gcs.new_bucket(), gcs.new_bucket()
     stock: dict[str, Any] = {"endpoint_url": gcs.endpoint, "token": "anon", "use_listings_cache": False}
     return {
@@ -44,8 +44,8 @@ def forms(s3: S3Server, gcs: GCSServer) -> dict[str, Form]:
             lambda _: cloudckpt.StorageReader(f"s3://{on_s3}/c", **reached(s3)),
         ),
         "stock DCP, gcsfs": Form(
-            lambda _: FsspecWriter(f"gs://{by_stock}/c", sync_files=False, **stock),
-            lambda _: FsspecReader(f"gs://{by_stock}/c", **stock),
+            lambda name: FsspecWriter(f"gs://{by_stock}/{name}", sync_files=False, **stock),
+            lambda name: FsspecReader(f"gs://{by_stock}/{name}", **stock),
         ),
     }
 
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.gcs", description=__doc__)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the large state (default: 1)")
-    parser.add_argument("--small", type=int, default=5000, help="16 KiB tensors (default: 5000)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: 5)")
+    parser.add_argument("--small", type=int, default=500, help="16 KiB tensors (default: 500)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that count (default: 3)")
     parser.add_argument("--json", type=Path, default=Path("build/bench/gcs.json"), help="every sample")
     return parser
 

@@ -174,6 +174,19 @@ def test_the_storage_class_is_that_of_the_option(gcs: GCSServer, opened: Opened)
         assert gcs.resource(bucket, f"run/{name}")["storageClass"] == "NEARLINE"
 
 
+def test_the_key_is_that_of_the_option(gcs: GCSServer, opened: Opened) -> None:
+    key = "projects/p/locations/eu/keyRings/r/cryptoKeys/k"
+    store = opened(kms_key_name=key)
+    store.put("small", b"data", Create())
+    upload, parts = _send(store)
+    store.complete_upload(upload, parts)
+    bucket = store.uri.split("/")[2]
+    for name in ("small", "name"):
+        assert gcs.resource(bucket, f"run/{name}")["kmsKeyName"] == f"{key}/cryptoKeyVersions/1"
+    with pytest.raises(StorageError, match="Not the name of a key"):
+        opened(kms_key_name="k").put("other", b"data", Create())
+
+
 def test_the_environment_names_an_emulator(gcs: GCSServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
     with GCSStore(Target.parse(f"gs://{gcs.new_bucket()}/run")) as store:

@@ -39,9 +39,10 @@ from support.gcs_wire import (
 )
 
 _ADMIN = "/_gcs/"
+_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _MOST_LISTED = 1000
 _JOINED = 1 << 16
-_UNSERVED = ("matchGlob", "versions", "softDeleted", "filter", "includeTrailingDelimiter", "kmsKeyName")
+_UNSERVED = ("matchGlob", "versions", "softDeleted", "filter", "includeTrailingDelimiter")
 """Parameters that change what an answer means: they are refused, and others without an effect are not."""
 
 
@@ -226,6 +227,10 @@ class Api:
             raise Refusal(400, "required", "The object's name or bucket is missing, or is not the query's")
         given = sums(request.headers, resource)
         fields = written_fields({"contentType": kind, **resource} if kind else resource)
+        if key := query.get("kmsKeyName"):
+            if not _KEY.fullmatch(key):
+                raise invalid(f"Not the name of a key: {key}")
+            fields = {**fields, "kmsKeyName": f"{key}/cryptoKeyVersions/1"}
         if way != "resumable":
             content = Content([body] if len(body) else [])
             stored = self._cloud.put(bucket, name, content, fields, sums=given, conditions=conditions)
