@@ -31,7 +31,7 @@ from support.servers import S3Server
 
 
 def forms(s3: S3Server, gcs: GCSServer) -> dict[str, Form]:
-    """All that are compared, each in a bucket of its own; ours overwrites the checkpoint of the turn before."""
+    """All that are compared, each in a bucket of its own; ours overwrites what was there before."""
     on_s3, on_gcs, by_stock = s3.new_bucket(), gcs.new_bucket(), gcs.new_bucket()
     stock: dict[str, Any] = {"endpoint_url": gcs.endpoint, "token": "anon", "use_listings_cache": False}
     return {
