@@ -22,7 +22,7 @@ _CHUNKS: Final = 64
 """Chunks that a segment is cut into, within the bounds above: few bytes to keep, few to read too many."""
 
 
-_FRAMED: Final = 3
+FRAMED: Final = 3
 """Segments of an item that holds a payload: what comes before it, itself, what comes after."""
 
 
@@ -160,7 +160,7 @@ class Checks:
         Nothing needs its bytes, but whoever reads a whole item wants to know that all of it is right.
         """
         total = sum(self.spans)
-        if len(self.spans) == _FRAMED:
+        if len(self.spans) == FRAMED:
             if start == self.spans[0]:
                 start = 0
             if stop == total - self.spans[-1]:

@@ -12,8 +12,12 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 
 
-def delete_checkpoint(uri: str | os.PathLike[str], **options: Any) -> tuple[str, ...]:
+def delete_checkpoint(
+    uri: str | os.PathLike[str], *, dry_run: bool = False, **options: Any
+) -> tuple[str, ...]:
     """Delete the checkpoint at ``uri``, ours or stock; returns the names of the objects deleted.
+
+    With ``dry_run`` nothing is deleted, and the names are of what would be.
 
     ``.metadata`` goes first. Whoever dies after that leaves objects that no reader sees and that gc removes.
     Objects that the metadata does not name, such as those of a save in progress, are left alone, and so are
@@ -23,10 +27,10 @@ def delete_checkpoint(uri: str | os.PathLike[str], **options: Any) -> tuple[str,
         CheckpointNotFoundError: nothing is committed here.
         StorageError: the store could not be read, or not delete.
     """
-    return delete_checkpoint_at(Target.parse(uri, **options))
+    return delete_checkpoint_at(Target.parse(uri, **options), dry_run=dry_run)
 
 
-def delete_checkpoint_at(target: Target) -> tuple[str, ...]:
+def delete_checkpoint_at(target: Target, *, dry_run: bool = False) -> tuple[str, ...]:
     """Delete the checkpoint at a target, as `delete_checkpoint` does."""
     with open_store(target) as store:
         # Ranks that saved without each other have metadata of their own.
@@ -40,6 +44,7 @@ def delete_checkpoint_at(target: Target) -> tuple[str, ...]:
                 "there is no committed checkpoint to delete", uri=store.uri, hint="Check the URI"
             )
         objects = sorted({one for previous in found.values() if previous for one in previous.objects})
-        store.delete(there)
-        store.delete(objects)
+        if not dry_run:
+            store.delete(there)
+            store.delete(objects)
     return (*there, *objects)

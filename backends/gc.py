@@ -18,7 +18,7 @@ from typing import Any
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, UnsafeCheckpointError
-from cloudckpt.backends.marker import MARKER
+from cloudckpt.backends.marker import MARKER, SILENT_FOR
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
@@ -47,7 +47,7 @@ def collect_garbage(
     uri: str | os.PathLike[str],
     *,
     older_than: timedelta = timedelta(days=1),
-    silent_for: timedelta = timedelta(minutes=10),
+    silent_for: timedelta = SILENT_FOR,
     dry_run: bool = False,
     **options: Any,
 ) -> Garbage:
@@ -61,7 +61,19 @@ def collect_garbage(
     Raises:
         StorageError: the store could not list or delete.
     """
-    with open_store(Target.parse(uri, **options)) as store:
+    target = Target.parse(uri, **options)
+    return collect_garbage_at(target, older_than=older_than, silent_for=silent_for, dry_run=dry_run)
+
+
+def collect_garbage_at(
+    target: Target,
+    *,
+    older_than: timedelta = timedelta(days=1),
+    silent_for: timedelta = SILENT_FOR,
+    dry_run: bool = False,
+) -> Garbage:
+    """Remove what is left below a target, as `collect_garbage` does."""
+    with open_store(target) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
         pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]

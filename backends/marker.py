@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import weakref
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
@@ -27,6 +27,8 @@ MARKER: Final = re.compile(r"(?:.*/)?\.cloudckpt-save\.[0-9a-f]{32}")
 """Names of markers; each speaks for the folder that it is in."""
 RENEWED_EVERY: Final = 60.0
 """Seconds between two renewals: a small part of the silence after which a save counts as dead."""
+SILENT_FOR: Final = timedelta(minutes=10)
+"""The silence after which a save counts as dead, where nobody says another."""
 
 
 class SaveMarker:

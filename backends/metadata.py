@@ -135,6 +135,12 @@ def save_id_of(metadata: Metadata) -> str | None:
     return save_id if isinstance(save_id, str) else None
 
 
+def version_of(metadata: Metadata) -> str | None:
+    """The version of this library that wrote this, None where a stock writer did."""
+    version = _extras(metadata).get("version")
+    return version if isinstance(version, str) else None
+
+
 def objects_of(metadata: Metadata) -> frozenset[str]:
     """The names of the data objects that a checkpoint consists of."""
     return frozenset(info.relative_path for info in metadata.storage_data.values())

@@ -56,7 +56,7 @@ class Target:
     layers: Layers = field(default_factory=Layers, repr=False, compare=False)
 
     @classmethod
-    def parse(cls, uri: str | os.PathLike[str], **keywords: Any) -> Self:
+    def parse(cls, uri: str | os.PathLike[str], /, **keywords: Any) -> Self:
         """Read a URI or a plain path, its query, the keywords and, once and here, the environment.
 
         Raises:

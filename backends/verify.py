@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ class Damage:
     """The fully qualified name of the item concerned."""
     offset: int | None = None
     """Where in the object the damaged bytes begin; they end within the chunk, 512 KiB at most."""
+    stop: int | None = None
+    """Where in the object that chunk ends."""
 
     def __str__(self) -> str:
         item = f", item {self.item!r}" if self.item is not None else ""
@@ -76,11 +78,22 @@ def verify(uri: str | os.PathLike[str], *, observer: Observer | None = None, **o
         UnsafeCheckpointError: reading its metadata would run code.
         StorageError: the store could not be read.
     """
-    with open_store(target := Target.parse(uri, **options)) as store:
+    return verify_at(Target.parse(uri, **options), observer=observer)
+
+
+def verify_at(
+    target: Target, *, observer: Observer | None = None, begun: Callable[[int], None] | None = None
+) -> Verification:
+    """Verify the checkpoint at a target, as `verify` does.
+
+    ``begun`` is told how many bytes are about to be compared, for each metadata object that the checkpoint
+    has.
+    """
+    with open_store(target) as store:
         names = commit.listed_metadata(store)
         # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
         chosen = [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
-        found = [_verified(store, name, target, observer) for name in chosen]
+        found = [_verified(store, name, target, observer, begun) for name in chosen]
     return Verification(
         store.uri,
         sum(one.objects for one in found),
@@ -91,7 +104,13 @@ def verify(uri: str | os.PathLike[str], *, observer: Observer | None = None, **o
     )
 
 
-def _verified(store: ObjectStore, name: str, target: Target, observer: Observer | None) -> Verification:
+def _verified(
+    store: ObjectStore,
+    name: str,
+    target: Target,
+    observer: Observer | None,
+    begun: Callable[[int], None] | None,
+) -> Verification:
     try:
         data, _ = store.get(name)
     except ObjectNotFoundError as error:
@@ -115,13 +134,12 @@ def _verified(store: ObjectStore, name: str, target: Target, observer: Observer 
         damages += [wrong] if wrong else []
     unreadable = {damage.object_name for damage in damages}
     reading = _Reading(metadata, damages, observer)
-    downloader.read(
-        {
-            one: extents
-            for one, extents in reading.extents(downloader.largest).items()
-            if one not in unreadable
-        }
-    )
+    wanted = {
+        one: extents for one, extents in reading.extents(downloader.largest).items() if one not in unreadable
+    }
+    if begun is not None:
+        begun(sum(extent.size for extents in wanted.values() for extent in extents))
+    downloader.read(wanted)
     return Verification(
         store.uri,
         len(least),
@@ -176,7 +194,11 @@ class _Reading:
     def _note(self, fqn: str, info: _StorageInfo, size: int, damaged: Sequence[Chunk]) -> None:
         wrong = [
             Damage(
-                info.relative_path, "these are not the bytes that were saved", fqn, info.offset + chunk.start
+                info.relative_path,
+                "these are not the bytes that were saved",
+                fqn,
+                info.offset + chunk.start,
+                info.offset + chunk.stop,
             )
             for chunk in damaged
         ]
