@@ -1,30 +1,36 @@
 """Checkpoints of PyTorch Distributed Checkpoint on object storage: whole or not there at all."""
 
-from cloudckpt.backends.delete import delete_checkpoint
-from cloudckpt.backends.errors import (
-    AccessDeniedError,
-    CheckpointError,
-    CheckpointExistsError,
-    CheckpointNotFoundError,
-    CommitError,
-    ConfigurationError,
-    ExecutorDiedError,
-    ExecutorError,
-    IntegrityError,
-    ObjectNotFoundError,
-    SaveTimeoutError,
-    StorageError,
-    UncertainCommitError,
-    UnsafeCheckpointError,
-)
-from cloudckpt.backends.gc import Garbage, collect_garbage
-from cloudckpt.backends.reader import StorageReader
-from cloudckpt.backends.verify import Damage, Verification, verify
-from cloudckpt.backends.version import __version__
-from cloudckpt.backends.writer import StorageWriter
-from cloudckpt.checkpointer import Checkpointer
-from cloudckpt.events import CheckpointInfo
-from cloudckpt.executor import SaveHandle
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cloudckpt.backends.delete import delete_checkpoint
+    from cloudckpt.backends.errors import (
+        AccessDeniedError,
+        CheckpointError,
+        CheckpointExistsError,
+        CheckpointNotFoundError,
+        CommitError,
+        ConfigurationError,
+        ExecutorDiedError,
+        ExecutorError,
+        IntegrityError,
+        ObjectNotFoundError,
+        SaveTimeoutError,
+        StorageError,
+        UncertainCommitError,
+        UnsafeCheckpointError,
+    )
+    from cloudckpt.backends.gc import Garbage, collect_garbage
+    from cloudckpt.backends.reader import StorageReader
+    from cloudckpt.backends.verify import Damage, Verification, verify
+    from cloudckpt.backends.version import __version__
+    from cloudckpt.backends.writer import StorageWriter
+    from cloudckpt.checkpointer import Checkpointer
+    from cloudckpt.events import CheckpointInfo
+    from cloudckpt.executor import SaveHandle
 
 __all__ = [
     "AccessDeniedError",
@@ -54,3 +60,33 @@ __all__ = [
     "delete_checkpoint",
     "verify",
 ]
+
+# Found when first asked for: torch takes seconds, and the command line's help and completion do without it.
+_HOMES = {
+    "backends.delete": ("delete_checkpoint",),
+    "backends.gc": ("Garbage", "collect_garbage"),
+    "backends.reader": ("StorageReader",),
+    "backends.verify": ("Damage", "Verification", "verify"),
+    "backends.version": ("__version__",),
+    "backends.writer": ("StorageWriter",),
+    "checkpointer": ("Checkpointer",),
+    "events": ("CheckpointInfo",),
+    "executor": ("SaveHandle",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # for type checkers every name that is not above is a mistake
+
+    def __getattr__(name: str) -> Any:
+        if name in ("backends", "executor"):
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = _HOME_OF.get(name, "backends.errors")
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
