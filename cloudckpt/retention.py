@@ -97,9 +97,18 @@ def prune(run: Run, retention: Retention) -> list[int]:
         return []
     gone = retention.superseded(run.steps())
     for step in gone:
-        try:
-            delete_checkpoint_at(run.at(step))
-        except CheckpointNotFoundError:  # another was faster
-            continue
-        _log.info("deleted step %d of %s", step, run.target.uri)
+        drop(run, step)
     return gone
+
+
+def drop(run: Run, step: int) -> None:
+    """Delete one step of a run, where no other was faster.
+
+    Raises:
+        StorageError: the store could not be read, or not delete.
+    """
+    try:
+        delete_checkpoint_at(run.at(step))
+    except CheckpointNotFoundError:  # another was faster
+        return
+    _log.info("deleted step %d of %s", step, run.target.uri)

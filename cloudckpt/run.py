@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
 
+from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.errors import ConfigurationError, ObjectNotFoundError
-from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError, ObjectNotFoundError
+from cloudckpt.backends.marker import MARKER, SILENT_FOR
+from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 
@@ -20,6 +26,26 @@ _PREFIX = "step-"
 _DIGITS = 10
 _FOLDER = re.compile(rf"{_PREFIX}(\d{{{_DIGITS}}})/?")
 _LAST = 10**_DIGITS - 1
+
+State = Literal["committed", "in progress", "unfinished"]
+"""Of a checkpoint: whether its metadata is there; where not, whether a save is at it, or one died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a listing shows of one checkpoint."""
+
+    name: str
+    """Its folder's, below the run; empty where the URI is the checkpoint's own."""
+    step: int | None
+    """None where the folder is not named for a step."""
+    state: State
+    size: int
+    """Bytes of the data objects there, those that a dead save left included."""
+    objects: int
+    """How many there are."""
+    modified: datetime | None
+    """When it was committed; of one that was not, when something was last put there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +101,48 @@ class Run:
         found = {_step_of(folder) for folder, _, name in names if name == md.METADATA_NAME}
         return sorted(step for step in found if step is not None)
 
+    def listed(self, silent_for: timedelta = SILENT_FOR) -> list[Entry]:
+        """Every checkpoint below the URI, or the one at it, committed or not: steps in order, then others.
+
+        It takes a request for a thousand objects. A save counts as dead once its marker is older than
+        ``silent_for``. Folders of folders are not looked into.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        with open_store(self.target) as store:
+            objects = store.list().objects
+        return entries(objects, datetime.now(UTC) - silent_for, _name_of(self.target))
+
+    def chosen(self, step: int | None = None) -> Target:
+        """Where a step's checkpoint is; without a step, the URI's own, or the newest step's.
+
+        Raises:
+            CheckpointNotFoundError: the URI is neither a checkpoint nor a run with a committed step.
+            StorageError: the store could not be read.
+        """
+        if step is not None:
+            return self.at(step)
+        if self.is_checkpoint():
+            return self.target
+        newest = self.newest()
+        if newest is None:
+            raise CheckpointNotFoundError(
+                "there is no committed checkpoint here, and no run with one",
+                uri=self.target.uri,
+                hint="Check the URI; `cloudckpt ls` shows what is below it",
+            )
+        return self.at(newest)
+
+    def is_checkpoint(self) -> bool:
+        """Whether the URI is a committed checkpoint's own, and not a run's.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        with open_store(self.target) as store:
+            return bool(commit.listed_metadata(store))
+
     def prove(self) -> None:
         """Put, read and delete a small object: what a save will need.
 
@@ -100,3 +168,51 @@ class Run:
 def _step_of(folder: str) -> int | None:
     match = _FOLDER.fullmatch(folder)
     return None if match is None else int(match[1])
+
+
+def entries(objects: Iterable[ObjectInfo], alive: datetime, name: str) -> list[Entry]:
+    """What a listing shows of each checkpoint: of that at its root, called ``name``, or those in its folders.
+
+    A marker that was renewed after ``alive`` is one of a save in progress.
+    """
+    folders: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
+    for info in objects:
+        folder, _, rest = info.name.rpartition("/")
+        if "/" not in folder and (md.is_metadata(rest) or _is_data(rest) or MARKER.fullmatch(rest)):
+            folders[folder].append(info)
+    if "" in folders:
+        return [_entry("", _step_of(name), folders[""], alive)]
+    found = [_entry(folder, _step_of(folder), infos, alive) for folder, infos in folders.items()]
+    return sorted(found, key=lambda one: (one.step is None, one.step or 0, one.name))
+
+
+def _entry(folder: str, step: int | None, infos: list[ObjectInfo], alive: datetime) -> Entry:
+    names = {info.name.rpartition("/")[2]: info for info in infos}
+    # Of a step the metadata of all ranks decides; elsewhere ranks may have saved without each other.
+    commits = [info for name, info in names.items() if name == md.METADATA_NAME]
+    if not commits and step is None:
+        commits = [info for name, info in names.items() if md.is_metadata(name)]
+    data = [info for name, info in names.items() if _is_data(name)]
+    busy = any(MARKER.fullmatch(name) and _is_since(info.modified, alive) for name, info in names.items())
+    times = [info.modified for info in commits or infos if info.modified is not None]
+    return Entry(
+        folder,
+        step,
+        "committed" if commits else "in progress" if busy else "unfinished",
+        sum(info.size for info in data),
+        len(data),
+        max(times, default=None),
+    )
+
+
+def _is_data(name: str) -> bool:
+    return name.startswith(md.DATA_PREFIX) and name.endswith(md.DATA_SUFFIX)
+
+
+def _is_since(when: datetime | None, bound: datetime) -> bool:
+    """Whether it was after that; where a store tells no time, it may have been."""
+    return when is None or when > bound
+
+
+def _name_of(target: Target) -> str:
+    return target.path.rstrip("/").rpartition("/")[2]

@@ -53,3 +53,9 @@ def test_the_wheel_carries_the_licence_and_names_the_extras(wheel: Path) -> None
     assert {"s3", "gcs", "cli", "all"} == {
         line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")
     }
+
+
+def test_the_wheel_brings_the_command_line(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (points,) = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert "cloudckpt = cloudckpt.cli:main" in archive.read(points).decode().splitlines()

@@ -1,0 +1,202 @@
+"""The commands, their arguments, and the status that each ends with.
+
+What a command does is imported when it runs: torch takes seconds, which neither help nor completion may.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.target import Target
+from cloudckpt.backends.version import __version__
+from cloudckpt.cli import output
+from cloudckpt.cli.arguments import duration, options_of
+
+_WANTING, _MISUSED = 1, 2
+
+
+class _Commands(TyperGroup):
+    """Prints an error as what it is, and makes a status of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckpointError as error:
+            output.report(error, debug=bool(ctx.params.get("debug")))
+            raise typer.Exit(_MISUSED if isinstance(error, ConfigurationError) else _WANTING) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Uri = Annotated[
+    str, typer.Argument(metavar="URI", show_default=False, help="A run, or one checkpoint: s3://bucket/run")
+]
+Step = Annotated[int | None, typer.Option("--step", min=0, show_default=False, help="Which step of a run.")]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help="An option of the URI, such as endpoint_url; storage_options takes JSON. May be repeated.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.say(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _cloudckpt(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Look after PyTorch distributed checkpoints on object storage.
+
+    Exit status: 0 done; 1 found wanting (damaged, different, missing, out of reach); 2 misused.
+    """
+
+
+@app.command()
+def ls(uri: Uri, option: Given = None, as_json: Json = False) -> None:
+    """List the steps of a run: their state, size and age."""
+    target = _target(uri, option)
+
+    from cloudckpt.cli.listing import ls as list_run
+    from cloudckpt.run import Run
+
+    list_run(Run(target), as_json=as_json)
+
+
+@app.command()
+def show(uri: Uri, step: Step = None, option: Given = None, as_json: Json = False) -> None:
+    """Show what a checkpoint holds: by default the newest of a run."""
+    target = _target(uri, option)
+
+    from cloudckpt.backends.contents import contents_at
+    from cloudckpt.cli.tree import show as show_contents
+    from cloudckpt.run import Run
+
+    show_contents(contents_at(Run(target).chosen(step)), as_json=as_json)
+
+
+@app.command()
+def verify(uri: Uri, step: Step = None, option: Given = None, as_json: Json = False) -> None:
+    """Read a whole checkpoint and compare it with its checksums."""
+    target = _target(uri, option)
+
+    from cloudckpt.cli.verification import verify as verify_target
+    from cloudckpt.run import Run
+
+    _end(verify_target(Run(target).chosen(step), as_json=as_json))
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", show_default=False, help="A checkpoint, or a run.")],
+    second: Annotated[str, typer.Argument(metavar="B", show_default=False, help="Another one.")],
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two checkpoints by names, shapes and checksums. Of a run it takes the newest."""
+    targets = [_target(uri, option) for uri in (first, second)]
+
+    from cloudckpt.backends.contents import contents_at
+    from cloudckpt.cli.difference import diff as compare
+    from cloudckpt.run import Run
+
+    one, other = (contents_at(Run(target).chosen()) for target in targets)
+    _end(compare(one, other, as_json=as_json))
+
+
+@app.command()
+def rm(
+    uri: Uri,
+    *,
+    step: Step = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Delete one checkpoint."""
+    target = _target(uri, option)
+    output.ensure_can_ask(yes=yes or dry_run)
+
+    from cloudckpt.cli.removal import rm as remove
+    from cloudckpt.run import Run
+
+    _end(remove(Run(target), step, yes=yes, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def prune(
+    uri: Uri,
+    *,
+    keep_last: Annotated[int, typer.Option(min=1, show_default=False, help="Newest steps to keep.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Multiples of it stay, too.")
+    ] = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Delete the older steps of a run."""
+    target = _target(uri, option)
+    output.ensure_can_ask(yes=yes or dry_run)
+
+    from cloudckpt.cli.removal import prune as prune_run
+    from cloudckpt.retention import Retention
+    from cloudckpt.run import Run
+
+    _end(prune_run(Run(target), Retention(keep_last, keep_every), yes=yes, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def gc(
+    uri: Uri,
+    *,
+    older_than: Annotated[
+        str, typer.Option(metavar="TIME", help="What is younger stays: 90s, 30m, 12h, 1d.")
+    ] = "1d",
+    yes: Yes = False,
+    dry_run: DryRun = False,
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what saves that died left behind, and nothing of a save in progress."""
+    target, bound = _target(uri, option), duration(older_than)
+    output.ensure_can_ask(yes=yes or dry_run)
+
+    from cloudckpt.cli.removal import gc as collect
+
+    _end(collect(target, bound, yes=yes, dry_run=dry_run, as_json=as_json))
+
+
+def _target(uri: str, option: list[str] | None) -> Target:
+    return Target.parse(uri, **options_of(option or ()))
+
+
+def _end(good: bool) -> None:
+    """End with a status where what was found is wanting."""
+    if not good:
+        raise typer.Exit(_WANTING)

@@ -1,0 +1,62 @@
+"""What is typed, as values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Final
+
+from cloudckpt.backends.errors import ConfigurationError
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]+)?)([smhdw])")
+
+
+def options_of(given: Iterable[str]) -> dict[str, Any]:
+    """Options of a URI, each given as ``name=value``; ``storage_options`` has a JSON object for its value.
+
+    Nothing that is refused is repeated, for it may be a secret.
+
+    Raises:
+        ConfigurationError: one can't be read, or is given twice.
+    """
+    options: dict[str, Any] = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigurationError(
+                "an option is not of the form name=value", hint="Write it like -o region=eu-central-1"
+            )
+        if name in options:
+            raise ConfigurationError(f"option {name!r} is given twice", hint="Give it once")
+        options[name] = _from_json(value) if name == "storage_options" else value
+    return options
+
+
+def duration(text: str) -> timedelta:
+    """Read a time such as ``90s``, ``30m``, ``12h``, ``1d``, ``2w``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    if match is None:
+        raise ConfigurationError(
+            f"{text!r} is not a time", hint="Write it like 90s, 30m, 12h, 1d or 2w; 0s is no time at all"
+        )
+    return timedelta(**{_UNITS[match[2]]: float(match[1])})
+
+
+def _from_json(text: str) -> dict[str, Any]:
+    try:
+        value: object = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            "storage_options is not a JSON object",
+            hint="""Write it like -o storage_options='{"client_kwargs": {"verify": false}}'""",
+        ) from None
+    return {str(name): held for name, held in value.items()}

@@ -1,0 +1,133 @@
+"""What is printed, and where: answers on the standard output, all else beside it.
+
+On a terminal there is colour, and lines break where it ends. In a pipe there is neither.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from datetime import UTC, datetime, timedelta
+from typing import IO, Any, Final
+
+from rich.console import Console
+from rich.prompt import Confirm
+from rich.table import Table
+from rich.text import Text
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+
+_UNBROKEN: Final = 1 << 16
+"""Columns of a line in a pipe."""
+_SIZES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_KIB: Final = 1024
+
+
+def answers() -> Console:
+    """The standard output."""
+    return _console(sys.stdout)
+
+
+def aside() -> Console:
+    """The standard error: errors, questions, progress."""
+    return _console(sys.stderr)
+
+
+def say(text: str, style: str = "", *, console: Console | None = None) -> None:
+    """Print a line, of whatever characters."""
+    (console or answers()).print(Text(printable(text), style))
+
+
+def say_json(value: Any) -> None:
+    """Print a value for machines: ASCII, times in ISO 8601."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_as_text) + "\n")
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table without lines, whose cells are folded and never cut off."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return made
+
+
+def report(error: CheckpointError, *, debug: bool = False) -> None:
+    """Print an error as the library words it, and with ``debug`` where it comes from."""
+    console = aside()
+    if debug:
+        say("".join(traceback.format_exception(error)), console=console)
+    console.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
+    for note in getattr(error, "__notes__", ()):
+        say(note, console=console)
+
+
+def ensure_can_ask(*, yes: bool) -> None:
+    """Make sure that there is somebody to ask, or that nothing needs to be.
+
+    Raises:
+        ConfigurationError: there is no terminal.
+    """
+    if not (yes or (sys.stdin.isatty() and sys.stderr.isatty())):
+        raise ConfigurationError(
+            "this deletes, and there is no terminal to ask on", hint="Say --yes, or look first with --dry-run"
+        )
+
+
+def agreed(question: str, *, yes: bool) -> bool:
+    """Ask on the terminal; only a yes is one."""
+    if yes:
+        return True
+    try:
+        agreement = Confirm.ask(Text(printable(question)), console=aside(), default=False)
+    except EOFError:
+        agreement = False
+    if not agreement:
+        say("nothing was deleted", console=aside())
+    return agreement
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal spelt out: names come from whoever wrote the checkpoint."""
+    return "".join(
+        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def one_line(text: str) -> str:
+    """Like ``printable``, for a name in a table or a tree."""
+    return printable(text).replace("\n", "\\n")
+
+
+def size(nbytes: float) -> str:
+    """Bytes, in at most ten characters."""
+    for unit in _SIZES[:-1]:
+        if nbytes < _KIB:
+            return f"{nbytes:.0f} {unit}" if unit == _SIZES[0] else f"{nbytes:.1f} {unit}"
+        nbytes /= _KIB
+    return f"{nbytes:.1f} {_SIZES[-1]}"
+
+
+def age(when: datetime | None, now: datetime | None = None) -> str:
+    """How long ago that was, in one unit; a dash where nobody knows."""
+    if when is None:
+        return "-"
+    passed = max(timedelta(0), (now or datetime.now(UTC)) - when)
+    for unit, length in (("d", timedelta(days=2)), ("h", timedelta(hours=2)), ("min", timedelta(minutes=2))):
+        if passed >= length:
+            return f"{passed // (length / 2)} {unit}"
+    return f"{passed // timedelta(seconds=1)} s"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: ``1 object``, ``2,000 objects``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _console(stream: IO[str]) -> Console:
+    width = None if stream.isatty() else _UNBROKEN
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def _as_text(value: object) -> str:
+    return value.isoformat() if isinstance(value, datetime) else str(value)
