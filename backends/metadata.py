@@ -102,12 +102,14 @@ def add_extras(
     save_id: str,
     version: str,
     objects: Mapping[str, ObjectInfo],
+    notes: Mapping[str, float] | None = None,
 ) -> None:
-    """Attach what DCP has no field for."""
+    """Attach what DCP has no field for; ``notes`` are the caller's own."""
     metadata.__dict__[_EXTRAS] = {
         "version": version,
         "save_id": save_id,
         "checksum": CRC64NVME.name,  # of the metadata itself, behind the pickle: see ``dump``
+        "notes": dict(notes or {}),
         "objects": {
             name: {"size": info.size, "version": info.version, "checksum": info.checksum}
             for name, info in objects.items()
@@ -133,6 +135,14 @@ def save_id_of(metadata: Metadata) -> str | None:
     """The id of the save that wrote this, None where a stock writer did."""
     save_id = _extras(metadata).get("save_id")
     return save_id if isinstance(save_id, str) else None
+
+
+def notes_of(metadata: Metadata) -> dict[str, float]:
+    """The numbers that whoever saved this noted by name."""
+    notes = _extras(metadata).get("notes")
+    if not isinstance(notes, dict):
+        return {}
+    return {str(name): float(value) for name, value in notes.items() if isinstance(value, int | float)}
 
 
 def version_of(metadata: Metadata) -> str | None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import traceback
 import uuid
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -29,6 +30,7 @@ from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
     CommitError,
+    ConfigurationError,
     StorageError,
     UncertainCommitError,
 )
@@ -56,6 +58,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         uri: where the checkpoint goes, such as ``s3://bucket/run/step-100``; options may stand in its query.
             A target that was parsed before has its options already.
         overwrite: replace a checkpoint that is committed there. It stays whole until the new one is.
+        notes: numbers that are kept in ``.metadata`` by name; stock DCP ignores them.
         options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
 
     Raises:
@@ -63,10 +66,19 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     """
 
     def __init__(
-        self, uri: str | os.PathLike[str] | Target, *, overwrite: bool = False, **options: Any
+        self,
+        uri: str | os.PathLike[str] | Target,
+        *,
+        overwrite: bool = False,
+        notes: Mapping[str, float] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(uri, options)
         self._overwrite = true_or_false("overwrite", overwrite)
+        try:
+            self._notes = {str(name): float(value) for name, value in (notes or {}).items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"a note is a number: {error}", uri=self._target.uri) from error
         self._begin()
 
     def _begin(self) -> None:
@@ -81,11 +93,11 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     def __getstate__(self) -> dict[str, Any]:
         """The configuration; a save under way and its connections stay behind."""
-        return {"target": self._target, "overwrite": self._overwrite}
+        return {"target": self._target, "overwrite": self._overwrite, "notes": self._notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._target, self._store = state["target"], None
-        self._overwrite = state["overwrite"]
+        self._overwrite, self._notes = state["overwrite"], state["notes"]
         self._begin()
 
     def __repr__(self) -> str:
@@ -294,7 +306,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = items
         metadata.storage_meta = self.storage_meta()
-        md.add_extras(metadata, self._save_id, __version__, objects)
+        md.add_extras(metadata, self._save_id, __version__, objects, self._notes)
         return md.dump(metadata)
 
     def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo]) -> None:

@@ -57,6 +57,7 @@ class Checkpointer:
         keep_last: steps to keep; older ones are deleted in the background, once a newer one is committed.
             None keeps all.
         keep_every: steps that are a multiple of it are kept beyond ``keep_last``.
+        keep_best: so many steps with the highest ``metric`` are kept beyond ``keep_last``.
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
         every_seconds: `async_save` saves when so many seconds have passed since the save before began, by
             rank 0's clock; with ``every_steps``, when either says so.
@@ -84,6 +85,7 @@ class Checkpointer:
         *,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        keep_best: int | None = None,
         every_steps: int | None = None,
         every_seconds: float | None = None,
         on_failure: OnFailure = "raise",
@@ -99,7 +101,7 @@ class Checkpointer:
         **options: Any,
     ) -> None:
         self._run = Run(Target.parse(uri, **options))
-        self._retention = Retention(keep_last, keep_every)
+        self._retention = Retention(keep_last, keep_every, keep_best)
         if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
             raise ConfigurationError(
                 f"every_steps is {every_steps!r}", hint="Give a number from 1 on, or None"
@@ -146,11 +148,18 @@ class Checkpointer:
         state = None if state_dict is None else AppState(state_dict).as_dcp_has_it()
         self._executor.warmup(state, process_group=self._group, no_dist=not grouped())
 
-    def async_save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
+    def async_save(
+        self, step: int, state_dict: Mapping[str, Any], *, metric: float | None = None
+    ) -> SaveHandle[CheckpointInfo]:
         """Take a snapshot of the state, return, and save it in the background.
 
         The state may change as soon as this returns. A step that ``every_steps`` and ``every_seconds`` leave
         out, or ``on_busy`` skips, has a handle that is ``cancelled()``.
+
+        Args:
+            step: its number.
+            state_dict: what to save.
+            metric: how good it is, for ``keep_best``: the higher the better. It is stored with the step.
 
         Raises:
             ConfigurationError: the step is no number of one, or the state can't be saved.
@@ -160,16 +169,18 @@ class Checkpointer:
         if not self._is_due(step):
             return skipped()
         self._raise_unheard()
-        return self._save(step, state_dict)
+        return self._save(step, state_dict, metric)
 
-    def save(self, step: int, state_dict: Mapping[str, Any]) -> CheckpointInfo:
+    def save(
+        self, step: int, state_dict: Mapping[str, Any], *, metric: float | None = None
+    ) -> CheckpointInfo:
         """Save and return when the step is committed, whatever ``every_steps`` and ``every_seconds`` say.
 
         Raises:
             CheckpointExistsError: it is committed already, and ``overwrite`` is off.
             CheckpointError: what failed the save, on whichever rank.
         """
-        return self._save(step, state_dict).result()
+        return self._save(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
         """Load a step into the state, and return its number; by default the newest that is committed.
@@ -260,8 +271,10 @@ class Checkpointer:
         due = time.monotonic() - self._began >= self._every_seconds
         return self._executor.follow_first(due, process_group=self._group, no_dist=not grouped())
 
-    def _save(self, step: int, state_dict: Mapping[str, Any]) -> SaveHandle[CheckpointInfo]:
-        writer = PruningWriter(self._run, step, self._retention, overwrite=self._overwrite)
+    def _save(
+        self, step: int, state_dict: Mapping[str, Any], metric: float | None
+    ) -> SaveHandle[CheckpointInfo]:
+        writer = PruningWriter(self._run, step, self._retention, metric=metric, overwrite=self._overwrite)
         uri = writer.checkpoint_id
         self._began = began = time.monotonic()
         ended: list[tuple[float, datetime]] = []

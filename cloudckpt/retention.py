@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +18,17 @@ from cloudckpt.run import Run
 
 _log = logging.getLogger(__name__)
 
+METRIC = "metric"
+"""The note by which ``keep_best`` goes."""
 _PRUNED = "cloudckpt_pruned"
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """Keep the newest ``keep_last`` steps and every step that is a multiple of ``keep_every``.
+    """Keep the newest ``keep_last`` steps, and beyond them those that are worth it.
 
-    With ``keep_last=None`` every step stays.
+    These are the multiples of ``keep_every``, and the ``keep_best`` steps with the highest metric, the newer
+    of two that are as good. With ``keep_last=None`` every step stays.
 
     Raises:
         ConfigurationError: a number can't be used.
@@ -32,26 +36,39 @@ class Retention:
 
     keep_last: int | None = None
     keep_every: int | None = None
+    keep_best: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("keep_last", "keep_every"):
+        for name in ("keep_last", "keep_every", "keep_best"):
             value: object = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(
                     f"{name} is {value!r}", hint="Give a whole number from 1 on, or None"
                 )
-        if self.keep_every is not None and self.keep_last is None:
-            raise ConfigurationError(
-                "keep_every says which steps outlive keep_last, and that is not given",
-                hint="Give keep_last, too; without it every step stays",
-            )
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) is not None and self.keep_last is None:
+                raise ConfigurationError(
+                    f"{name} says which steps outlive keep_last, and that is not given",
+                    hint="Give keep_last, too; without it every step stays",
+                )
 
-    def superseded(self, steps: Sequence[int]) -> list[int]:
-        """Those of the committed steps that go, oldest first; never the newest."""
+    def superseded(
+        self, steps: Sequence[int], metric_of: Callable[[int], float | None] = lambda _: None
+    ) -> list[int]:
+        """Those of the committed steps that go, oldest first; never the newest.
+
+        ``metric_of`` is asked for every step's metric where ``keep_best`` is given; None and NaN are none.
+        """
         if self.keep_last is None:
             return []
-        every = self.keep_every
-        return [step for step in sorted(steps)[: -self.keep_last] if every is None or step % every]
+        ordered, every = sorted(steps), self.keep_every
+        old = [step for step in ordered[: -self.keep_last] if every is None or step % every]
+        if not old or self.keep_best is None:
+            return old
+        metrics = {step: metric for step in ordered if (metric := metric_of(step)) is not None}
+        known = [step for step, metric in metrics.items() if not math.isnan(metric)]
+        best = sorted(known, key=lambda step: (metrics[step], step))[-self.keep_best :]
+        return [step for step in old if step not in best]
 
 
 class PruningWriter(StorageWriter):
@@ -61,8 +78,17 @@ class PruningWriter(StorageWriter):
     step that could not be deleted is no failure of the save; the next save tries again.
     """
 
-    def __init__(self, run: Run, step: int, retention: Retention, *, overwrite: bool = False) -> None:
-        super().__init__(run.at(step), overwrite=overwrite)
+    def __init__(
+        self,
+        run: Run,
+        step: int,
+        retention: Retention,
+        *,
+        metric: float | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        notes = {} if metric is None else {METRIC: metric}
+        super().__init__(run.at(step), overwrite=overwrite, notes=notes)
         self._run, self._retention = run, retention
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +121,7 @@ def prune(run: Run, retention: Retention) -> list[int]:
     """
     if retention.keep_last is None:
         return []
-    gone = retention.superseded(run.steps())
+    gone = retention.superseded(run.steps(), lambda step: run.note(step, METRIC))
     for step in gone:
         drop(run, step)
     return gone

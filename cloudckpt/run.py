@@ -16,7 +16,13 @@ from typing import Literal
 
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError, ObjectNotFoundError
+from cloudckpt.backends.errors import (
+    CheckpointNotFoundError,
+    ConfigurationError,
+    IntegrityError,
+    ObjectNotFoundError,
+    UnsafeCheckpointError,
+)
 from cloudckpt.backends.marker import MARKER, SILENT_FOR
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
@@ -26,6 +32,10 @@ _PREFIX = "step-"
 _DIGITS = 10
 _FOLDER = re.compile(rf"{_PREFIX}(\d{{{_DIGITS}}})/?")
 _LAST = 10**_DIGITS - 1
+
+_MOST_NOTES = 1000
+_notes: dict[tuple[str, str, str | None], dict[str, float]] = {}
+"""What was noted of steps, by the version of their metadata."""
 
 State = Literal["committed", "in progress", "unfinished"]
 """Of a checkpoint: whether its metadata is there; where not, whether a save is at it, or one died."""
@@ -142,6 +152,26 @@ class Run:
         """
         with open_store(self.target) as store:
             return bool(commit.listed_metadata(store))
+
+    def note(self, step: int, name: str) -> float | None:
+        """A number that whoever saved a step noted in its metadata; None where nobody did, or can tell.
+
+        Metadata that was read before is not read again while the store reports the same version.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        at = f"{self.folder(step)}/{md.METADATA_NAME}"
+        with open_store(self.target) as store:
+            try:
+                known = (store.uri, at, store.stat(at).version)
+                if known not in _notes:
+                    _notes[known] = md.notes_of(md.load(store.get(at)[0], uri=store.uri, name=at))
+                    while len(_notes) > _MOST_NOTES:
+                        del _notes[next(iter(_notes))]
+                return _notes[known].get(name)
+            except (ObjectNotFoundError, IntegrityError, UnsafeCheckpointError):
+                return None
 
     def prove(self) -> None:
         """Put, read and delete a small object: what a save will need.

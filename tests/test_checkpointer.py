@@ -141,6 +141,18 @@ def test_only_the_newest_steps_stay_and_those_that_are_kept_for_good(place: Plac
     assert folders == {"step-0000000040", "step-0000000080", "step-0000000090"}
 
 
+def test_the_best_steps_stay_however_old_they_are(place: Place) -> None:
+    metrics = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.7, 5: None, 6: 0.9, 7: 0.1, 8: -1.0}
+    with run_at(place, keep_last=1, keep_best=2) as checkpointer:
+        for step, metric in metrics.items():
+            checkpointer.save(step, numbered(step), metric=metric)
+        assert checkpointer.all_steps() == [2, 6, 8]
+    with run_at(place, keep_last=1, keep_best=2) as checkpointer:  # as another process would know them
+        checkpointer.save(9, numbered(9), metric=1.5)
+        checkpointer.save(10, numbered(10))
+        assert checkpointer.all_steps() == [6, 9, 10]
+
+
 def test_a_step_is_there_when_its_commit_is_whoever_made_it(folder: Place, tmp_path: Path) -> None:
     with run_at(folder) as one, run_at(folder) as other:
         one.save(1, numbered(1))
@@ -334,6 +346,7 @@ def test_a_long_save_says_how_far_it_is(
         ("keep_last", 0),
         ("keep_last", True),
         ("keep_every", 5),  # without keep_last
+        ("keep_best", 5),
         ("every_steps", 0),
         ("on_failure", "ignore"),
         ("snapshots", 3),
@@ -346,6 +359,13 @@ def test_a_long_save_says_how_far_it_is(
 def test_what_can_not_be_meant_is_refused(tmp_path: Path, argument: str, value: Any) -> None:
     with pytest.raises(cloudckpt.ConfigurationError, match=argument):
         Checkpointer(f"file://{tmp_path}/run", **{argument: value})
+
+
+def test_a_metric_that_is_no_number_is_refused(folder: Place) -> None:
+    with run_at(folder) as checkpointer:
+        with pytest.raises(cloudckpt.ConfigurationError, match="a note is a number"):
+            checkpointer.async_save(1, numbered(1), metric="good")  # type: ignore[arg-type]
+        assert checkpointer.all_steps() == []
 
 
 @pytest.mark.parametrize("step", [-1, 10**10, True, 1.0, "1", None])

@@ -26,22 +26,31 @@ STEPS = 2000
     steps=st.sets(st.integers(0, 300), max_size=60),
     keep_last=st.integers(1, 10) | st.none(),
     keep_every=st.integers(1, 50) | st.none(),
+    keep_best=st.integers(1, 5) | st.none(),
+    metrics=st.dictionaries(st.integers(0, 300), st.floats(allow_nan=True), max_size=60),
 )
 def test_what_goes_is_old_and_not_kept_for_good(
-    steps: set[int], keep_last: int | None, keep_every: int | None
+    steps: set[int],
+    keep_last: int | None,
+    keep_every: int | None,
+    keep_best: int | None,
+    metrics: dict[int, float],
 ) -> None:
     if keep_last is None:
         assert Retention().superseded(sorted(steps)) == []
         return
-    gone = Retention(keep_last, keep_every).superseded(list(steps))
+    gone = Retention(keep_last, keep_every, keep_best).superseded(list(steps), metrics.get)
     left = steps - set(gone)
     assert gone == sorted(gone)
     assert set(sorted(steps)[-keep_last:]) <= left
     if keep_every is not None:
         assert {step for step in steps if step % keep_every == 0} <= left
-    assert all(
-        step in set(sorted(steps)[-keep_last:]) or not step % (keep_every or step + 1) for step in left
-    )
+    known = sorted((metrics[step], step) for step in steps & metrics.keys() if metrics[step] == metrics[step])
+    best = {step for _, step in known[-keep_best:]} if keep_best is not None else set[int]()
+    assert best <= left
+    for step in left - best - set(sorted(steps)[-keep_last:]):
+        assert keep_every is not None
+        assert step % keep_every == 0
 
 
 def test_folders_sort_as_the_steps_do() -> None:

@@ -155,6 +155,9 @@ def prune(
     keep_every: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Multiples of it stay, too.")
     ] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Steps with the highest metric stay, too.")
+    ] = None,
     yes: Yes = False,
     dry_run: DryRun = False,
     option: Given = None,
@@ -168,7 +171,8 @@ def prune(
     from cloudckpt.retention import Retention
     from cloudckpt.run import Run
 
-    _end(prune_run(Run(target), Retention(keep_last, keep_every), yes=yes, dry_run=dry_run, as_json=as_json))
+    retention = Retention(keep_last, keep_every, keep_best)
+    _end(prune_run(Run(target), retention, yes=yes, dry_run=dry_run, as_json=as_json))
 
 
 @app.command()

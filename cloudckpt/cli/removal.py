@@ -13,7 +13,7 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.gc import Garbage, collect_garbage_at
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import listing, output
-from cloudckpt.retention import Retention, drop
+from cloudckpt.retention import METRIC, Retention, drop
 from cloudckpt.run import Run
 
 
@@ -52,7 +52,7 @@ def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: 
         StorageError: the store could not list or delete; those deleted before are gone.
     """
     committed = {one.step: one for one in run.listed() if one.state == "committed" and one.step is not None}
-    steps = retention.superseded(list(committed))
+    steps = retention.superseded(list(committed), lambda step: run.note(step, METRIC))
     gone = [committed[step] for step in steps]
     # The only question is of what was shown: a step that is committed meanwhile changes nothing.
     if gone and not dry_run:
