@@ -39,6 +39,9 @@ from cloudckpt.watch import Watch
 
 OnFailure = Literal["raise", "warn"]
 
+_REMEMBERED = 16
+"""Saves that are under way or have failed: more than there can be under way."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -282,7 +285,8 @@ class Checkpointer:
 
         def describe(metadata: Metadata) -> CheckpointInfo:
             sizes = md.sizes_of(metadata)
-            done, when = ended[0]
+            # Whoever waits may be woken before the callbacks are called.
+            done, when = ended[0] if ended else (time.monotonic(), datetime.now(UTC))
             pruned.extend(pruned_by(metadata))
             return CheckpointInfo(step, uri, sum(sizes.values()), len(sizes), done - began, when)
 
@@ -336,7 +340,9 @@ class Checkpointer:
         if self._executor.follow_first(ended_badly, process_group=self._group, no_dist=not grouped()):
             wait([handle for _, handle in self._saves])
             self._raise_next(even_heard=True)
-        self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]
+        # Rank 0 may learn of a failure later than this rank, and raise it then.
+        kept = [(step, handle) for step, handle in self._saves if handle.failed or not handle.done()]
+        self._saves = kept[-_REMEMBERED:]
 
     def _raise_next(self, *, even_heard: bool = False) -> None:
         """Raise the first failure of those that have ended, and forget the saves up to it."""

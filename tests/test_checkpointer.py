@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -460,6 +461,32 @@ def test_a_question_that_fails_fails_on_every_rank(pool: RankPool, moto: S3Serve
 
     one, two = pool(on_rank)
     assert one == two
+
+
+def test_a_failure_that_rank_0_learns_of_later_is_raised_by_every_rank_then(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    place = Place.in_folder(tmp_path / "run")
+
+    def on_rank(rank: int) -> list[str]:
+        not_yet: dict[str, Any] = {"failed": property(lambda _: False), "done": lambda _: False}
+        with run_at(place, snapshots=2) as checkpointer:
+            checkpointer.save(1, numbered(1))
+            wait([checkpointer.async_save(1, numbered(1))])
+            with (
+                mock.patch.multiple(cloudckpt.SaveHandle, **not_yet)
+                if rank == 0
+                else contextlib.nullcontext()
+            ):
+                second = checkpointer.async_save(2, numbered(2))
+            wait([second])
+            with pytest.raises(cloudckpt.CheckpointExistsError) as caught:
+                checkpointer.async_save(3, numbered(3))
+            assert checkpointer.async_save(4, numbered(4)).result(MINUTES).step == 4
+        return caught.value.__notes__
+
+    one, two = pool(on_rank)
+    assert one[-1] == two[-1] == "it is the save of step 1 that failed, in the background"
 
 
 def test_a_failure_is_raised_by_every_rank_at_the_same_call(pool: RankPool, tmp_path: Path) -> None:
