@@ -16,8 +16,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; 
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := cloudckpt backends executor tests examples
 
-# Two workers, the tests of one class on one of them. `make test PYTEST="tests/stores -k moto"` runs a choice.
-PYTEST ?= -n 2 --dist loadscope
+# Two workers, the tests of one class or module on one of them, in the order of their files: those with the fewest tests,
+# which take longest, would come last otherwise. `make test PYTEST="tests/stores -k moto"` runs a choice.
+PYTEST ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 .PHONY: help
 help:  ## this list

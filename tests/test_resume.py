@@ -116,7 +116,7 @@ def kill_and_resume(folder: Path, times: int, seed: int) -> None:
 
 
 def test_a_job_that_is_killed_at_random_always_resumes_from_a_whole_checkpoint(tmp_path: Path) -> None:
-    kill_and_resume(tmp_path, times=3, seed=1)
+    kill_and_resume(tmp_path, times=2, seed=1)
 
 
 @pytest.mark.soak
