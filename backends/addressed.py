@@ -14,7 +14,7 @@ class Addressed:
     """A checkpoint's URI with its options, kept over ``reset`` and pickling."""
 
     def __init__(self, uri: str | os.PathLike[str] | Target, options: dict[str, Any]) -> None:
-        self._target = uri if isinstance(uri, Target) else Target.parse(uri, **options)
+        self._target = Target.parse(uri, **options)
         self._store: ObjectStore | None = None
 
     @property

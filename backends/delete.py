@@ -13,7 +13,7 @@ from cloudckpt.backends.target import Target
 
 
 def delete_checkpoint(
-    uri: str | os.PathLike[str], *, dry_run: bool = False, **options: Any
+    uri: str | os.PathLike[str] | Target, *, dry_run: bool = False, **options: Any
 ) -> tuple[str, ...]:
     """Delete the checkpoint at ``uri``, ours or stock; returns the names of the objects deleted.
 
@@ -27,12 +27,7 @@ def delete_checkpoint(
         CheckpointNotFoundError: nothing is committed here.
         StorageError: the store could not be read, or not delete.
     """
-    return delete_checkpoint_at(Target.parse(uri, **options), dry_run=dry_run)
-
-
-def delete_checkpoint_at(target: Target, *, dry_run: bool = False) -> tuple[str, ...]:
-    """Delete the checkpoint at a target, as `delete_checkpoint` does."""
-    with open_store(target) as store:
+    with open_store(Target.parse(uri, **options)) as store:
         # Ranks that saved without each other have metadata of their own.
         names = commit.listed_metadata(store)
         if md.METADATA_NAME not in names:  # a listing may lag behind

@@ -18,15 +18,15 @@ from typing import Any
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, UnsafeCheckpointError
-from cloudckpt.backends.marker import MARKER, SILENT_FOR
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.names import PROBE
 from cloudckpt.backends.target import Target
 
 _log = logging.getLogger(__name__)
 
 _DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
-_PROBE = re.compile(r"(?:.*/)?\.cloudckpt-probe\.[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Garbage:
 
 
 def collect_garbage(
-    uri: str | os.PathLike[str],
+    uri: str | os.PathLike[str] | Target,
     *,
     older_than: timedelta = timedelta(days=1),
     silent_for: timedelta = SILENT_FOR,
@@ -61,19 +61,7 @@ def collect_garbage(
     Raises:
         StorageError: the store could not list or delete.
     """
-    target = Target.parse(uri, **options)
-    return collect_garbage_at(target, older_than=older_than, silent_for=silent_for, dry_run=dry_run)
-
-
-def collect_garbage_at(
-    target: Target,
-    *,
-    older_than: timedelta = timedelta(days=1),
-    silent_for: timedelta = SILENT_FOR,
-    dry_run: bool = False,
-) -> Garbage:
-    """Remove what is left below a target, as `collect_garbage` does."""
-    with open_store(target) as store:
+    with open_store(Target.parse(uri, **options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
         pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
@@ -90,7 +78,7 @@ def collect_garbage_at(
         # A save that is only silent so far, and has nothing old, may wake up and go on.
         touched = {_parent(p.upload.name) for p in uploads} | {_parent(info.name) for info in old}
         traces = [i for i in dead if _is_old(i.modified, bound) or _parent(i.name) in touched]
-        traces += [i for i in listing if _PROBE.fullmatch(i.name) and _is_old(i.modified, bound)]
+        traces += [i for i in listing if PROBE.fullmatch(i.name) and _is_old(i.modified, bound)]
         if not dry_run:
             store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
         unnamed = _unnamed(store, old, listing)
@@ -117,7 +105,7 @@ def _is_metadata(name: str) -> bool:
 def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[ObjectInfo], set[str]]:
     """The markers of dead saves, not renewed since ``bound``, and the folders where a save is in progress."""
     markers = [info for info in listing if MARKER.fullmatch(info.name)]
-    dead = [info for info in markers if _is_old(info.modified, bound)]
+    dead = [info for info in markers if is_silent(info, bound)]
     return dead, {_parent(info.name) for info in markers if info not in dead}
 
 

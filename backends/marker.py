@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
-from cloudckpt.backends.store import ObjectStore, Overwrite, Update
+from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ RENEWED_EVERY: Final = 60.0
 """Seconds between two renewals: a small part of the silence after which a save counts as dead."""
 SILENT_FOR: Final = timedelta(minutes=10)
 """The silence after which a save counts as dead, where nobody says another."""
+
+
+def is_silent(marker: ObjectInfo, since: datetime) -> bool:
+    """Whether a marker was not renewed after that; where the store tells no time, it may have been."""
+    return marker.modified is not None and marker.modified <= since
 
 
 class SaveMarker:

@@ -56,12 +56,20 @@ class Target:
     layers: Layers = field(default_factory=Layers, repr=False, compare=False)
 
     @classmethod
-    def parse(cls, uri: str | os.PathLike[str], /, **keywords: Any) -> Self:
+    def parse(cls, uri: str | os.PathLike[str] | Target, /, **keywords: Any) -> Target:
         """Read a URI or a plain path, its query, the keywords and, once and here, the environment.
+
+        A target that was parsed before is returned as it is: it has its options already.
 
         Raises:
             ConfigurationError: the URI can't be read, or an option can't be used.
         """
+        if isinstance(uri, Target):
+            if keywords:
+                raise ConfigurationError(
+                    f"a target has its options, and is given more: {', '.join(sorted(keywords))}", uri=uri.uri
+                )
+            return uri
         place = _Place.read(uri)
         try:
             layers = Layers.given(keywords, parse_query(place.query, place.protocol))

@@ -66,30 +66,26 @@ class Verification:
         return not self.damages
 
 
-def verify(uri: str | os.PathLike[str], *, observer: Observer | None = None, **options: Any) -> Verification:
+def verify(
+    uri: str | os.PathLike[str] | Target,
+    *,
+    observer: Observer | None = None,
+    begun: Callable[[int], None] | None = None,
+    **options: Any,
+) -> Verification:
     """Read a whole checkpoint and compare it with its checksums, ``concurrency`` ranges at a time.
 
     Holds at most ``memory_limit`` bytes. Nothing that the checkpoint says is run. Damage is reported, not
-    raised. ``observer`` is told of an object's name and how many more of its bytes have been compared, from
-    the threads that read.
+    raised. ``begun`` is told how many bytes are about to be compared, for each metadata object that the
+    checkpoint has, and ``observer`` of an object's name and how many more of its bytes have been, from the
+    threads that read.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at ``uri``.
         UnsafeCheckpointError: reading its metadata would run code.
         StorageError: the store could not be read.
     """
-    return verify_at(Target.parse(uri, **options), observer=observer)
-
-
-def verify_at(
-    target: Target, *, observer: Observer | None = None, begun: Callable[[int], None] | None = None
-) -> Verification:
-    """Verify the checkpoint at a target, as `verify` does.
-
-    ``begun`` is told how many bytes are about to be compared, for each metadata object that the checkpoint
-    has.
-    """
-    with open_store(target) as store:
+    with open_store(target := Target.parse(uri, **options)) as store:
         names = commit.listed_metadata(store)
         # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
         chosen = [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]

@@ -32,7 +32,8 @@ from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.process_executor import OnBusy
-from cloudckpt.ranks import agreed, grouped, own_rank
+from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.ranks import agreed, own_rank
 from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
 from cloudckpt.watch import Watch

@@ -8,13 +8,9 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.executor.rendezvous import grouped
 
 T = TypeVar("T")
-
-
-def grouped() -> bool:
-    """Whether this process is one of a job's ranks."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def own_rank(group: dist.ProcessGroup | None) -> int:

@@ -11,14 +11,14 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends.delete import delete_checkpoint_at
+from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Run
 
 _log = logging.getLogger(__name__)
 
-METRIC = "metric"
+_METRIC = "metric"
 """The note by which ``keep_best`` goes."""
 _PRUNED = "cloudckpt_pruned"
 
@@ -87,7 +87,7 @@ class PruningWriter(StorageWriter):
         metric: float | None = None,
         overwrite: bool = False,
     ) -> None:
-        notes = {} if metric is None else {METRIC: metric}
+        notes = {} if metric is None else {_METRIC: metric}
         super().__init__(run.at(step), overwrite=overwrite, notes=notes)
         self._run, self._retention = run, retention
 
@@ -121,10 +121,15 @@ def prune(run: Run, retention: Retention) -> list[int]:
     """
     if retention.keep_last is None:
         return []
-    gone = retention.superseded(run.steps(), lambda step: run.note(step, METRIC))
+    gone = superseded(run, run.steps(), retention)
     for step in gone:
         drop(run, step)
     return gone
+
+
+def superseded(run: Run, steps: Sequence[int], retention: Retention) -> list[int]:
+    """Those of a run's committed steps that its retention lets go, by the metrics stored with them."""
+    return retention.superseded(steps, lambda step: run.note(step, _METRIC))
 
 
 def drop(run: Run, step: int) -> None:
@@ -134,7 +139,7 @@ def drop(run: Run, step: int) -> None:
         StorageError: the store could not be read, or not delete.
     """
     try:
-        delete_checkpoint_at(run.at(step))
+        delete_checkpoint(run.at(step))
     except CheckpointNotFoundError:  # another was faster
         return
     _log.info("deleted step %d of %s", step, run.target.uri)

@@ -7,7 +7,6 @@ the steps do.
 from __future__ import annotations
 
 import re
-import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.marker import MARKER, SILENT_FOR
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.target import Target
 
 _PREFIX = "step-"
@@ -179,7 +179,7 @@ class Run:
         Raises:
             StorageError: one of them is not possible.
         """
-        name, data = f".cloudckpt-probe.{uuid.uuid4().hex}", b"can this run be saved here?"
+        name, data = probe_name(), b"can this run be saved here?"
         with open_store(self.target) as store:
             store.put(name, data, Overwrite())
             try:
@@ -223,7 +223,7 @@ def _entry(folder: str, step: int | None, infos: list[ObjectInfo], alive: dateti
     if not commits and step is None:
         commits = [info for name, info in names.items() if md.is_metadata(name)]
     data = [info for name, info in names.items() if _is_data(name)]
-    busy = any(MARKER.fullmatch(name) and _is_since(info.modified, alive) for name, info in names.items())
+    busy = any(MARKER.fullmatch(name) and not is_silent(info, alive) for name, info in names.items())
     times = [info.modified for info in commits or infos if info.modified is not None]
     return Entry(
         folder,
@@ -237,11 +237,6 @@ def _entry(folder: str, step: int | None, infos: list[ObjectInfo], alive: dateti
 
 def _is_data(name: str) -> bool:
     return name.startswith(md.DATA_PREFIX) and name.endswith(md.DATA_SUFFIX)
-
-
-def _is_since(when: datetime | None, bound: datetime) -> bool:
-    """Whether it was after that; where a store tells no time, it may have been."""
-    return when is None or when > bound
 
 
 def _name_of(target: Target) -> str:

@@ -407,3 +407,10 @@ except ConfigurationError as error:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 'pip install "cloudckpt[s3]"' in done.stdout
     assert "s3://bucket/x" in done.stdout
+
+
+def test_a_target_is_taken_as_it_is_and_with_no_more_options() -> None:
+    target = Target.parse("s3://bucket/run", part_size="8MiB")
+    assert Target.parse(target) is target
+    with pytest.raises(ConfigurationError, match="region"):
+        Target.parse(target, region="eu-central-1")

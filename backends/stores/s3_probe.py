@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-import uuid
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import is_of_credentials, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
-
-PROBE_NAME: Final = ".cloudckpt-probe."
-"""How the name of a probe object begins."""
 
 _WRONG_CHECKSUM: Final = "/////////w8="
 """That of no bytes is zero."""
@@ -51,7 +48,7 @@ def what_is_honoured(requests: Requests, bucket: str, prefix: str) -> Honoured:
     place = (os.getpid(), clients.endpoint, bucket)
     with _lock:
         if place not in _known:
-            _known[place] = _probe(requests, bucket, f"{prefix}{PROBE_NAME}{uuid.uuid4().hex}")
+            _known[place] = _probe(requests, bucket, f"{prefix}{probe_name()}")
         return _known[place]
 
 

@@ -8,12 +8,12 @@ from datetime import timedelta
 
 from rich.console import Console
 
-from cloudckpt.backends.delete import delete_checkpoint_at
+from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.gc import Garbage, collect_garbage_at
+from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import listing, output
-from cloudckpt.retention import METRIC, Retention, drop
+from cloudckpt.retention import Retention, drop, superseded
 from cloudckpt.run import Run
 
 
@@ -32,11 +32,11 @@ def rm(run: Run, step: int | None, *, yes: bool, dry_run: bool, as_json: bool) -
             uri=target.uri,
             hint=f"Say which with --step; the newest is {newest}. `cloudckpt prune` deletes many",
         )
-    names = delete_checkpoint_at(target, dry_run=True)
+    names = delete_checkpoint(target, dry_run=True)
     if not dry_run:
         if not output.agreed(f"Delete {target.uri}, {output.count(len(names), 'object')}?", yes=yes):
             return False
-        names = delete_checkpoint_at(target)
+        names = delete_checkpoint(target)
     if as_json:
         output.say_json({"uri": target.uri, "dry_run": dry_run, "deleted": names})
     else:
@@ -52,7 +52,7 @@ def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: 
         StorageError: the store could not list or delete; those deleted before are gone.
     """
     committed = {one.step: one for one in run.listed() if one.state == "committed" and one.step is not None}
-    steps = retention.superseded(list(committed), lambda step: run.note(step, METRIC))
+    steps = superseded(run, list(committed), retention)
     gone = [committed[step] for step in steps]
     # The only question is of what was shown: a step that is committed meanwhile changes nothing.
     if gone and not dry_run:
@@ -82,13 +82,13 @@ def gc(target: Target, older_than: timedelta, *, yes: bool, dry_run: bool, as_js
     Raises:
         StorageError: the store could not list or delete.
     """
-    found = collect_garbage_at(target, older_than=older_than, dry_run=dry_run or not yes)
+    found = collect_garbage(target, older_than=older_than, dry_run=dry_run or not yes)
     asking = bool(_names(found)) and not (dry_run or yes)
     if asking:
         _say_garbage(found, output.aside())
         if not output.agreed(f"Delete this below {target.uri}?", yes=yes):
             return False
-        found = collect_garbage_at(target, older_than=older_than)
+        found = collect_garbage(target, older_than=older_than)
     if as_json:
         output.say_json({"uri": target.uri, "dry_run": dry_run, **dataclasses.asdict(found)})
         return True

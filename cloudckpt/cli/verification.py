@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from itertools import groupby
 
+from cloudckpt.backends import verify as library
 from cloudckpt.backends.target import Target
-from cloudckpt.backends.verify import Damage, Verification, verify_at
+from cloudckpt.backends.verify import Damage, Verification
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
 
@@ -20,7 +21,7 @@ def verify(target: Target, *, as_json: bool) -> bool:
         StorageError: the store could not be read.
     """
     with progress("verifying") as shown:
-        found = verify_at(target, observer=shown.done, begun=shown.begun)
+        found = library.verify(target, observer=shown.done, begun=shown.begun)
     if as_json:
         output.say_json({**dataclasses.asdict(found), "ok": found.ok})
     else:
