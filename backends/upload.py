@@ -140,7 +140,7 @@ class Uploader:
         for one in sending:
             if not one.parts:
                 self._room.acquire()
-                one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ()), None))
+                one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ()), 0, None))
 
     def _send_next(self, pool: ThreadPoolExecutor, one: _Sending, rest: Iterator[Window]) -> bool:
         """Hand out an object's next part; False where there is none, or no use in it."""
@@ -148,13 +148,14 @@ class Uploader:
         if window is None:
             return False
         self._room.acquire()
-        self._budget.admit(window.cost)
+        cost = window.cost  # once: it looks at thousands of pieces where tensors are small
+        self._budget.admit(cost)
         if self._failed.is_set():
-            self._budget.release(window.cost)
+            self._budget.release(cost)
             self._room.release()
             return False
         after = one.parts[-1] if one.parts and self._limits.in_order else None
-        one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window, after))
+        one.parts.append(pool.submit(self._send_part, one.upload, len(one.parts) + 1, window, cost, after))
         return True
 
     def _begin(self, name: str) -> Upload:
@@ -169,7 +170,12 @@ class Uploader:
         return upload
 
     def _send_part(
-        self, upload: Future[Upload], number: int, window: Window, after: Future[_SentPart] | None
+        self,
+        upload: Future[Upload],
+        number: int,
+        window: Window,
+        cost: int,
+        after: Future[_SentPart] | None,
     ) -> _SentPart:
         try:
             if after is not None:
@@ -178,7 +184,7 @@ class Uploader:
                 raise _NotSentError
             to = upload.result()
             with self._lanes.taken(window.nbytes):
-                part, fragments = self._transfer(to, number, window)
+                part, fragments = self._transfer(to, number, window, cost)
         except BaseException:
             self._failed.set()
             raise
@@ -187,14 +193,12 @@ class Uploader:
                 self._observer(to.name, part.size)
             return _SentPart(part, fragments, Fragment(window.nbytes, self.algorithm.combine(fragments)))
         finally:
-            self._budget.release(window.cost)
+            self._budget.release(cost)
             self._room.release()
 
-    def _transfer(self, to: Upload, number: int, window: Window) -> tuple[Part, list[Fragment]]:
+    def _transfer(self, to: Upload, number: int, window: Window, cost: int) -> tuple[Part, list[Fragment]]:
         gathered = window.gathered
-        with self._scratch.lent(
-            gathered, locked=window.from_device, beside=window.cost - gathered
-        ) as scratch:
+        with self._scratch.lent(gathered, locked=window.from_device, beside=cost - gathered) as scratch:
             buffers = window.buffers(scratch)
             tally = Tally(self.algorithm, window, buffers)
             checksum = None
