@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from support.gcs import GCSServer, shared_gcs_server
+from support.places import FOLDER, GCS, Place, new_place
 from support.ranks import rank_pool
 from support.servers import SERVERS, S3Server
 
@@ -64,6 +66,20 @@ def moto(s3_server_named: Callable[[str], S3Server]) -> S3Server:
 def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
     """The S3 server rclone, which ignores conditions and refuses wrong credentials."""
     return s3_server_named("rclone")
+
+
+@pytest.fixture(params=[FOLDER, "moto", GCS])
+def place(
+    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
+) -> Place:
+    """An untouched place in a folder, on S3 and on GCS in turn."""
+    return new_place(request.param, tmp_path, s3_server_named)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Place:
+    """An untouched place in a folder, for what no store has a part in."""
+    return Place.in_folder(tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ from torch.distributed.tensor import Shard
 import cloudckpt
 from cloudckpt.backends.errors import CheckpointExistsError
 from support import states
-from support.places import FOLDER, GCS, Place, new_place
+from support.places import Place
 from support.ranks import RankPool, RankPools
-from support.servers import S3Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -32,13 +31,6 @@ FORMS = (AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS)
 @pytest.fixture
 def pool(rank_pool: RankPools) -> RankPool:
     return rank_pool(RANKS)
-
-
-@pytest.fixture(params=[FOLDER, "moto", GCS])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
-) -> Place:
-    return new_place(request.param, tmp_path, s3_server_named)
 
 
 def some_state() -> states.State:

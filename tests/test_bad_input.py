@@ -27,7 +27,7 @@ from cloudckpt.backends.errors import (
 )
 from support import states
 from support.answers import ACCESS_DENIED, WELCOME, answering
-from support.places import FOLDER, FOLDER_PART_SIZE, GCS, Place, new_place
+from support.places import FOLDER_PART_SIZE, GCS, Place
 from support.ranks import RankPools
 from support.servers import S3Server, unused_port
 
@@ -37,13 +37,6 @@ pytestmark = [
 ]
 
 SECRET = "do-not-show-me"  # noqa: S105 - a stand-in
-
-
-@pytest.fixture(params=[FOLDER, "moto", GCS])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
-) -> Place:
-    return new_place(request.param, tmp_path, s3_server_named)
 
 
 @pytest.fixture

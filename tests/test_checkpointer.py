@@ -6,7 +6,6 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
 from concurrent.futures import wait
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,23 +21,12 @@ from torch.distributed.fsdp import fully_shard
 import cloudckpt
 from cloudckpt import Checkpointer, events, watch
 from cloudckpt.backends import metadata as md
-from support.places import FOLDER, GCS, Place, new_place
+from support import states
+from support.places import Place
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
 
 MINUTES = 60.0
-
-
-@pytest.fixture(params=[FOLDER, "moto", GCS])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
-) -> Place:
-    return new_place(request.param, tmp_path, s3_server_named)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Place:
-    return Place.in_folder(tmp_path / "run")
 
 
 def run_at(place: Place, **more: Any) -> Checkpointer:
@@ -72,18 +60,7 @@ def assert_alike(one: dict[str, Any], other: dict[str, Any]) -> None:
             key: value.state_dict() if hasattr(value, "state_dict") else value for key, value in state.items()
         }
 
-    assert_equal(described(one), described(other))
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            assert_equal(value, other[key])
-    else:
-        assert one == other
+    states.assert_bit_exact(described(one), described(other))
 
 
 def numbered(step: int) -> dict[str, Any]:
@@ -137,7 +114,7 @@ def test_only_the_newest_steps_stay_and_those_that_are_kept_for_good(place: Plac
         assert checkpointer.latest_step() == 90
         state = numbered(0)
         assert checkpointer.load(state, step=40) == 40
-        assert_equal(state, numbered(40))
+        states.assert_bit_exact(state, numbered(40))
     folders = {name.partition("/")[0] for name in place.visible()}
     assert folders == {"step-0000000040", "step-0000000080", "step-0000000090"}
 
@@ -194,7 +171,7 @@ def test_a_damaged_step_is_named_and_with_fallback_the_one_before_it_is_loaded(
         state = numbered(0)
         with caplog.at_level(logging.WARNING, "cloudckpt"):
             assert checkpointer.load(state, fallback=True) == 1
-        assert_equal(state, numbered(1))
+        states.assert_bit_exact(state, numbered(1))
         assert [said.partition(",")[0] for said in told(caplog)] == ["step 3 is damaged", "step 2 is damaged"]
         damage(place, 1)
         with pytest.raises(cloudckpt.IntegrityError, match="step-0000000001"):
@@ -255,7 +232,7 @@ def test_a_step_is_replaced_where_that_is_allowed(folder: Place) -> None:
         checkpointer.save(1, numbered(5))
         state = numbered(0)
         checkpointer.load(state)
-        assert_equal(state, numbered(5))
+        states.assert_bit_exact(state, numbered(5))
 
 
 def test_steps_between_those_of_the_policy_are_skipped(folder: Place) -> None:

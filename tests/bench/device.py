@@ -8,8 +8,6 @@ writer and reader of files, which have no server at the other end.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ import cloudckpt
 from bench.endpoint import served
 from bench.growth import reached
 from bench.report import machine
-from bench.turns import Form, as_json, measured, table, usual_states
+from bench.turns import Form, parser, run
 from support.servers import S3Server
 
 _MEMORY = Path("/dev/shm")  # noqa: S108 - a file system in memory; the folder in it gets a name of its own
@@ -60,31 +58,16 @@ def _no_locks() -> AbstractContextManager[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; 2 where there is no device."""
-    options = _parser().parse_args(arguments)
+    options = parser("device", __doc__, gib=2.0, small=20_000, repeats=5).parse_args(arguments)
     console = Console()
     if not torch.cuda.is_available():
         console.print("There is no CUDA device here.")
         return 2
-    written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=_MEMORY if _MEMORY.is_dir() else None) as name, served() as endpoint:
-        written["machine"] = facts = machine(Path(name))
+        facts = machine(Path(name))
         console.print(f"{facts['device']}, {facts['cores']} cores ({facts['processor']})", markup=False)
-        for state in usual_states(options.gib, options.small):
-            samples = measured(forms(endpoint.server, Path(name)), state, options.repeats)
-            console.print(table(state, samples))
-            written[state.title] = as_json(samples)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(written, indent=1) + "\n")
+        run(lambda: forms(endpoint.server, Path(name)), options, facts, console)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.device", description=__doc__)
-    parser.add_argument("--gib", type=float, default=2.0, help="size of the large state (default: 2)")
-    parser.add_argument("--small", type=int, default=20_000, help="16 KiB tensors (default: 20000)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: 5)")
-    parser.add_argument("--json", type=Path, default=Path("build/bench/device.json"), help="every sample")
-    return parser
 
 
 if __name__ == "__main__":

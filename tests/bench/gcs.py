@@ -9,8 +9,6 @@ the wall time, too.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -25,7 +23,7 @@ import cloudckpt
 from bench.endpoint import served
 from bench.growth import reached
 from bench.report import machine
-from bench.turns import Form, as_json, measured, table, usual_states
+from bench.turns import Form, parser, run
 from support.gcs import GCSServer, gcs_server
 from support.servers import S3Server
 
@@ -52,31 +50,16 @@ def forms(s3: S3Server, gcs: GCSServer) -> dict[str, Form]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    options = _parser().parse_args(arguments)
+    options = parser("gcs", __doc__, gib=1.0, small=500, repeats=3).parse_args(arguments)
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # else stock asks each bucket's type over gRPC
     console = Console()
-    written: dict[str, Any] = {}
     with served() as endpoint, gcs_server("--no-md5") as gcs:
-        written["machine"] = facts = machine(Path(tempfile.gettempdir()))
+        facts = machine(Path(tempfile.gettempdir()))
         console.print(
             f"{facts['cores']} cores ({facts['processor']}), load {facts['load']:.1f}", markup=False
         )
-        for state in usual_states(options.gib, options.small):
-            samples = measured(forms(endpoint.server, gcs), state, options.repeats)
-            console.print(table(state, samples))
-            written[state.title] = as_json(samples)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(written, indent=1) + "\n")
+        run(lambda: forms(endpoint.server, gcs), options, facts, console)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.gcs", description=__doc__)
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the large state (default: 1)")
-    parser.add_argument("--small", type=int, default=500, help="16 KiB tensors (default: 500)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count (default: 3)")
-    parser.add_argument("--json", type=Path, default=Path("build/bench/gcs.json"), help="every sample")
-    return parser
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
 from rich.table import Table
 
 Way = Literal["save", "load"]
@@ -105,6 +109,34 @@ def _timed(task: Callable[[], object]) -> Sample:
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def run(
+    forms: Callable[[], Mapping[str, Form]],
+    options: argparse.Namespace,
+    facts: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """Measure the usual states by what ``parser`` has read, print a table of each, and write every sample."""
+    written: dict[str, Any] = {"machine": facts}
+    for state in usual_states(options.gib, options.small):
+        samples = measured(forms(), state, options.repeats)
+        console.print(table(state, samples))
+        written[state.title] = as_json(samples)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def parser(
+    name: str, description: str | None, *, gib: float, small: int, repeats: int
+) -> argparse.ArgumentParser:
+    """Arguments of ``bench.<name>``, with these defaults."""
+    made = argparse.ArgumentParser(prog=f"bench.{name}", description=description)
+    made.add_argument("--gib", type=float, default=gib, help=f"size of the large state (default: {gib:g})")
+    made.add_argument("--small", type=int, default=small, help=f"16 KiB tensors (default: {small})")
+    made.add_argument("--repeats", type=int, default=repeats, help=f"turns that count (default: {repeats})")
+    made.add_argument("--json", type=Path, default=Path(f"build/bench/{name}.json"), help="every sample")
+    return made
 
 
 def table(state: State, samples: Samples) -> Table:

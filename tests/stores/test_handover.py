@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
-from support.places import FOLDER, GCS, Place, new_place
+from support.places import Place
 from support.ranks import RankPools
-from support.servers import S3Server
 
 PART = 5 << 20
 """Bytes, a multiple of what GCS takes and as much as S3 asks for."""
-
-
-@pytest.fixture(params=[FOLDER, "moto", GCS])
-def place(
-    request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
-) -> Place:
-    return new_place(request.param, tmp_path, s3_server_named)
 
 
 def opened(place: Place) -> ObjectStore:
