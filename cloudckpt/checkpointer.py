@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import wait
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -36,12 +35,11 @@ from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.ranks import agreed, own_rank
 from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
+from cloudckpt.saves import Saves
+from cloudckpt.schedule import Schedule
 from cloudckpt.watch import Watch
 
 OnFailure = Literal["raise", "warn"]
-
-_REMEMBERED = 16
-"""Saves that are under way or have failed: more than there can be under way."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,17 +104,9 @@ class Checkpointer:
     ) -> None:
         self._run = Run(Target.parse(uri, **options))
         self._retention = Retention(keep_last, keep_every, keep_best)
-        if every_steps is not None and (isinstance(every_steps, bool) or every_steps < 1):
-            raise ConfigurationError(
-                f"every_steps is {every_steps!r}", hint="Give a number from 1 on, or None"
-            )
-        if every_seconds is not None and not every_seconds > 0:
-            raise ConfigurationError(f"every_seconds is {every_seconds!r}", hint="Give more than 0, or None")
+        self._schedule = Schedule(every_steps, every_seconds)
         if on_failure not in get_args(OnFailure):
             raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
-        self._every_steps, self._every_seconds = every_steps, every_seconds
-        self._began = time.monotonic()
-        self._on_failure = on_failure
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._overwrite = true_or_false("overwrite", overwrite)
@@ -131,7 +121,7 @@ class Checkpointer:
         self._watch = Watch(
             on_event, self._rank, progress=true_or_false("progress", progress) and self._rank == 0
         )
-        self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
+        self._saves = Saves(warn=on_failure == "warn")
 
     @property
     def uri(self) -> str:
@@ -170,9 +160,9 @@ class Checkpointer:
             CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
         """
         self._run.folder(step)
-        if not self._is_due(step):
+        if not self._schedule.is_due(step, self._follow_first):
             return skipped()
-        self._raise_unheard()
+        self._saves.raise_unheard(self._follow_first)
         return self._save(step, state_dict, metric)
 
     def save(
@@ -237,7 +227,7 @@ class Checkpointer:
             CheckpointError: one failed, and nobody has asked its handle.
         """
         self._settle()
-        self._raise_unheard()
+        self._saves.raise_unheard(self._follow_first)
 
     def close(self) -> None:
         """Wait for every save, and end the checkpoint process.
@@ -247,10 +237,7 @@ class Checkpointer:
         """
         self._executor.close()
         self._watch.finish()
-        if self._on_failure == "warn":
-            self._tell_unheard()
-        else:
-            self._raise_next()  # on this rank alone: others may not come to their end
+        self._saves.raise_own()
 
     def __enter__(self) -> Self:
         return self
@@ -266,21 +253,15 @@ class Checkpointer:
         except CheckpointError as failed:  # what ends the block is what counts
             _log.warning("%s", failed)
 
-    def _is_due(self, step: int) -> bool:
-        """Whether a step is to be saved: on all ranks or on none."""
-        if self._every_steps is not None and step % self._every_steps == 0:
-            return True
-        if self._every_seconds is None:
-            return self._every_steps is None
-        due = time.monotonic() - self._began >= self._every_seconds
-        return self._executor.follow_first(due, process_group=self._group, no_dist=not grouped())
+    def _follow_first(self, value: bool) -> bool:
+        return self._executor.follow_first(value, process_group=self._group, no_dist=not grouped())
 
     def _save(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
     ) -> SaveHandle[CheckpointInfo]:
         writer = PruningWriter(self._run, step, self._retention, metric=metric, overwrite=self._overwrite)
         uri = writer.checkpoint_id
-        self._began = began = time.monotonic()
+        began = self._schedule.begin()
         ended: list[tuple[float, datetime]] = []
         pruned: list[int] = []
 
@@ -299,7 +280,7 @@ class Checkpointer:
             no_dist=not grouped(),
         )
         handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
-        self._saves.append((step, handle))
+        self._saves.add(step, handle)
         if handle.staged.done() and not handle.cancelled():
             blocked = time.monotonic() - began
             self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
@@ -325,41 +306,5 @@ class Checkpointer:
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends, until all is told of it."""
-        wait([handle for _, handle in self._saves])
+        self._saves.settle()
         self._watch.finish()
-
-    def _raise_unheard(self) -> None:
-        """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.
-
-        A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
-        one rank alone. A rank that raised by itself would miss the save that the others go on with.
-        """
-        if self._on_failure == "warn":
-            self._tell_unheard()
-            return
-        ended_badly = any(handle.failed and not handle.heard for _, handle in self._saves)
-        if self._executor.follow_first(ended_badly, process_group=self._group, no_dist=not grouped()):
-            wait([handle for _, handle in self._saves])
-            self._raise_next(even_heard=True)
-        # Rank 0 may learn of a failure later than this rank, and raise it then.
-        kept = [(step, handle) for step, handle in self._saves if handle.failed or not handle.done()]
-        self._saves = kept[-_REMEMBERED:]
-
-    def _raise_next(self, *, even_heard: bool = False) -> None:
-        """Raise the first failure of those that have ended, and forget the saves up to it."""
-        failed = [at for at, (_, handle) in enumerate(self._saves) if handle.failed]
-        unheard = [at for at in failed if not self._saves[at][1].heard]
-        if not unheard and not (even_heard and failed):
-            return
-        at = (unheard or failed)[0]
-        step, handle = self._saves[at]
-        del self._saves[: at + 1]
-        if (error := handle.exception()) is not None:
-            error.add_note(f"it is the save of step {step} that failed, in the background")
-            raise error
-
-    def _tell_unheard(self) -> None:
-        for step, handle in self._saves:
-            if handle.failed and not handle.heard:
-                _log.warning("the save of step %d failed: %s", step, handle.exception())
-        self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

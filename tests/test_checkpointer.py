@@ -256,7 +256,7 @@ def test_steps_are_saved_when_it_is_time_on_every_rank_or_on_none(pool: RankPool
             for step in range(1, 7):
                 if step in {2, 3, 6}:
                     late[0] += 600.0
-                with mock.patch("cloudckpt.checkpointer.time") as clock:
+                with mock.patch("cloudckpt.schedule.time") as clock:
                     clock.monotonic = lambda: real() + (late[0] if rank == 0 else 0.0)
                     handle = checkpointer.async_save(step, numbered(step))
                     saved.append(not handle.cancelled())
@@ -326,6 +326,7 @@ def test_a_long_save_says_how_far_it_is(
         ("keep_every", 5),  # without keep_last
         ("keep_best", 5),
         ("every_steps", 0),
+        ("every_steps", 2.5),
         ("on_failure", "ignore"),
         ("snapshots", 3),
         ("on_busy", "panic"),

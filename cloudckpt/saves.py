@@ -1,0 +1,81 @@
+"""The saves of a Checkpointer: those under way, and failures that nobody has heard of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import wait
+
+from cloudckpt.events import CheckpointInfo
+from cloudckpt.executor import SaveHandle
+
+_REMEMBERED = 16
+"""Saves that are under way or have failed: more than there can be under way."""
+
+_log = logging.getLogger("cloudckpt.checkpointer")
+
+Follow = Callable[[bool], bool]
+"""Rank 0's value, on every rank; each gives its own."""
+
+
+class Saves:
+    """What became of each save is told once: by its handle to who asks that, or else by one of these.
+
+    Args:
+        warn: log what failed instead of raising it.
+    """
+
+    def __init__(self, *, warn: bool) -> None:
+        self._warn = warn
+        self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
+
+    def add(self, step: int, handle: SaveHandle[CheckpointInfo]) -> None:
+        """Remember a save from here on."""
+        self._saves.append((step, handle))
+
+    def settle(self, timeout: float | None = None) -> bool:
+        """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few."""
+        return not wait([handle for _, handle in self._saves], timeout).not_done
+
+    def raise_unheard(self, follow_first: Follow) -> None:
+        """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.
+
+        A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
+        one rank alone. A rank that raised by itself would miss the save that the others go on with.
+        """
+        if self._warn:
+            self._tell_unheard()
+            return
+        ended_badly = any(handle.failed and not handle.heard for _, handle in self._saves)
+        if follow_first(ended_badly):
+            self.settle()
+            self._raise_next(even_heard=True)
+        # Rank 0 may learn of a failure later than this rank, and raise it then.
+        kept = [(step, handle) for step, handle in self._saves if handle.failed or not handle.done()]
+        self._saves = kept[-_REMEMBERED:]
+
+    def raise_own(self) -> None:
+        """Raise, or tell of, what nobody has heard of on this rank: the others may not come to their end."""
+        if self._warn:
+            self._tell_unheard()
+        else:
+            self._raise_next()
+
+    def _raise_next(self, *, even_heard: bool = False) -> None:
+        """Raise the first failure of those that have ended, and forget the saves up to it."""
+        failed = [at for at, (_, handle) in enumerate(self._saves) if handle.failed]
+        unheard = [at for at in failed if not self._saves[at][1].heard]
+        if not unheard and not (even_heard and failed):
+            return
+        at = (unheard or failed)[0]
+        step, handle = self._saves[at]
+        del self._saves[: at + 1]
+        if (error := handle.exception()) is not None:
+            error.add_note(f"it is the save of step {step} that failed, in the background")
+            raise error
+
+    def _tell_unheard(self) -> None:
+        for step, handle in self._saves:
+            if handle.failed and not handle.heard:
+                _log.warning("the save of step %d failed: %s", step, handle.exception())
+        self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]
