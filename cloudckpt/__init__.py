@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cloudckpt.checkpointer import Checkpointer
     from cloudckpt.events import CheckpointInfo
     from cloudckpt.executor import SaveHandle
+    from cloudckpt.preemption import Preempted
 
 __all__ = [
     "AccessDeniedError",
@@ -47,6 +48,7 @@ __all__ = [
     "Garbage",
     "IntegrityError",
     "ObjectNotFoundError",
+    "Preempted",
     "SaveHandle",
     "SaveTimeoutError",
     "StorageError",
@@ -72,6 +74,7 @@ _HOMES = {
     "checkpointer": ("Checkpointer",),
     "events": ("CheckpointInfo",),
     "executor": ("SaveHandle",),
+    "preemption": ("Preempted",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NoReturn, Self, get_args
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -30,8 +30,10 @@ from cloudckpt.backends.target import Target
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.handle import skipped
+from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.preemption import Preemption
 from cloudckpt.ranks import agreed, own_rank
 from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
@@ -70,6 +72,9 @@ class Checkpointer:
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
         progress: log a line about a save under way every ten seconds, on rank 0.
+        preemption_grace: seconds that are left after SIGTERM or SIGUSR1. The ranks agree on a call of
+            `async_save` or `save` that is next, save that step, whatever is due, and raise `Preempted`, which
+            ends the process. None leaves signals alone; so does a handler that somebody else has put.
         on_event: told of what happens, as a `cloudckpt.events.Event`: on every rank, on a thread of its own.
         process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
             collectives, saves do not.
@@ -95,6 +100,7 @@ class Checkpointer:
         on_busy: OnBusy = "wait",
         save_timeout: float = 1800.0,
         start_timeout: float = 300.0,
+        preemption_grace: float | None = 25.0,
         progress: bool = True,
         on_event: OnEvent | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -122,6 +128,7 @@ class Checkpointer:
             on_event, self._rank, progress=true_or_false("progress", progress) and self._rank == 0
         )
         self._saves = Saves(warn=on_failure == "warn")
+        self._preemption = Preemption(preemption_grace, self._rank)
 
     @property
     def uri(self) -> str:
@@ -158,8 +165,11 @@ class Checkpointer:
         Raises:
             ConfigurationError: the step is no number of one, or the state can't be saved.
             CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
+            Preempted: the job was told to end, and this was its last step.
         """
         self._run.folder(step)
+        if not self._preemption.passes(self._last_call):
+            self._end(step, state_dict, metric)
         if not self._schedule.is_due(step, self._follow_first):
             return skipped()
         self._saves.raise_unheard(self._follow_first)
@@ -173,7 +183,11 @@ class Checkpointer:
         Raises:
             CheckpointExistsError: it is committed already, and ``overwrite`` is off.
             CheckpointError: what failed the save, on whichever rank.
+            Preempted: the job was told to end, and this was its last step.
         """
+        self._run.folder(step)
+        if not self._preemption.passes(self._last_call):
+            self._end(step, state_dict, metric)
         return self._save(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
@@ -229,15 +243,25 @@ class Checkpointer:
         self._settle()
         self._saves.raise_unheard(self._follow_first)
 
+    def preempt(self) -> None:
+        """Have every rank save its next step as the last, as at a SIGTERM: for notices that are no signals.
+
+        From any thread, on one rank or several; returns at once.
+
+        Raises:
+            ConfigurationError: ``preemption_grace`` is None.
+        """
+        self._preemption.tell("SIGTERM")
+
     def close(self) -> None:
         """Wait for every save, and end the checkpoint process.
+
+        After a notice of preemption it waits no longer than the grace time allows.
 
         Raises:
             CheckpointError: a save failed, and nobody has asked its handle.
         """
-        self._executor.close()
-        self._watch.finish()
-        self._saves.raise_own()
+        self._close(deliver=True)
 
     def __enter__(self) -> Self:
         return self
@@ -249,9 +273,33 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.close()
+            self._close(deliver=False)
         except CheckpointError as failed:  # what ends the block is what counts
             _log.warning("%s", failed)
+
+    def _close(self, *, deliver: bool) -> None:
+        self._executor.close(self._preemption.remaining)
+        self._watch.finish()
+        try:
+            self._saves.raise_own()
+        finally:
+            self._preemption.close(deliver=deliver)
+
+    def _last_call(self, heard: Heard) -> LastCall:
+        return self._executor.last_call(heard, process_group=self._group, no_dist=not grouped())
+
+    def _end(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> NoReturn:
+        """Save the last step in the time that is left, or give up, and raise what ends the process."""
+        self._preemption.act()
+        info: CheckpointInfo | None = None
+        try:
+            if not self._saves.settle(self._preemption.remaining):
+                raise TimeoutError("the saves before it took too long")
+            info = self._save(step, state_dict, metric).result(self._preemption.remaining)
+            _log.warning("the last step, %d, is committed", step)
+        except (CheckpointError, TimeoutError) as error:
+            _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
+        raise self._preemption.ended(step, info)
 
     def _follow_first(self, value: bool) -> bool:
         return self._executor.follow_first(value, process_group=self._group, no_dist=not grouped())

@@ -22,7 +22,8 @@ from cloudckpt.executor.progress import ProgressBoard
 
 _START = (
     # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.
-    "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}); "
+    # SIGUSR1, which some schedulers send to every process of a job, is for the trainer to act on.
+    "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1}); "
     "sys.path[:] = json.loads(sys.argv[1]); "
     "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )

@@ -21,6 +21,7 @@ from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
+from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
@@ -223,6 +224,19 @@ class ProcessExecutor:
         self._ready(process_group, no_dist)
         self._asked += 1
         return self._council.follow_first(f"asked/{self._asked}", value, self._start_timeout)
+
+    def last_call(
+        self, heard: Heard, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
+    ) -> LastCall:
+        """What agrees with the other ranks on the last of the calls that their trainers make, in this store.
+
+        Every rank calls it once, and in the same order with all other calls.
+
+        Raises:
+            ExecutorError: rank 0 did not say within ``start_timeout`` where to meet.
+        """
+        self._ready(process_group, no_dist)
+        return LastCall(self._place, heard, self._start_timeout)
 
     @property
     def pid(self) -> int | None:

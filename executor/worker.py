@@ -48,7 +48,9 @@ def main(connection_fd: int, board_fd: int) -> None:
     unpickle.MainScript.expect(hello.main_script)
     board = ProgressBoard.attach(board_fd)
     worker = Worker(hello, connection, board)
-    threading.Thread(target=_end_when_told, args=(worker,), name="cloudckpt-end", daemon=True).start()
+    threading.Thread(
+        target=_end_when_told, args=(worker, hello.parent_pid), name="cloudckpt-end", daemon=True
+    ).start()
     try:
         quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
         _meet(hello)
@@ -98,9 +100,13 @@ def _beat(board: ProgressBoard, parent_pid: int) -> None:
             os._exit(1)  # nobody is left who could want this save
 
 
-def _end_when_told(worker: Worker) -> None:
-    """On SIGTERM, which every thread has blocked, take back what is open and end."""
-    signal.sigwait({signal.SIGTERM})
+def _end_when_told(worker: Worker, trainer: int) -> None:
+    """On the trainer's SIGTERM, which every thread has blocked, take back what is open and end.
+
+    Somebody else's is meant for the job, which may have a last step to save.
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        _log.debug("a SIGTERM that was not the trainer's is left to it")
     worker.give_up()
     os._exit(128 + signal.SIGTERM)
 

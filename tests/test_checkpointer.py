@@ -326,6 +326,7 @@ def test_a_long_save_says_how_far_it_is(
         ("keep_every", 5),  # without keep_last
         ("keep_best", 5),
         ("every_steps", 0),
+        ("preemption_grace", 0),
         ("every_steps", 2.5),
         ("on_failure", "ignore"),
         ("snapshots", 3),

@@ -1,0 +1,153 @@
+"""Signals that tell a process to end, heard while its main thread is busy, and acted on when that can.
+
+Python runs a handler between two of the main thread's bytecodes, which a collective may keep it from for as
+long as it lasts. The interpreter writes the signal's number to a pipe at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Final
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers say it with: torchrun, Kubernetes and spot machines the first, Slurm the second as well."""
+
+_STOP = b"\0"
+
+_log = logging.getLogger(__name__)
+
+
+class Listener:
+    """One who is told.
+
+    Args:
+        heard: called with the signal's name, on a thread of this module's.
+    """
+
+    def __init__(self, heard: Callable[[str], object]) -> None:
+        self.heard = heard
+        self.overdue: BaseException | None = None
+        """What the main thread is to raise where it is, at the next signal."""
+        self.listening = False
+
+    def start(self) -> None:
+        """Listen from now on, where these signals would end the process: no handler is taken from anybody."""
+        self.listening = _ears.add(self)
+
+    def interrupt(self, name: str, error: BaseException) -> None:
+        """Have the main thread raise an error wherever it is, as Ctrl-C does."""
+        self.overdue = error
+        main = threading.main_thread().ident
+        if self.listening and main is not None:
+            signal.pthread_kill(main, signal.Signals[name])
+
+    def stop(self) -> None:
+        """Listen no longer; the last one gives the signals back to the system."""
+        if self.listening:
+            self.listening = False
+            _ears.remove(self)
+
+
+class _Ears:
+    """The handlers of this process, while anybody listens."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+        self._forks = False
+        self._mask: set[int] = set()
+        self._taken: list[signal.Signals] = []
+        self._read = self._write = -1
+        self._thread: threading.Thread | None = None
+
+    def add(self, listener: Listener) -> bool:
+        if threading.current_thread() is not threading.main_thread():
+            _log.info("SIGTERM and SIGUSR1 are left alone: only the main thread can take them")
+            return False
+        if not self._listeners and not self._open():
+            return False
+        self._listeners.append(listener)
+        return True
+
+    def remove(self, listener: Listener) -> None:
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+        if self._listeners or not self._taken:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            return  # the handlers stay, and what they hear goes nowhere: the process is at its end
+        self._close()
+
+    def _open(self) -> bool:
+        free = [one for one in SIGNALS if signal.getsignal(one) is signal.SIG_DFL]
+        if left := [one.name for one in SIGNALS if one not in free]:
+            _log.info("%s are left to the handlers that they have", " and ".join(left))
+        if not free:
+            return False
+        if not self._forks:
+            os.register_at_fork(before=self._hold, after_in_parent=self._let, after_in_child=self._leave)
+            self._forks = True
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._thread = threading.Thread(target=self._listen, name="cloudckpt-signals", daemon=True)
+        self._thread.start()
+        for one in free:
+            signal.signal(one, self._handle)
+        self._taken = free
+        former = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        if former != -1:  # an event loop's: the handler alone tells us then
+            signal.set_wakeup_fd(former)
+        return True
+
+    def _hold(self) -> None:
+        """Before a fork: a signal that the child gets at once would come to us through the pipe."""
+        if self._taken:
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._taken)
+
+    def _let(self) -> None:
+        if self._taken:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _leave(self) -> None:
+        """A forked child, such as a DataLoader's worker, has its signals for itself."""
+        if self._taken:
+            self._listeners.clear()
+            self._give_back()
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _give_back(self) -> None:
+        if (former := signal.set_wakeup_fd(-1)) != self._write:
+            signal.set_wakeup_fd(former)
+        for one in self._taken:
+            if signal.getsignal(one) == self._handle:
+                signal.signal(one, signal.SIG_DFL)
+        self._taken = []
+
+    def _close(self) -> None:
+        self._give_back()
+        os.write(self._write, _STOP)
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - Python's interface
+        os.write(self._write, bytes([number]))
+        for listener in self._listeners:
+            if (error := listener.overdue) is not None:
+                listener.overdue = None
+                raise error
+
+    def _listen(self) -> None:
+        while (heard := os.read(self._read, 1)) != _STOP:
+            if heard[0] in self._taken:
+                for listener in list(self._listeners):
+                    listener.heard(signal.Signals(heard[0]).name)
+
+
+_ears = _Ears()
+"""Handlers are the process's, whoever listens."""
