@@ -95,7 +95,7 @@ def collect_garbage(
 
 
 def _is_ours(name: str) -> bool:
-    return _is_metadata(name) or any(pattern.fullmatch(name) for pattern in (_DATA, MARKER))
+    return _is_metadata(name) or any(pattern.fullmatch(name) for pattern in (_DATA, MARKER, PROBE))
 
 
 def _is_metadata(name: str) -> bool:

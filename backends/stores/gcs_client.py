@@ -104,7 +104,8 @@ class Client:
             return response
         said = response.read(_ERROR_BYTES)
         response.release_conn()
-        raise RefusedError(doing, response.status, said, response.headers.get("Retry-After"))
+        came = response.headers
+        raise RefusedError(doing, response.status, said, came.get("Retry-After"), came.get("Date"))
 
     def renew(self) -> bool:
         """Get a new token, where the credentials can; whether there is one."""

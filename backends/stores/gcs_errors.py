@@ -41,6 +41,7 @@ _PERMISSIONS: Mapping[str, str] = {
     "get": "storage.objects.get",
     "list": "storage.objects.list",
     "delete": "storage.objects.delete",
+    "look at the bucket": "storage.buckets.get",
 }
 _BAD_BYTES = ("crc32c", "md5", "checksum", "hash")
 _LOGIN_HINT = where_credentials_belong("gs")
@@ -52,13 +53,16 @@ _FAILURES = (http.HTTPError, google.GoogleAuthError, HttpError, OSError, BrokenO
 class RefusedError(Exception):
     """An answer with an error status."""
 
-    def __init__(self, doing: str, status: int, body: bytes, after: str | None = None) -> None:
+    def __init__(
+        self, doing: str, status: int, body: bytes, after: str | None = None, date: str | None = None
+    ) -> None:
         super().__init__(f"{doing}: status {status}")
         self.doing = doing
         """What the request was to do."""
         self.status = status
         self.after = after
         """Its ``Retry-After``."""
+        self.date = date
         self.reason, self.message = _reason_of(body)
 
 

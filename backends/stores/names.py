@@ -8,14 +8,14 @@ from typing import Final
 
 from cloudckpt.backends.errors import ConfigurationError
 
-_PROBE: Final = ".cloudckpt-probe."
-PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(_PROBE)}[0-9a-f]{{32}}")
+PROBE_PREFIX: Final = ".cloudckpt-probe."
+PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(PROBE_PREFIX)}[0-9a-f]{{32}}")
 """Names of the hidden objects by which a store is tried; one that was cut off may be deleted."""
 
 
 def probe_name() -> str:
     """A new name for such an object."""
-    return f"{_PROBE}{uuid.uuid4().hex}"
+    return f"{PROBE_PREFIX}{uuid.uuid4().hex}"
 
 
 def check_name(name: str, uri: str) -> str:

@@ -78,6 +78,17 @@ class Clients:
         return not (fs.anon or fs.key or fs.secret or fs.token or _CREDENTIALS & fs.client_kwargs.keys())
 
     @property
+    def credentials(self) -> Any:
+        """botocore's, where they come from outside of ``storage_options``; None where it finds none."""
+        return self._session.get_credentials()
+
+    @property
+    def ca_bundle(self) -> str | None:
+        """The file of authorities that the environment or the profile names."""
+        named: str | None = self._session.get_config_variable("ca_bundle")
+        return named
+
+    @property
     def is_aws(self) -> bool:
         """Whether this is S3 itself, and not another server that speaks its protocol."""
         return (urlsplit(self.endpoint).hostname or "").endswith(_AWS_HOSTS)

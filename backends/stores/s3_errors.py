@@ -36,7 +36,10 @@ _ACTIONS: Mapping[str, str] = {
     "GetObject": "s3:GetObject",
     "HeadObject": "s3:GetObject, and s3:ListBucket to tell a missing object from a forbidden one",
     "ListObjectsV2": "s3:ListBucket",
+    "DeleteObject": "s3:DeleteObject",
     "DeleteObjects": "s3:DeleteObject",
+    "GetBucketLifecycleConfiguration": "s3:GetLifecycleConfiguration",
+    "GetBucketVersioning": "s3:GetBucketVersioning",
 }
 EXPIRED: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
@@ -113,6 +116,14 @@ def status_of(error: boto.ClientError) -> int:
 def is_of_credentials(error: boto.ClientError) -> bool:
     """Say whether the answer is about who asks, whatever its status."""
     return code_of(error) in _BAD_CREDENTIALS
+
+
+def denied_action(error: BaseException | None) -> str | None:
+    """Return the IAM action that a request was denied for, None where the error does not tell."""
+    bare = error and plain(error.__cause__ or error)
+    if not isinstance(bare, boto.ClientError):
+        return None
+    return _ACTIONS.get(bare.operation_name, bare.operation_name).partition(",")[0]
 
 
 def _error_for(error: BaseException, target: Target, endpoint: str) -> CheckpointError:

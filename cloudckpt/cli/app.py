@@ -14,7 +14,7 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 from cloudckpt.cli import output
-from cloudckpt.cli.arguments import duration, options_of
+from cloudckpt.cli.arguments import duration, options_of, size_of
 
 _WANTING, _MISUSED = 1, 2
 
@@ -194,6 +194,43 @@ def gc(
     from cloudckpt.cli.removal import gc as collect
 
     _end(collect(target, bound, yes=yes, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def doctor(
+    uri: Uri,
+    *,
+    state_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", show_default=False, help="A rank's state, such as 10GiB: for memory."),
+    ] = None,
+    ranks: Annotated[int, typer.Option("--ranks-per-host", min=1, help="Ranks on this machine.")] = 1,
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Try whether a job can checkpoint here, and say what to do where it can't."""
+    target, nbytes = _target(uri, option), None if state_size is None else size_of(state_size)
+
+    from cloudckpt.cli.examination import doctor as examine
+
+    _end(examine(target, state_size=nbytes, ranks=ranks, as_json=as_json))
+
+
+@app.command()
+def bench(
+    uri: Uri,
+    *,
+    size: Annotated[str, typer.Option(metavar="SIZE", help="What is moved at a time.")] = "256MiB",
+    seconds: Annotated[float, typer.Option(min=0, help="How long it measures, about.")] = 60.0,
+    option: Given = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how fast this machine reaches a store, and which options are fastest."""
+    target, nbytes = _target(uri, option), size_of(size)
+
+    from cloudckpt.cli.speed import bench as measure
+
+    _end(measure(target, size=nbytes, seconds=seconds, as_json=as_json))
 
 
 def _target(uri: str, option: list[str] | None) -> Target:

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, Final
 
+import pydantic
+
 from cloudckpt.backends.errors import ConfigurationError
 
+_SIZE: Final = pydantic.TypeAdapter(pydantic.ByteSize)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"([0-9]{1,6}(?:\.[0-9]+)?)([smhdw])")
 
@@ -47,6 +50,21 @@ def duration(text: str) -> timedelta:
             f"{text!r} is not a time", hint="Write it like 90s, 30m, 12h, 1d or 2w; 0s is no time at all"
         )
     return timedelta(**{_UNITS[match[2]]: float(match[1])})
+
+
+def size_of(text: str) -> int:
+    """Read a size such as ``64MiB``, ``8MB``, ``1048576``, in bytes.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        size = int(_SIZE.validate_python(text))
+    except pydantic.ValidationError:
+        size = 0
+    if size <= 0:
+        raise ConfigurationError(f"{text!r} is not a size", hint="Write it like 64MiB, 8MB or 1048576")
+    return size
 
 
 def _from_json(text: str) -> dict[str, Any]:

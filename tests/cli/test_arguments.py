@@ -76,6 +76,11 @@ MISUSES = {
     "one checkpoint to compare": ["diff", "/x"],
     "nothing to keep": ["prune", "/x", "--yes"],
     "none to keep": ["prune", "/x", "--keep-last", "0", "--yes"],
+    "a state of no size": ["doctor", "/x", "--state-size", "large"],
+    "a state below zero": ["doctor", "/x", "--state-size", "-1"],
+    "no ranks": ["doctor", "/x", "--ranks-per-host", "0"],
+    "nothing to move": ["bench", "/x", "--size", "0"],
+    "less than no time": ["bench", "/x", "--seconds", "-1"],
     "every zeroth to keep": ["prune", "/x", "--keep-last", "1", "--keep-every", "0", "--yes"],
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from support.mounts import SHM_MIB, SMALL_SHM, private_mounts
 
 TENSORS = 10_000
 DESCRIPTORS = 256
-SHM_MIB = 64
 
 MANY = f"""
 import resource, sys
@@ -50,24 +48,6 @@ try:
 except cloudckpt.ExecutorError as error:
     print(error)
 """
-
-SMALL_SHM = f'mount -t tmpfs -o size={SHM_MIB}m tmpfs /dev/shm && exec "$@"'
-
-
-@functools.cache
-def private_mounts() -> tuple[str, ...] | None:
-    """The command that runs another where it may mount what nobody else sees, or None."""
-    unshare = shutil.which("unshare")
-    for flags in ("-m", "-rm"):
-        if (
-            unshare
-            and subprocess.run(
-                [unshare, flags, "sh", "-c", SMALL_SHM, "sh", "true"], check=False, capture_output=True
-            ).returncode
-            == 0
-        ):
-            return (unshare, flags)
-    return None
 
 
 def run(*command: str) -> str:

@@ -86,6 +86,10 @@ class GCSServer:
         """Let requests fail from here on, as `support.gcs_server` says."""
         self._ask("POST", "/_gcs/faults", json.dumps(faults).encode())
 
+    def deny(self, bucket: str, *permissions: str) -> None:
+        """Deny these permissions on a bucket from here on, and no others."""
+        self._ask("POST", "/_gcs/denials", json.dumps({bucket: permissions}).encode())
+
     def faults_to_come(self) -> int:
         """How many of the faults that were asked for no request has met."""
         return int(json.loads(self._ask("GET", "/_gcs/faults"))["to_come"])

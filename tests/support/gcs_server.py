@@ -22,6 +22,7 @@ from urllib.parse import parse_qs
 
 from support.gcs_faults import Fault
 from support.gcs_objects import Conditions, Content, Json, Refusal, Stored, invalid, written_fields
+from support.gcs_permissions import Permissions
 from support.gcs_state import Cloud, Session
 from support.gcs_wire import (
     Answer,
@@ -52,8 +53,9 @@ class Door:
     Faults that are told take the place of those before.
     """
 
-    def __init__(self, cloud: Cloud) -> None:
+    def __init__(self, cloud: Cloud, permissions: Permissions) -> None:
         self._cloud = cloud
+        self._permissions = permissions
         self._lock = threading.Lock()
         self._log: list[Sequence[str]] = []
         self._faults: Sequence[Fault] = ()
@@ -90,6 +92,9 @@ class Door:
                 with self._lock:
                     self._log = []
                 return in_json({})
+            case "POST", "denials":
+                self._permissions.deny(request.json())
+                return in_json({})
             case "POST", "faults":
                 try:
                     faults = [Fault.parse(told) for told in json.loads(bytes(request.body))]
@@ -107,8 +112,9 @@ class Door:
 class Api:
     """The requests of the JSON API, and what they do."""
 
-    def __init__(self, cloud: Cloud, tokens: Path | None) -> None:
+    def __init__(self, cloud: Cloud, permissions: Permissions, tokens: Path | None) -> None:
         self._cloud = cloud
+        self._permissions = permissions
         self._tokens = tokens
 
     def answer(self, request: Request) -> Answer:
@@ -117,6 +123,7 @@ class Api:
             for name in _UNSERVED:
                 if request.query.get(name, "false") != "false":
                     raise Refusal(501, "notImplemented", f"{name} is not served here")
+            self._permissions.check(request)
             return self._route(request)
         except Refusal as refusal:
             return refused(refusal, {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None)
@@ -232,6 +239,8 @@ class Api:
                 raise invalid(f"Not the name of a key: {key}")
             fields = {**fields, "kmsKeyName": f"{key}/cryptoKeyVersions/1"}
         if way != "resumable":
+            if name in self._cloud.bucket(bucket).objects:
+                self._permissions.require(bucket, "storage.objects.delete")
             content = Content([body] if len(body) else [])
             stored = self._cloud.put(bucket, name, content, fields, sums=given, conditions=conditions)
             return in_json(stored.resource)
@@ -295,8 +304,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], cloud: Cloud, tokens: Path | None) -> None:
         super().__init__(address, _Handler)
-        self.api = Api(cloud, tokens)
-        self.door = Door(cloud)
+        permissions = Permissions()
+        self.api = Api(cloud, permissions, tokens)
+        self.door = Door(cloud, permissions)
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception()
@@ -375,9 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument(
-        "--page-size", type=int, default=_MOST_LISTED, help="the most that a listing's page holds"
-    )
+    parser.add_argument("--page-size", type=int, default=_MOST_LISTED, help="the most in a listing's page")
     parser.add_argument("--tokens", type=Path, help="a file of the tokens that are let in, one a line")
     parser.add_argument("--no-md5", action="store_true", help="give objects an MD5 only when the client does")
     options = parser.parse_args(arguments)

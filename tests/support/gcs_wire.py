@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.message import Message
-from email.utils import format_datetime
+from email.utils import format_datetime, formatdate
 from http.client import responses
 from urllib.parse import parse_qsl, unquote
 
@@ -72,6 +72,7 @@ class Answer:
         # What has no body by its status says nothing of its length either.
         length = {} if self.status in (204, 304) else {"Content-Length": str(size)}
         lines = [f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, 'Unknown')}"]
+        lines.append(f"Date: {formatdate(usegmt=True)}")
         lines += [f"{name}: {value}" for name, value in {**self.headers, **length}.items()]
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 

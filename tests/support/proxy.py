@@ -39,6 +39,15 @@ class Answer:
     status: int
     code: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Elements of the error document beside code and message."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddHeaders:
+    """Let the server act, and add headers to its answer, or put them in the place of its own."""
+
+    headers: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,7 @@ class FlipBit:
 
 Spoiling = (
     Answer
+    | AddHeaders
     | CutRequest
     | LoseAnswer
     | CutAnswer
@@ -172,6 +182,8 @@ class Proxy:
         self.endpoint = endpoint
         """URL without a trailing slash."""
         self.upstream = upstream
+        self.clock = 0.0
+        """Seconds that the clock of this server is ahead."""
         self.released = threading.Event()
         self._lock = threading.Lock()
         self._seen: list[Request] = []
@@ -212,6 +224,7 @@ class Proxy:
             self._seen.clear()
             self._spoilings.clear()
             self._rule = None
+            self.clock = 0.0
 
     def next_for(self, request: Request) -> Spoiling:
         """Return what to do with the request."""
@@ -288,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.keep(request)
         match spoiling:
             case Answer():
-                self._send(spoiling.status, dict(spoiling.headers), _document(spoiling.code))
+                self._send(spoiling.status, dict(spoiling.headers), _document(spoiling))
             case CutRequest():
                 self.close_connection = True
             case Stall():
@@ -312,6 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             case EditAnswer(old, new):
                 self._send(status, headers, answer.replace(old, new))
+            case AddHeaders(more):
+                kept = {name: value for name, value in headers.items() if name.lower() not in more}
+                self._send(status, {**kept, **more}, answer)
             case CutAnswer(after) | StallAnswer(after):
                 self._send(status, headers, answer, after=after)
                 if isinstance(spoiling, StallAnswer):
@@ -351,6 +367,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[:after])
             self.wfile.flush()
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string((timestamp or time.time()) + self.proxy.clock)
+
     def _hold(self) -> None:
         self.proxy.released.wait(_STALL_SECONDS)
         self.close_connection = True
@@ -359,8 +378,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay silent."""
 
 
-def _document(code: str) -> bytes:
-    if not code:
+def _document(answer: Answer) -> bytes:
+    if not answer.code:
         return b""
-    text = f"<Error><Code>{code}</Code><Message>as the test asked</Message></Error>"
+    more = "".join(f"<{name}>{value}</{name}>" for name, value in answer.more.items())
+    text = f"<Error><Code>{answer.code}</Code><Message>as the test asked</Message>{more}</Error>"
     return b'<?xml version="1.0" encoding="UTF-8"?>\n' + text.encode()

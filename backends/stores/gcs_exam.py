@@ -1,0 +1,158 @@
+"""An examination of Google Cloud Storage: the way there, who asks, and how the bucket is set up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator, Iterator, Mapping
+from datetime import UTC
+from typing import Any, Final
+from urllib.parse import quote
+
+from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
+from cloudckpt.backends.finding import Finding
+from cloudckpt.backends.stores import endpoint
+from cloudckpt.backends.stores.gcs_client import Client
+from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge
+from cloudckpt.backends.stores.retry import Outcome, Retries
+from cloudckpt.backends.target import Target
+
+_PERMISSIONS: Final = {
+    "put": "storage.objects.create",
+    "replace": "storage.objects.delete",
+    "get": "storage.objects.get",
+    "list": "storage.objects.list",
+    "upload": "storage.objects.create",
+    "pending": "storage.objects.list",
+    "abort": "storage.objects.create",
+    "delete": "storage.objects.delete",
+}
+_SECONDS: Final = 30.0
+_DAY: Final = 86400
+_DENIED: Final = 403
+
+
+class GCSExam:
+    """Asks GCS what a store's operations don't show."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._held: Client | None = None
+
+    def reach(self) -> Generator[Finding, None, bool]:
+        try:
+            with explained(self._target, self._target.options.endpoint_url or "GCS"):
+                client = self._held = Client(self._target)
+        except ConfigurationError:
+            raise
+        except CheckpointError as error:
+            yield Finding("credentials", "failed", error.message, error.hint or "")
+            return False
+        there = yield from endpoint.reached(client.endpoint)
+        if not there:
+            return False
+        findings, goes_on = self._bucket(client)
+        if not any(finding.check == "credentials" for finding in findings):
+            yield _credentials(client)
+        yield from findings
+        return goes_on
+
+    def settings(self, example: str | None) -> Iterator[Finding]:
+        del example
+        assert self._held is not None  # noqa: S101 - the place was reached before
+        where = f"/storage/v1/b/{quote(self._target.bucket, safe='')}"
+        outcome = self._outcome(self._held, "look at the bucket", where, {})
+        if isinstance(outcome.error, RefusedError) and outcome.error.status == _DENIED:
+            yield Finding(
+                "settings",
+                "unknown",
+                "soft delete, retention and encryption of the bucket may not be looked at",
+                "Only this examination needs it: a save does without",
+                f"storage.buckets.get on the bucket {self._target.bucket}",
+            )
+            return
+        if outcome.error is not None:
+            yield self._failure(outcome.error, "settings")
+            return
+        yield from settings_of(outcome.result()[0], self._target.options.kms_key_name)
+
+    def action(self, operation: str, error: Exception | None = None) -> str:
+        del error
+        return f"{_PERMISSIONS.get(operation, operation)} on the bucket {self._target.bucket}"
+
+    def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+
+    def _bucket(self, client: Client) -> tuple[list[Finding], bool]:
+        asked = time.time()
+        outcome = self._outcome(client, "list", client.objects(self._target.bucket), {"maxResults": "1"})
+        answered, error = time.time(), outcome.error
+        date = error.date if isinstance(error, RefusedError) else outcome.value and outcome.value[1]
+        findings = [endpoint.clock(date or None, asked, answered)]
+        if isinstance(error, RefusedError) and error.status == _DENIED:
+            findings.append(Finding("bucket", "ok", f"{self._target.bucket} is there"))
+        elif error is not None:
+            return [*findings, self._failure(error, "bucket")], False
+        else:
+            findings.append(Finding("bucket", "ok", f"{self._target.bucket} answers"))
+        return findings, True
+
+    def _failure(self, error: Exception, check: str) -> Finding:
+        if isinstance(error, RefusedError) and error.status == 404:  # noqa: PLR2004 - HTTP's
+            what = f"the bucket {self._target.bucket!r} does not exist"
+            return Finding(check, "failed", what, "Create it, or check its name and the endpoint")
+        try:
+            assert self._held is not None  # noqa: S101 - it was asked
+            with explained(self._target, self._held.endpoint):
+                raise error
+        except CheckpointError as told:
+            check = "credentials" if isinstance(told, AccessDeniedError) else check
+            return Finding(check, "failed", told.message, told.hint or "")
+
+    def _outcome(
+        self, client: Client, doing: str, where: str, parameters: Mapping[str, str]
+    ) -> Outcome[tuple[dict[str, Any], str]]:
+        def ask() -> tuple[dict[str, Any], str]:
+            answer = client.request(doing, "GET", where, parameters=parameters)
+            return json.loads(answer.data), answer.headers.get("Date", "")
+
+        options = self._target.options
+        place = f"{client.endpoint}/{self._target.bucket}"
+        retries = Retries(judge, client.pace, place, retries=options.retries, seconds=_SECONDS)
+        return retries.outcome(ask, renew=client.renew)
+
+
+def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]:
+    """What a bucket's resource says of what saves leave there and cost; ``key`` is what they ask for."""
+    soft = int(bucket.get("softDeletePolicy", {}).get("retentionDurationSeconds", 0))
+    if soft:
+        what = f"what is deleted is kept, and paid for, for {soft / _DAY:g} d more"
+        advice = (
+            "Where steps are deleted often, turn it off: gcloud storage buckets update --clear-soft-delete"
+        )
+        yield Finding("soft delete", "warning", what, advice)
+    else:
+        yield Finding("soft delete", "ok", "off: what is deleted is gone, and costs nothing")
+    if held := int(bucket.get("retentionPolicy", {}).get("retentionPeriod", 0)):
+        what = f"nothing can be deleted or replaced before it is {held / _DAY:g} d old"
+        yield Finding("retention", "failed", what, "Use a bucket without a retention policy for checkpoints")
+    if bucket.get("versioning", {}).get("enabled"):
+        what = "kept: steps that are deleted go on costing until a lifecycle rule deletes their versions"
+        yield Finding(
+            "versions", "warning", what, "Turn versions off, or add a rule with daysSinceNoncurrentTime"
+        )
+    yield Finding(
+        "lifecycle", "ok", "none is needed: uploads that a killed job leaves are forgotten in a week"
+    )
+    named = key or bucket.get("encryption", {}).get("defaultKmsKeyName")
+    yield Finding("encryption", "ok", f"with the key {named}" if named else "with Google's own keys")
+
+
+def _credentials(client: Client) -> Finding:
+    found = client.fs.credentials
+    if found.credentials is None:
+        return Finding("credentials", "ok", "none: requests are not signed")
+    ends = getattr(found.credentials, "expiry", None)
+    until = f", which are renewed (these end {ends.replace(tzinfo=UTC):%Y-%m-%d %H:%M} UTC)" if ends else ""
+    return Finding("credentials", "ok", f"found by {type(found.credentials).__module__}{until}")

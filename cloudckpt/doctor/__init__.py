@@ -1,0 +1,92 @@
+"""Whether a job can checkpoint at a place: it is tried, and everything that was put there is taken away."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.finding import Finding, State
+from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.exam import Exam, open_exam
+from cloudckpt.backends.target import Target
+from cloudckpt.doctor.machine import machine
+from cloudckpt.doctor.tries import Tries
+
+__all__ = ["Finding", "State", "examine"]
+
+_RETRIES: Final = 2
+_TIMEOUT: Final = 20.0
+"""Seconds: who wants to know what is wrong does not want to wait as long as a save would."""
+
+
+def examine(
+    target: Target,
+    *,
+    state_size: int | None = None,
+    ranks: int = 1,
+    found: Callable[[Finding], None] = lambda _: None,
+) -> list[Finding]:
+    """Examine a place, and this machine, for a job that is to checkpoint there.
+
+    Objects with hidden names are put below the URI, and taken away at the end, whatever happens.
+
+    Args:
+        target: the URI of the run, with the options that the job will have.
+        state_size: bytes of a rank's state, to compare memory with.
+        ranks: of the job on this machine.
+        found: told of each finding as it is made.
+
+    Raises:
+        ConfigurationError: an option can't be used, or a library is missing.
+    """
+    findings: list[Finding] = []
+
+    def say(finding: Finding) -> None:
+        findings.append(finding)
+        found(finding)
+
+    options = target.options
+    hasty = {"retries": min(options.retries, _RETRIES), "timeout": min(options.timeout, _TIMEOUT)}
+    quick = replace(target, options=options.model_copy(update=hasty))
+    with open_store(quick) as store, contextlib.closing(open_exam(quick)) as exam:
+        litter = Litter(store)
+        try:
+            for finding in machine(options, state_size, ranks):
+                say(finding)
+            for finding in _tried(Tries(store, exam, litter), exam):
+                say(finding)
+        finally:
+            untouched = litter.is_empty
+            left = litter.clear()
+        if not untouched:
+            say(_leftovers(left))
+    return findings
+
+
+def _tried(tries: Tries, exam: Exam) -> Iterator[Finding]:
+    goes_on = yield from exam.reach()
+    if not goes_on:
+        yield Finding(
+            "the rest", "skipped", "no operation, and no setting, can be tried before this is right"
+        )
+        return
+    yield from tries.small()
+    yield from tries.large()
+    try:
+        yield from exam.settings(tries.example)
+    except ConfigurationError:
+        raise
+    except CheckpointError as error:
+        yield Finding("settings", "unknown", error.message, error.hint or "")
+    yield from tries.deletion()
+
+
+def _leftovers(left: tuple[str, ...]) -> Finding:
+    if not left:
+        return Finding("clean-up", "ok", "nothing is left of these tries")
+    what = f"could not be taken away: {', '.join(left)}"
+    return Finding("clean-up", "failed", what, "Run `cloudckpt gc` once the permission is there")

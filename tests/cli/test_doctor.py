@@ -1,0 +1,223 @@
+"""``cloudckpt doctor`` of a place that is well, of a folder, of a machine; and whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from cloudckpt import collect_garbage
+from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.store import Overwrite
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.local_exam import file_system_of
+from cloudckpt.backends.target import Target
+from cloudckpt.doctor import Finding, examine
+from cloudckpt.doctor.machine import available, memory, shared_memory
+from support.commands import COLUMNS, Ran, in_a_pipe, on_a_terminal, options_of
+from support.findings import ABORTED, assert_only, by_check, doctor, failed, ruled
+from support.gcs import GCSServer
+from support.mounts import SHM_MIB, SMALL_SHM, private_mounts
+from support.places import Place
+from support.servers import S3Server, unused_port
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+TRIED = {
+    "put",
+    "get",
+    "list",
+    "conditions",
+    "multipart",
+    "checksum",
+    "pending",
+    "abort",
+    "delete",
+    "clean-up",
+}
+
+
+def test_a_place_that_is_as_it_should_be(place: Place) -> None:
+    if isinstance(place.server, S3Server):
+        ruled(place, ABORTED | {"Filter": {"Prefix": ""}})
+    status, found = doctor(place)
+    assert status == 0
+    assert {found[check]["state"] for check in TRIED} == {"ok"}
+    assert not failed(found)
+    if isinstance(place.server, S3Server):
+        assert found["lifecycle"]["state"] == found["clock"]["state"] == found["region"]["state"] == "ok"
+    assert place.visible() == place.pending() == set()
+
+
+def test_a_folder_that_was_not_there_is_not_there_afterwards(folder: Place) -> None:
+    assert doctor(folder)[0] == 0
+    assert not Path(folder.uri.removeprefix("file://")).exists()
+
+
+def test_stores_that_nothing_more_is_known_of(tmp_path: Path) -> None:
+    status, found = doctor(Place("memory", "memory://doctor/run"))
+    assert status == 0 and found["place"]["state"] == "warning"
+    assert all(found[check]["state"] == "ok" for check in TRIED)
+    generic = {"storage_options": {"path": str(tmp_path), "target_protocol": "file"}}
+    status, found = doctor(Place("generic", "dir://run", options=generic))
+    assert status == 0
+    assert {found[check]["state"] for check in TRIED - {"conditions"}} == {"ok"}
+    assert found["conditions"]["state"] == "warning"
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_folder_that_can_not_be(folder: Place) -> None:
+    path = Path(folder.uri.removeprefix("file://"))
+    path.write_text("a file")
+    status, found = doctor(folder.child("run"))
+    assert status == 1
+    assert_only(found, "place")
+    assert str(path) in found["place"]["what"]
+    status, found = doctor(Place("folder", "file:///proc/cloudckpt"))
+    assert status == 1
+    assert "put" in failed(found)
+
+
+COMMAND = [sys.executable, "-m", "cloudckpt.cli", "doctor", "--json"]
+
+
+def test_a_small_dev_shm(folder: Place) -> None:
+    mounts = private_mounts()
+    if mounts is None:
+        pytest.skip("needs to mount a small /dev/shm, which this user may not")
+    command = [*mounts, "sh", "-c", SMALL_SHM, "sh", *COMMAND, folder.uri]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = by_check(Ran(0, ran.stdout))["shared memory"]
+    assert found["state"] == "warning" and f"shm has {SHM_MIB} MiB" in found["what"]
+    assert "--shm-size" in found["advice"]
+
+
+@pytest.mark.parametrize(("limit", "status", "state"), [(40, 1, "failed"), (256, 0, "warning")])
+def test_a_low_limit_on_open_files(folder: Place, limit: int, status: int, state: str) -> None:
+    command = ["sh", "-c", f'ulimit -n {limit} && exec "$@"', "sh", *COMMAND, folder.uri]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (status, "")
+    found = by_check(Ran(0, ran.stdout))["descriptors"]
+    assert found["state"] == state and f"{limit} files open" in found["what"]
+    assert "ulimit -n 65536" in found["advice"]
+
+
+def test_a_state_that_memory_is_too_small_for(folder: Place) -> None:
+    status, found = doctor(folder, "--state-size", "1TiB", "--ranks-per-host", "8")
+    assert status == 1
+    assert_only(found, "memory")
+    assert "8,194.0 GiB" in found["memory"]["what"]
+    assert doctor(folder, "--state-size", "1MiB")[0] == 0
+
+
+def test_where_there_are_no_memory_files_a_snapshot_has_to_fit_dev_shm() -> None:
+    found = shared_memory(64 << 20, 60 << 20, snapshot=None, memfd=False)
+    assert found.state == "failed" and "64 MiB" in found.what and "emptyDir" in found.advice
+    assert shared_memory(8 << 30, 8 << 30, snapshot=9 << 30, memfd=False).state == "failed"
+    assert shared_memory(8 << 30, 8 << 30, snapshot=7 << 30, memfd=False).state == "ok"
+    assert shared_memory(None, 0, snapshot=9 << 30, memfd=True).state == "ok"
+
+
+MEMINFO = "MemTotal: 90 kB\nMemAvailable: 8192 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        ("0::/", {}, 8 << 20),
+        ("0::/", {"memory.max": "max", "memory.current": "5"}, 8 << 20),
+        ("0::/", {"memory.max": "4194304", "memory.current": "3145728"}, 1 << 20),
+        ("0::/a/b", {"a/memory.max": "2097152", "a/memory.current": "0", "a/b/memory.max": "max"}, 2 << 20),
+        ("0::/", {"memory.max": "9", "memory.current": "9", "memory.stat": "anon 1\ninactive_file 4"}, 4),
+        (
+            "4:memory:/x",
+            {"memory/memory.limit_in_bytes": "1048576", "memory/memory.usage_in_bytes": "1048576"},
+            0,
+        ),
+        ("3:cpu:/x", {"memory/memory.limit_in_bytes": "1", "memory/memory.usage_in_bytes": "1"}, 8 << 20),
+    ],
+    ids=[
+        "none",
+        "no limit",
+        "a limit",
+        "a limit above",
+        "a cache",
+        "of the first version",
+        "of another kind",
+    ],
+)
+def test_memory_is_what_the_machine_and_every_control_group_leave(
+    tmp_path: Path, group: str, files: dict[str, str], free: int
+) -> None:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    for name, text in {"meminfo": MEMINFO, "self/cgroup": f"{group}\n"}.items():
+        (proc / name).parent.mkdir(parents=True, exist_ok=True)
+        (proc / name).write_text(text)
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text)
+    assert available(proc, groups) == free
+
+
+def test_a_system_that_tells_nothing_is_not_judged(tmp_path: Path) -> None:
+    assert available(tmp_path, tmp_path) is None
+    assert memory(None, 1).state == "unknown"
+    assert file_system_of(tmp_path, tmp_path / "mountinfo") == ""
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    (tmp_path / "a b" / "c").mkdir(parents=True)
+    spelt = str(tmp_path / "a b").replace(" ", "\\040")
+    mounts.write_text(
+        "1 0 0:1 / / rw - overlay overlay rw\n"
+        f"2 1 0:2 / {spelt} rw shared:1 - nfs4 server:/x rw\n"
+        f"3 1 0:3 / {tmp_path}/a rw - tmpfs tmpfs rw\n"
+    )
+    assert file_system_of(tmp_path / "a b" / "c", mounts) == "nfs4"
+    assert file_system_of(tmp_path, mounts) == "overlay"
+
+
+@pytest.fixture
+def on_moto(moto: S3Server) -> Place:
+    """A place whose bucket has a lifecycle rule, as it should."""
+    return ruled(Place.on_server(moto, moto.new_bucket()).child("run"), ABORTED)
+
+
+@pytest.mark.parametrize("at", ["put", "conditions", "multipart", "pending", "abort", "delete"])
+def test_an_examination_that_is_interrupted_leaves_nothing(on_moto: Place, at: str) -> None:
+    def interrupt(finding: Finding) -> None:
+        if finding.check == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        examine(Target.parse(on_moto.uri, **on_moto.options), found=interrupt)
+    assert on_moto.visible() == on_moto.pending() == set()
+
+
+def test_what_is_left_all_the_same_is_known_to_gc(place: Place) -> None:
+    target = Target.parse(place.uri, **place.options)
+    with open_store(target) as store:
+        litter = Litter(store)
+        store.begin_upload(litter.name())
+        store.put(litter.name(), b"x", Overwrite())
+    collect_garbage(target, older_than=timedelta(days=-1))
+    assert place.visible() == set()
+    if not isinstance(place.server, GCSServer):  # which forgets them in a week
+        assert place.pending() == set()
+
+
+def test_a_terminal_of_80_columns_and_a_pipe(on_moto: Place) -> None:
+    on_moto.options["endpoint_url"] = f"http://127.0.0.1:{unused_port()}"
+    shown = on_a_terminal("doctor", on_moto.uri, *options_of(on_moto))
+    piped = in_a_pipe("doctor", on_moto.uri, *options_of(on_moto))
+    assert (shown.status, piped.status, piped.err) == (1, 1, "")
+    assert max(map(len, ESCAPES.sub("", shown.out).splitlines())) <= COLUMNS
+    assert "\x1b" not in piped.out and piped.out.startswith(f"{on_moto.uri}\n")
+    lines = piped.out.splitlines()
+    assert not any(line.endswith(" ") for line in lines)
+    assert lines[-1] == "a job can't checkpoint here as it should: 1 check failed"
+    assert "testtest" not in shown.out + piped.out  # the secret

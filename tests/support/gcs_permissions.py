@@ -1,0 +1,53 @@
+"""Who may do what in the buckets of the GCS server of the tests: everything that was not denied.
+
+Which permission a method takes is as in the Cloud Storage IAM reference ("IAM permissions for JSON methods").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from support.gcs_objects import Json, Refusal, invalid
+from support.gcs_wire import Request
+
+_OF_AN_OBJECT: Mapping[str, str] = {"GET": "storage.objects.get", "DELETE": "storage.objects.delete"}
+
+
+class Permissions:
+    """What is denied, by bucket."""
+
+    def __init__(self) -> None:
+        self._denied: dict[str, Sequence[str]] = {}
+
+    def deny(self, told: Json) -> None:
+        """Deny permissions on buckets, and no others there."""
+        for bucket, permissions in told.items():
+            if not isinstance(permissions, list):
+                raise invalid(f"Not permissions: {permissions}")
+            self._denied[bucket] = [str(one) for one in permissions]
+
+    def check(self, request: Request) -> None:
+        """Refuse a request whose permission is denied."""
+        method = "GET" if request.method == "HEAD" else request.method
+        match method, *request.segments:
+            case "GET", "storage", "v1", "b", bucket:
+                self.require(bucket, "storage.buckets.get")
+            case "GET", "storage", "v1", "b", bucket, "o":
+                self.require(bucket, "storage.objects.list")
+            case (("GET" | "DELETE"), ("storage" | "download"), *_, "b", bucket, "o", _):
+                self.require(bucket, _OF_AN_OBJECT[method])
+            # Whoever has a session's URL may go on with it.
+            case "POST", "upload", "storage", "v1", "b", bucket, "o" if "upload_id" not in request.query:
+                self.require(bucket, "storage.objects.create")
+            case _:
+                pass
+
+    def require(self, bucket: str, permission: str) -> None:
+        """Refuse, as Google words it, what takes a permission that is denied."""
+        if permission in self._denied.get(bucket, ()):
+            raise Refusal(
+                403,
+                "forbidden",
+                f"job@project.iam.gserviceaccount.com does not have {permission} access to the Google Cloud "
+                f"Storage bucket. Permission '{permission}' denied on resource (or it may not exist).",
+            )
