@@ -9,6 +9,7 @@ from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.names import PIN
 from cloudckpt.backends.target import Target
 
 
@@ -41,5 +42,5 @@ def delete_checkpoint(
         objects = sorted({one for previous in found.values() if previous for one in previous.objects})
         if not dry_run:
             store.delete(there)
-            store.delete(objects)
+            store.delete([*objects, PIN])
     return (*there, *objects)

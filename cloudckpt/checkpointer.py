@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, get_args
 
@@ -60,7 +60,8 @@ class Checkpointer:
         uri: the run, such as ``s3://bucket/run``; options may stand in its query.
         keep_last: steps to keep; older ones are deleted in the background, once a newer one is committed.
             None keeps all.
-        keep_every: steps that are a multiple of it are kept beyond ``keep_last``.
+        keep_every: steps that are a multiple of it are kept beyond ``keep_last``; of a time, one that was
+            committed in each.
         keep_best: so many steps with the highest ``metric`` are kept beyond ``keep_last``.
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
         every_seconds: `async_save` saves when so many seconds have passed since the save before began, by
@@ -91,7 +92,7 @@ class Checkpointer:
         uri: str | os.PathLike[str],
         *,
         keep_last: int | None = None,
-        keep_every: int | None = None,
+        keep_every: int | timedelta | None = None,
         keep_best: int | None = None,
         every_steps: int | None = None,
         every_seconds: float | None = None,
@@ -233,6 +234,18 @@ class Checkpointer:
     def all_steps(self) -> list[int]:
         """Every committed step, in order. Alike on every rank."""
         return agreed(self._run.steps, self._group)
+
+    def pin(self, step: int) -> None:
+        """Keep a committed step, whatever else does not stay. Every rank calls it.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+        """
+        agreed(lambda: self._run.pin(step), self._group)
+
+    def unpin(self, step: int) -> None:
+        """Leave a step to ``keep_last`` and the others again. Every rank calls it."""
+        agreed(lambda: self._run.unpin(step), self._group)
 
     def wait(self) -> None:
         """Wait for every save under way.

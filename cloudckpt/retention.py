@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.writer import StorageWriter
-from cloudckpt.run import Run
+from cloudckpt.run import Entry, Run
 
 _log = logging.getLogger(__name__)
 
@@ -27,20 +28,25 @@ _PRUNED = "cloudckpt_pruned"
 class Retention:
     """Keep the newest ``keep_last`` steps, and beyond them those that are worth it.
 
-    These are the multiples of ``keep_every``, and the ``keep_best`` steps with the highest metric, the newer
-    of two that are as good. With ``keep_last=None`` every step stays.
+    These are the multiples of ``keep_every``, or, where that is a time, each that was committed so long after
+    the one kept before it; and the ``keep_best`` steps with the highest metric, the newer of two that are as
+    good. Pinned steps stay and are not counted. With ``keep_last=None`` every step stays.
 
     Raises:
         ConfigurationError: a number can't be used.
     """
 
     keep_last: int | None = None
-    keep_every: int | None = None
+    keep_every: int | timedelta | None = None
     keep_best: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep_every, timedelta) and self.keep_every <= timedelta(0):
+            raise ConfigurationError(f"keep_every is {self.keep_every}", hint="Give more time than none")
         for name in ("keep_last", "keep_every", "keep_best"):
             value: object = getattr(self, name)
+            if name == "keep_every" and isinstance(value, timedelta):
+                continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(
                     f"{name} is {value!r}", hint="Give a whole number from 1 on, or None"
@@ -53,7 +59,7 @@ class Retention:
                 )
 
     def superseded(
-        self, steps: Sequence[int], metric_of: Callable[[int], float | None] = lambda _: None
+        self, committed: Iterable[Entry], metric_of: Callable[[int], float | None] = lambda _: None
     ) -> list[int]:
         """Those of the committed steps that go, oldest first; never the newest.
 
@@ -61,14 +67,33 @@ class Retention:
         """
         if self.keep_last is None:
             return []
-        ordered, every = sorted(steps), self.keep_every
-        old = [step for step in ordered[: -self.keep_last] if every is None or step % every]
+        ordered = sorted((one for one in committed if not one.pinned), key=lambda one: one.step or 0)
+        milestones = self._milestones(ordered)
+        old = [one.step for one in ordered[: -self.keep_last] if one.step is not None]
+        old = [step for step in old if step not in milestones]
         if not old or self.keep_best is None:
             return old
-        metrics = {step: metric for step in ordered if (metric := metric_of(step)) is not None}
+        steps = [one.step for one in ordered if one.step is not None]
+        metrics = {step: metric for step in steps if (metric := metric_of(step)) is not None}
         known = [step for step, metric in metrics.items() if not math.isnan(metric)]
         best = sorted(known, key=lambda step: (metrics[step], step))[-self.keep_best :]
         return [step for step in old if step not in best]
+
+    def _milestones(self, ordered: Sequence[Entry]) -> set[int | None]:
+        """The steps that ``keep_every`` is about; of times, the same ones whatever went in between."""
+        every = self.keep_every
+        if isinstance(every, int):
+            return {one.step for one in ordered if one.step is not None and one.step % every == 0}
+        if every is None:
+            return set()
+        kept: set[int | None] = set()
+        last: datetime | None = None
+        for one in ordered:
+            # A step whose time the store doesn't tell stays: nothing says that it may go.
+            if one.modified is None or last is None or one.modified - last >= every:
+                kept.add(one.step)
+                last = one.modified or last
+        return kept
 
 
 class PruningWriter(StorageWriter):
@@ -121,15 +146,21 @@ def prune(run: Run, retention: Retention) -> list[int]:
     """
     if retention.keep_last is None:
         return []
-    gone = superseded(run, run.steps(), retention)
+    begun = run.begun()
+    committed = [one for one in begun.values() if one.state == "committed"]
+    gone = superseded(run, committed, retention)
     for step in gone:
         drop(run, step)
+    newest = max((one.step or 0 for one in committed), default=0)
+    for step, one in begun.items():
+        if step < newest and one.state == "unfinished" and one.objects:
+            run.sweep(step)  # where a deletion before this one was cut off
     return gone
 
 
-def superseded(run: Run, steps: Sequence[int], retention: Retention) -> list[int]:
+def superseded(run: Run, committed: Iterable[Entry], retention: Retention) -> list[int]:
     """Those of a run's committed steps that its retention lets go, by the metrics stored with them."""
-    return retention.superseded(steps, lambda step: run.note(step, _METRIC))
+    return retention.superseded(committed, lambda step: run.note(step, _METRIC))
 
 
 def drop(run: Run, step: int) -> None:

@@ -25,7 +25,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import probe_name
+from cloudckpt.backends.stores.names import PIN, probe_name
 from cloudckpt.backends.target import Target
 
 _PREFIX = "step-"
@@ -56,6 +56,8 @@ class Entry:
     """How many there are."""
     modified: datetime | None
     """When it was committed; of one that was not, when something was last put there."""
+    pinned: bool = False
+    """Whether retention leaves it alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +108,55 @@ class Run:
         Raises:
             StorageError: the store could not be read.
         """
+        return [number for number, one in self.begun().items() if one.state == "committed"]
+
+    def begun(self) -> dict[int, Entry]:
+        """Every step that has a folder, committed or not, in order; a request for a thousand objects.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
         with open_store(self.target) as store:
-            names = [info.name.partition("/") for info in store.list(_PREFIX).objects]
-        found = {_step_of(folder) for folder, _, name in names if name == md.METADATA_NAME}
-        return sorted(step for step in found if step is not None)
+            objects = store.list(_PREFIX).objects
+        found = entries(objects, datetime.now(UTC) - SILENT_FOR, "")
+        return {one.step: one for one in found if one.step is not None}
+
+    def pin(self, step: int) -> None:
+        """Keep retention from a committed step.
+
+        Raises:
+            CheckpointNotFoundError: it is not committed.
+            StorageError: the store could not be read or written.
+        """
+        name = f"{self.folder(step)}/{PIN}"
+        with open_store(self.target) as store:
+            if not self._is_committed(store, step):
+                raise CheckpointNotFoundError(
+                    "there is no committed checkpoint to pin", uri=self.at(step).uri, hint="Check the step"
+                )
+            store.put(name, b"kept from retention\n", Overwrite())
+
+    def unpin(self, step: int) -> None:
+        """Leave a step to retention again; one that is not pinned stays as it is.
+
+        Raises:
+            StorageError: the store could not delete.
+        """
+        with open_store(self.at(step)) as store:
+            store.delete([PIN])
+
+    def sweep(self, step: int) -> None:
+        """Finish a deletion that was cut off: delete data whose metadata is gone, where no save has a marker.
+
+        A save puts its marker before its first object, and removes it once committed.
+
+        Raises:
+            StorageError: the store could not be read, or not delete.
+        """
+        with open_store(self.at(step)) as store:
+            names = [info.name for info in store.list().objects]
+            if not any(md.is_metadata(name) or MARKER.fullmatch(name) for name in names):
+                store.delete(name for name in names if _is_data(name))
 
     def listed(self, silent_for: timedelta = SILENT_FOR) -> list[Entry]:
         """Every checkpoint below the URI, or the one at it, committed or not: steps in order, then others.
@@ -188,11 +235,25 @@ class Run:
                 store.delete([name])
 
     def _is_committed(self, store: ObjectStore, step: int) -> bool:
-        try:
-            store.stat(f"{self.folder(step)}/{md.METADATA_NAME}")
-        except ObjectNotFoundError:
-            return False
-        return True
+        return _is_there(store, f"{self.folder(step)}/{md.METADATA_NAME}")
+
+
+def is_pinned(target: Target) -> bool:
+    """Whether a checkpoint is kept from retention.
+
+    Raises:
+        StorageError: the store could not be read.
+    """
+    with open_store(target) as store:
+        return _is_there(store, PIN)
+
+
+def _is_there(store: ObjectStore, name: str) -> bool:
+    try:
+        store.stat(name)
+    except ObjectNotFoundError:
+        return False
+    return True
 
 
 def _step_of(folder: str) -> int | None:
@@ -208,7 +269,8 @@ def entries(objects: Iterable[ObjectInfo], alive: datetime, name: str) -> list[E
     folders: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
     for info in objects:
         folder, _, rest = info.name.rpartition("/")
-        if "/" not in folder and (md.is_metadata(rest) or _is_data(rest) or MARKER.fullmatch(rest)):
+        hidden = rest == PIN or MARKER.fullmatch(rest)
+        if "/" not in folder and (md.is_metadata(rest) or _is_data(rest) or hidden):
             folders[folder].append(info)
     if "" in folders:
         return [_entry("", _step_of(name), folders[""], alive)]
@@ -232,6 +294,7 @@ def _entry(folder: str, step: int | None, infos: list[ObjectInfo], alive: dateti
         sum(info.size for info in data),
         len(data),
         max(times, default=None),
+        PIN in names,
     )
 
 

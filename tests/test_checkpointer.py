@@ -21,6 +21,9 @@ from torch.distributed.fsdp import fully_shard
 import cloudckpt
 from cloudckpt import Checkpointer, events, watch
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.store import Overwrite
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target
 from support import states
 from support.places import Place
 from support.ranks import RankPool, RankPools
@@ -235,6 +238,35 @@ def test_a_step_is_replaced_where_that_is_allowed(folder: Place) -> None:
         states.assert_bit_exact(state, numbered(5))
 
 
+def test_a_pinned_step_stays_until_it_is_unpinned(place: Place) -> None:
+    with run_at(place, keep_last=1) as checkpointer:
+        checkpointer.save(1, numbered(1))
+        checkpointer.pin(1)
+        checkpointer.save(2, numbered(2))
+        checkpointer.save(3, numbered(3))
+        assert checkpointer.all_steps() == [1, 3]
+        checkpointer.unpin(1)
+        checkpointer.save(4, numbered(4))
+        assert checkpointer.all_steps() == [4]
+        with pytest.raises(cloudckpt.CheckpointNotFoundError, match="to pin"):
+            checkpointer.pin(3)
+    assert {name.partition("/")[0] for name in place.visible()} == {"step-0000000004"}
+
+
+def test_a_deletion_that_was_cut_off_is_finished_after_the_next_commit(place: Place) -> None:
+    with run_at(place) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, numbered(step))
+    with open_store(Target.parse(place.uri, **place.options)) as store:
+        # Both lack their metadata; the second is a save's that is silent, which is gc's business.
+        store.delete(["step-0000000001/.metadata", "step-0000000002/.metadata"])
+        store.put(f"step-0000000002/.cloudckpt-save.{'0' * 32}", b"{}", Overwrite())
+    with run_at(place, keep_last=5) as checkpointer:
+        checkpointer.save(4, numbered(4))
+    folders = {name.partition("/")[0] for name in place.visible()}
+    assert folders == {"step-0000000002", "step-0000000003", "step-0000000004"}
+
+
 def test_steps_between_those_of_the_policy_are_skipped(folder: Place) -> None:
     with run_at(folder, every_steps=3) as checkpointer:
         handles = [checkpointer.async_save(step, numbered(step)) for step in range(7)]
@@ -324,6 +356,7 @@ def test_a_long_save_says_how_far_it_is(
         ("keep_last", 0),
         ("keep_last", True),
         ("keep_every", 5),  # without keep_last
+        ("keep_every", timedelta(0)),
         ("keep_best", 5),
         ("every_steps", 0),
         ("preemption_grace", 0),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -16,10 +18,15 @@ from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from cloudckpt.retention import Retention
-from cloudckpt.run import Run
+from cloudckpt.run import Entry, Run
 from support.gcs import GCSServer, gcs_server
 
 STEPS = 2000
+BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def entry(step: int, at: datetime | None = BEGAN, *, pinned: bool = False) -> Entry:
+    return Entry(f"step-{step}", step, "committed", 1, 1, at, pinned)
 
 
 @given(
@@ -28,20 +35,26 @@ STEPS = 2000
     keep_every=st.integers(1, 50) | st.none(),
     keep_best=st.integers(1, 5) | st.none(),
     metrics=st.dictionaries(st.integers(0, 300), st.floats(allow_nan=True), max_size=60),
+    pinned=st.sets(st.integers(0, 300), max_size=5),
 )
 def test_what_goes_is_old_and_not_kept_for_good(
+    *,
     steps: set[int],
     keep_last: int | None,
     keep_every: int | None,
     keep_best: int | None,
     metrics: dict[int, float],
+    pinned: set[int],
 ) -> None:
+    committed = [entry(step, pinned=step in pinned) for step in steps]
     if keep_last is None:
-        assert Retention().superseded(sorted(steps)) == []
+        assert Retention().superseded(committed) == []
         return
-    gone = Retention(keep_last, keep_every, keep_best).superseded(list(steps), metrics.get)
-    left = steps - set(gone)
+    gone = Retention(keep_last, keep_every, keep_best).superseded(committed, metrics.get)
     assert gone == sorted(gone)
+    assert not pinned & set(gone)
+    steps -= pinned
+    left = steps - set(gone)
     assert set(sorted(steps)[-keep_last:]) <= left
     if keep_every is not None:
         assert {step for step in steps if step % keep_every == 0} <= left
@@ -51,6 +64,38 @@ def test_what_goes_is_old_and_not_kept_for_good(
     for step in left - best - set(sorted(steps)[-keep_last:]):
         assert keep_every is not None
         assert step % keep_every == 0
+
+
+@given(
+    gaps=st.lists(st.integers(0, 200), min_size=1, max_size=40),
+    keep_last=st.integers(1, 5),
+    hours=st.integers(1, 5),
+)
+def test_of_each_stretch_of_time_one_step_stays(gaps: list[int], keep_last: int, hours: int) -> None:
+    """Pruned after each commit, as a run is: what stays does not depend on what went in between."""
+    retention = Retention(keep_last, timedelta(hours=hours))
+    run: dict[int, Entry] = {}
+    minutes = 0
+    for step, gap in enumerate(gaps):
+        minutes += gap
+        run[step] = entry(step, BEGAN + timedelta(minutes=minutes))
+        for gone in retention.superseded(run.values()):
+            del run[gone]
+    kept = [minute for step in sorted(run) if (minute := _minutes(run[step])) is not None][:-keep_last]
+    assert all(later - earlier >= 60 * hours for earlier, later in itertools.pairwise(kept))
+    every = list(itertools.accumulate(gaps))
+    for at in every[:-keep_last]:  # nothing is farther from a step that stayed than that
+        assert any(at - 60 * hours < minute <= at for minute in map(_minutes, run.values()))
+
+
+def _minutes(one: Entry) -> float:
+    assert one.modified is not None
+    return (one.modified - BEGAN).total_seconds() / 60
+
+
+def test_a_step_whose_time_is_not_told_stays() -> None:
+    committed = [entry(1), entry(2, None), entry(3), entry(4)]
+    assert Retention(1, timedelta(hours=1)).superseded(committed) == [3]
 
 
 def test_folders_sort_as_the_steps_do() -> None:

@@ -12,6 +12,9 @@ PROBE_PREFIX: Final = ".cloudckpt-probe."
 PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(PROBE_PREFIX)}[0-9a-f]{{32}}")
 """Names of the hidden objects by which a store is tried; one that was cut off may be deleted."""
 
+PIN: Final = ".cloudckpt-pin"
+"""The hidden object beside a checkpoint that keeps it from retention."""
+
 
 def probe_name() -> str:
     """A new name for such an object."""

@@ -14,7 +14,7 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 from cloudckpt.cli import output
-from cloudckpt.cli.arguments import duration, options_of, size_of
+from cloudckpt.cli.arguments import duration, options_of, size_of, steps_or_time
 
 _WANTING, _MISUSED = 1, 2
 
@@ -41,6 +41,7 @@ Uri = Annotated[
     str, typer.Argument(metavar="URI", show_default=False, help="A run, or one checkpoint: s3://bucket/run")
 ]
 Step = Annotated[int | None, typer.Option("--step", min=0, show_default=False, help="Which step of a run.")]
+Pinned = Annotated[int, typer.Option("--step", min=0, show_default=False, help="Which step.")]
 Given = Annotated[
     list[str] | None,
     typer.Option(
@@ -153,7 +154,12 @@ def prune(
     *,
     keep_last: Annotated[int, typer.Option(min=1, show_default=False, help="Newest steps to keep.")],
     keep_every: Annotated[
-        int | None, typer.Option(min=1, show_default=False, help="Multiples of it stay, too.")
+        str | None,
+        typer.Option(
+            metavar="STEPS|TIME",
+            show_default=False,
+            help="Multiples of it stay, too; or of a time, such as 6h, one in each.",
+        ),
     ] = None,
     keep_best: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Steps with the highest metric stay, too.")
@@ -165,14 +171,37 @@ def prune(
 ) -> None:
     """Delete the older steps of a run."""
     target = _target(uri, option)
+    every = None if keep_every is None else steps_or_time(keep_every)
     output.ensure_can_ask(yes=yes or dry_run)
 
     from cloudckpt.cli.removal import prune as prune_run
     from cloudckpt.retention import Retention
     from cloudckpt.run import Run
 
-    retention = Retention(keep_last, keep_every, keep_best)
+    retention = Retention(keep_last, every, keep_best)
     _end(prune_run(Run(target), retention, yes=yes, dry_run=dry_run, as_json=as_json))
+
+
+@app.command()
+def pin(uri: Uri, step: Pinned, option: Given = None, as_json: Json = False) -> None:
+    """Keep a step of a run from being pruned."""
+    target = _target(uri, option)
+
+    from cloudckpt.run import Run
+
+    Run(target).pin(step)
+    _say_pinned(target, step, pinned=True, as_json=as_json)
+
+
+@app.command()
+def unpin(uri: Uri, step: Pinned, option: Given = None, as_json: Json = False) -> None:
+    """Leave a step of a run to pruning again."""
+    target = _target(uri, option)
+
+    from cloudckpt.run import Run
+
+    Run(target).unpin(step)
+    _say_pinned(target, step, pinned=False, as_json=as_json)
 
 
 @app.command()
@@ -235,6 +264,13 @@ def bench(
 
 def _target(uri: str, option: list[str] | None) -> Target:
     return Target.parse(uri, **options_of(option or ()))
+
+
+def _say_pinned(target: Target, step: int, *, pinned: bool, as_json: bool) -> None:
+    if as_json:
+        output.say_json({"uri": target.uri, "step": step, "pinned": pinned})
+    else:
+        output.say(f"step {step} of {target.uri} is {'pinned' if pinned else 'not pinned'}")
 
 
 def _end(good: bool) -> None:

@@ -67,6 +67,22 @@ def size_of(text: str) -> int:
     return size
 
 
+def steps_or_time(text: str) -> int | timedelta:
+    """Read a number of steps, such as ``1000``, or a time, such as ``6h``.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    try:
+        return duration(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{text!r} is neither a number of steps nor a time", hint="Write it like 1000, 30m, 12h or 1d"
+        ) from error
+
+
 def _from_json(text: str) -> dict[str, Any]:
     try:
         value: object = json.loads(text)

@@ -40,7 +40,7 @@ def table(entries: Sequence[Entry], name: str = "") -> Table:
     for one in entries:
         made.add_row(
             output.one_line(one.name or name) if one.step is None else str(one.step),
-            Text(one.state, _STYLES[one.state]),
+            Text(f"{one.state}, pinned" if one.pinned else one.state, _STYLES[one.state]),
             output.size(one.size),
             f"{one.objects:,}",
             output.age(one.modified),

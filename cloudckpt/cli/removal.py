@@ -9,12 +9,12 @@ from datetime import timedelta
 from rich.console import Console
 
 from cloudckpt.backends.delete import delete_checkpoint
-from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import listing, output
 from cloudckpt.retention import Retention, drop, superseded
-from cloudckpt.run import Run
+from cloudckpt.run import Run, is_pinned
 
 
 def rm(run: Run, step: int | None, *, yes: bool, dry_run: bool, as_json: bool) -> bool:
@@ -32,6 +32,8 @@ def rm(run: Run, step: int | None, *, yes: bool, dry_run: bool, as_json: bool) -
             uri=target.uri,
             hint=f"Say which with --step; the newest is {newest}. `cloudckpt prune` deletes many",
         )
+    if is_pinned(target):
+        raise CheckpointError("this checkpoint is pinned", uri=target.uri, hint="`cloudckpt unpin` it first")
     names = delete_checkpoint(target, dry_run=True)
     if not dry_run:
         if not output.agreed(f"Delete {target.uri}, {output.count(len(names), 'object')}?", yes=yes):
@@ -52,7 +54,7 @@ def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: 
         StorageError: the store could not list or delete; those deleted before are gone.
     """
     committed = {one.step: one for one in run.listed() if one.state == "committed" and one.step is not None}
-    steps = superseded(run, list(committed), retention)
+    steps = superseded(run, committed.values(), retention)
     gone = [committed[step] for step in steps]
     # The only question is of what was shown: a step that is committed meanwhile changes nothing.
     if gone and not dry_run:

@@ -37,6 +37,29 @@ def test_rm_deletes_one_checkpoint(place: Place) -> None:
     assert place.visible() == set()
 
 
+def test_a_pinned_step_is_neither_pruned_nor_removed(place: Place) -> None:
+    fill(place, 1, 2, 3)
+    ran = run("pin", place.uri, "--step", "1", "--json", place=place)
+    assert (ran.status, ran.json) == (0, {"uri": place.uri, "step": 1, "pinned": True})
+    assert "committed, pinned" in run("ls", place.uri, place=place).out
+    assert run("prune", place.uri, "--keep-last", "1", "--yes", place=place).status == 0
+    assert steps_of(place) == {1, 3}
+    ran = run("rm", at(place, 1).uri, "--yes", place=place)
+    assert ran.status == 1 and "pinned" in ran.err and "cloudckpt unpin" in ran.err
+    assert run("unpin", place.uri, "--step", "1", place=place).out == f"step 1 of {place.uri} is not pinned\n"
+    assert run("rm", at(place, 1).uri, "--yes", place=place).status == 0
+    assert steps_of(place) == {3}
+    assert run("pin", place.uri, "--step", "1", place=place).status == 1
+
+
+def test_prune_keeps_a_step_for_each_stretch_of_time(folder: Place) -> None:
+    fill(folder, 1, 2, 3)
+    ran = run("prune", folder.uri, "--keep-last", "1", "--keep-every", "6h", "--yes", "--json")
+    assert [one["step"] for one in ran.json["deleted"]] == [2]
+    ran = run("prune", folder.uri, "--keep-last", "1", "--keep-every", "often", "--yes")
+    assert ran.status == 2 and "neither a number of steps nor a time" in ran.err
+
+
 def test_rm_of_what_is_not_there_is_found_wanting(place: Place) -> None:
     fill(place, 1)
     ran = run("rm", place.uri, "--step", "2", "--yes", "--json", place=place)
