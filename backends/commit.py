@@ -82,6 +82,13 @@ def listed_metadata(store: ObjectStore) -> list[str]:
     return [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
 
 
+def chosen_metadata(store: ObjectStore) -> list[str]:
+    """The names of the metadata that counts: that of all ranks, or without it those of single ranks."""
+    names = listed_metadata(store)
+    # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
+    return [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
+
+
 def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:
     """Complete every upload and check every object's size; returns what is visible now, by name.
 
@@ -103,9 +110,18 @@ def _complete(store: ObjectStore, one: StagedObject, *, confirm: bool) -> Object
         info = store.complete_upload(one.upload, one.parts, confirm=confirm)
     except CheckpointError as error:
         raise _not_whole(store, one, f"an upload could not be completed: {error.message}") from error
+    check_stored(store, one, info)
+    return replace(info, checksum=one.checksum)
+
+
+def check_stored(store: ObjectStore, one: StagedObject, info: ObjectInfo) -> None:
+    """Compare what a store says of a completed object with what was sent.
+
+    Raises:
+        CommitError: it is not the same.
+    """
     _check_size(store, one, info.size)
     _check_sum(store, one, info.checksum)
-    return replace(info, checksum=one.checksum)
 
 
 def _check_sum(store: ObjectStore, one: StagedObject, reported: str | None) -> None:
@@ -131,7 +147,7 @@ def _not_whole(store: ObjectStore, one: StagedObject, message: str) -> CommitErr
         message,
         uri=store.uri,
         object_name=one.upload.name,
-        hint="Nothing was committed and the checkpoint before is untouched; save again",
+        hint="Nothing was committed and the checkpoint before is untouched; try again",
     )
 
 
@@ -174,8 +190,12 @@ class _Outcome(enum.Enum):
     UNKNOWN = "nobody can tell"
 
 
-def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previous: Previous | None) -> None:
+def put_metadata(
+    store: ObjectStore, name: str, data: bytes, author: str | bytes, previous: Previous | None
+) -> None:
     """The commit: make ``data`` visible if and only if what is there is still ``previous``.
+
+    ``author`` is what it is known by when it is read back: the id of the save, or all of its bytes.
 
     Raises:
         CheckpointExistsError: another save committed in the meantime.
@@ -195,7 +215,7 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
         raise
     except Exception as error:
         conditional = not isinstance(condition, Overwrite)
-        outcome = _read_back(store, name, save_id, previous, error=error, conditional=conditional)
+        outcome = _read_back(store, name, author, previous, error=error, conditional=conditional)
         if outcome is _Outcome.OURS and isinstance(error, UnansweredError | PreconditionFailedError):
             return
         if outcome in (_Outcome.OURS, _Outcome.UNKNOWN):  # the store said that something went wrong
@@ -213,30 +233,32 @@ def put_metadata(store: ObjectStore, name: str, data: bytes, save_id: str, previ
             f"the commit failed: {_said(error)}",
             uri=store.uri,
             object_name=name,
-            hint="Nothing was committed and the checkpoint before is untouched; save again",
+            hint="Nothing was committed and the checkpoint before is untouched; try again",
         ) from error
 
 
 def ensure_whole(
     store: ObjectStore,
     name: str,
-    save_id: str,
+    author: str | bytes,
     objects: Iterable[ObjectInfo],
     previous: Previous | None,
 ) -> None:
     """Take the commit back if gc took the save for dead while it committed, and removed what it names.
 
+    What another put in its place in the meantime counts as removed.
+
     Raises:
         CommitError: it did; there is what was there before, or nothing.
         UncertainCommitError: it did, and the commit could not be taken back.
     """
-    missing = next((info.name for info in objects if _version(store, info.name) is None), None)
+    missing = next((info.name for info in objects if _is_gone(store, info)), None)
     if missing is None:
         return
     place: dict[str, Any] = {"uri": store.uri, "object_name": name}
     try:
         data, info = store.get(name)
-        if md.save_id_of(md.load(data, uri=store.uri, name=name)) == save_id:
+        if _is_by(author, data, store.uri, name):
             if previous is None:
                 store.delete([name])
             else:
@@ -260,24 +282,24 @@ def ensure_whole(
 def _read_back(
     store: ObjectStore,
     name: str,
-    save_id: str,
+    author: str | bytes,
     previous: Previous | None,
     *,
     error: Exception,
     conditional: bool,
 ) -> _Outcome:
     """Settle whether a put that raised was carried out after all, or still may be."""
-    found: str | None = None
+    ours = False
     version: str | None = None
     try:
         data, info = store.get(name)
         version = info.version or ""
-        found = md.save_id_of(md.load(data, uri=store.uri, name=name))
+        ours = _is_by(author, data, store.uri, name)
     except (ObjectNotFoundError, IntegrityError, UnsafeCheckpointError):
         pass  # nothing is there, or nothing of ours
     except StorageError:
         return _Outcome.UNKNOWN
-    if found == save_id:
+    if ours:
         return _Outcome.OURS
     unchanged = previous is not None and version == previous.version
     # A request that got no answer may be on its way. A version that is gone never returns, so that one on
@@ -289,8 +311,19 @@ def _read_back(
     return _Outcome.UNCHANGED if unchanged else _Outcome.NOT_OURS
 
 
+def _is_by(author: str | bytes, data: bytes, uri: str, name: str) -> bool:
+    if isinstance(author, bytes):
+        return data == author
+    return md.save_id_of(md.load(data, uri=uri, name=name)) == author
+
+
 def _said(error: Exception) -> str:
     return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _is_gone(store: ObjectStore, info: ObjectInfo) -> bool:
+    found = _version(store, info.name)
+    return found is None or (bool(found and info.version) and found != info.version)
 
 
 def _version(store: ObjectStore, name: str) -> str | None:

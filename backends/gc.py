@@ -1,4 +1,4 @@
-"""Garbage: what saves that died left below a prefix, and nothing else.
+"""Garbage: what saves and copies that died left below a prefix, and nothing else.
 
 A save that is killed can't clean up after itself. It leaves open uploads, its marker, and if it died inside
 the commit, data objects that no ``.metadata`` names. All are invisible to every reader and cost money. Only
@@ -12,14 +12,16 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, UnsafeCheckpointError
-from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, marker_name
+from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PROBE
 from cloudckpt.backends.target import Target
@@ -40,7 +42,7 @@ class Garbage:
     size: int
     """Bytes of ``objects``."""
     traces: tuple[str, ...] = ()
-    """Markers of dead saves, and probes of what a store honours that were cut off."""
+    """Markers of dead saves, journals of dead copies, and probes of a store that were cut off."""
 
 
 def collect_garbage(
@@ -70,28 +72,52 @@ def collect_garbage(
         bound = now - older_than
         dead, busy = _markers(listing, now - silent_for)
         uploads = [p for p in pending if _is_old(p.started, bound) and _parent(p.upload.name) not in busy]
+        journals, abandoned, copied = _copies(store, listing, bound, busy)
+        uploads += [PendingUpload(one) for one in abandoned if one not in {p.upload for p in uploads}]
         old = [
             info
             for info in listing
-            if _DATA.fullmatch(info.name) and _is_old(info.modified, bound) and _parent(info.name) not in busy
+            if (_DATA.fullmatch(info.name) or info.name in copied)
+            and _is_old(info.modified, bound)
+            and _parent(info.name) not in busy
         ]
         # A save that is only silent so far, and has nothing old, may wake up and go on.
-        touched = {_parent(p.upload.name) for p in uploads} | {_parent(info.name) for info in old}
+        touched = {_parent(p.upload.name) for p in uploads} | {_parent(i.name) for i in (*old, *journals)}
         traces = [i for i in dead if _is_old(i.modified, bound) or _parent(i.name) in touched]
         traces += [i for i in listing if PROBE.fullmatch(i.name) and _is_old(i.modified, bound)]
         if not dry_run:
             store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
         unnamed = _unnamed(store, old, listing)
         if not dry_run:
+            # A copy that begins now goes on with what an earlier one left: it looks after it has a marker.
+            begun = {folder for folder in touched if _has_begun(store, folder, now - silent_for)}
+            uploads = [p for p in uploads if _parent(p.upload.name) not in begun]
+            unnamed = [info for info in unnamed if _parent(info.name) not in begun]
+            journals = [info for info in journals if _parent(info.name) not in begun]
             for one in uploads:
                 store.abort_upload(one.upload)
             store.delete(info.name for info in unnamed)
+            store.delete(info.name for info in journals)  # last, for it tells what else there is
+        traces += journals
     return Garbage(
         tuple(sorted(p.upload.name for p in uploads)),
         tuple(sorted(info.name for info in unnamed)),
         sum(info.size for info in unnamed),
         tuple(sorted(info.name for info in traces)),
     )
+
+
+def _copies(
+    store: ObjectStore, listing: Iterable[ObjectInfo], bound: datetime, busy: AbstractSet[str]
+) -> tuple[list[ObjectInfo], list[Upload], set[str]]:
+    """The journals of copies that died: with their uploads, and the data objects that they name."""
+    journals = [
+        info
+        for info in listing
+        if JOURNAL.fullmatch(info.name) and _is_old(info.modified, bound) and _parent(info.name) not in busy
+    ]
+    left = [left_by(store, info.name) for info in journals]
+    return journals, [one for uploads, _ in left for one in uploads], {o for _, objs in left for o in objs}
 
 
 def _is_ours(name: str) -> bool:
@@ -107,6 +133,11 @@ def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[Objec
     markers = [info for info in listing if MARKER.fullmatch(info.name)]
     dead = [info for info in markers if is_silent(info, bound)]
     return dead, {_parent(info.name) for info in markers if info not in dead}
+
+
+def _has_begun(store: ObjectStore, folder: str, bound: datetime) -> bool:
+    """Whether something is in progress in a folder now, whatever an earlier listing showed."""
+    return bool(_markers(store.list(folder + marker_name("")).objects, bound)[1])
 
 
 def _is_old(when: datetime | None, bound: datetime) -> bool:

@@ -54,7 +54,12 @@ def part_size_for(items: Sequence[WriteItem], options: Options, limits: PartLimi
 
     Twice the room is left, for values whose size is not known before they are serialised.
     """
-    needed = math.ceil(2 * sum(map(estimated_size, items)) / limits.max_count)
+    return fitting_part_size(2 * sum(map(estimated_size, items)), options, limits)
+
+
+def fitting_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
+    """The usual part size, or what keeps an object of so many bytes within the store's number of parts."""
+    needed = math.ceil(nbytes / limits.max_count)
     return math.ceil(max(usual_part_size(options), needed) / limits.multiple) * limits.multiple
 
 

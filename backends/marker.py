@@ -31,6 +31,11 @@ SILENT_FOR: Final = timedelta(minutes=10)
 """The silence after which a save counts as dead, where nobody says another."""
 
 
+def marker_name(save_id: str) -> str:
+    """The name of the marker of a save, in its checkpoint's folder."""
+    return f".cloudckpt-save.{save_id}"
+
+
 def is_silent(marker: ObjectInfo, since: datetime) -> bool:
     """Whether a marker was not renewed after that; where the store tells no time, it may have been."""
     return marker.modified is not None and marker.modified <= since
@@ -50,7 +55,7 @@ class SaveMarker:
     """
 
     def __init__(self, store: ObjectStore, save_id: str, rank: int, every: float = RENEWED_EVERY) -> None:
-        self._kept = _Kept(store, f".cloudckpt-save.{save_id}", _content(save_id, rank))
+        self._kept = _Kept(store, marker_name(save_id), _content(save_id, rank))
         self._kept.put()
         self._stop = threading.Event()
         threading.Thread(
@@ -65,7 +70,7 @@ class SaveMarker:
             CommitError: the marker is gone, and parts of the save may be.
             StorageError: the store did not say.
         """
-        if not self._kept.is_there():
+        if not self.is_there():
             raise CommitError(
                 "this save was taken for dead and cleaned up: its marker is gone",
                 uri=self._kept.store.uri,
@@ -73,10 +78,18 @@ class SaveMarker:
                 hint="Nothing was committed; give gc a longer silent_for, and save again",
             )
 
+    def is_there(self) -> bool:
+        """Whether nobody took this save for dead.
+
+        Raises:
+            StorageError: the store did not say.
+        """
+        return self._kept.is_there()
+
     def is_gone(self) -> bool:
         """Whether somebody took this save for dead; False where the store doesn't say."""
         try:
-            return not self._kept.is_there()
+            return not self.is_there()
         except StorageError as error:
             _log.warning("the marker of a save could not be looked at: %s", error)
             return False

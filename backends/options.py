@@ -159,6 +159,10 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
             raise ValueError("a secret in an endpoint")
         return value
 
+    def reaches_as(self, other: Options) -> bool:
+        """Whether these reach the server that others do, as the same user."""
+        return all(getattr(self, name) == getattr(other, name) for name in _OF_REACHING)
+
     def __getstate__(self) -> dict[Any, Any]:
         return {"sealed": _seal(super().__getstate__())}
 
@@ -166,6 +170,10 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
         super().__setstate__(_unseal(*state["sealed"]))
 
 
+_OF_REACHING = (
+    *("endpoint_url", "region", "profile", "anon", "requester_pays", "project", "token"),
+    "storage_options",
+)
 _EVERYWHERE = frozenset({"part_size", "concurrency", "memory_limit", "checksum", "timeout", "retries"})
 _HONOURED: Mapping[str, frozenset[str]] = {
     "s3": _EVERYWHERE
@@ -209,6 +217,11 @@ _SECRET_WORDS = (
     "signature",
 )
 _SECRET_NAMES = frozenset({"key", "api_key", "user", "username", "sas", "sig"})
+
+
+def honours(protocol: str, name: str) -> bool:
+    """Whether stores of a protocol do something about an option; True of a name that is no option."""
+    return name in _HONOURED.get(protocol, _HONOURED_BY_OTHERS) or name not in Options.model_fields
 
 
 def where_credentials_belong(protocol: str) -> str:

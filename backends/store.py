@@ -252,6 +252,20 @@ class ObjectStore(abc.ABC):
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
         """List uploads below a name prefix that were begun and neither completed nor aborted."""
 
+    def is_pending(self, upload: Upload) -> bool:
+        """Whether an upload that was noted somewhere, by whomever, is one of this store's and still open."""
+        return any(pending.upload == upload for pending in self.pending_uploads(upload.name))
+
+    def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
+        """Have the store itself copy an object of ``source``, in place of what has its name here.
+
+        It becomes visible in one step, as after ``complete_upload``, under what the options say of objects
+        that are written. ``info`` is what ``source.stat`` reported: if the object is another version by now,
+        or the store can't reach it or copy at all, nothing is changed and None is returned.
+        """
+        del source, info
+        return None
+
     def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Let connections go. The store may be used again afterwards."""
 

@@ -122,6 +122,15 @@ def is_checkpoint_uri(uri: str | os.PathLike[str]) -> bool:
     return True
 
 
+def protocol_of(uri: str | os.PathLike[str]) -> str:
+    """Return the protocol that a URI is of, whatever its options.
+
+    Raises:
+        ConfigurationError: the URI can't be read.
+    """
+    return _Place.read(uri).protocol
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     uri: str

@@ -86,10 +86,7 @@ def verify(
         StorageError: the store could not be read.
     """
     with open_store(target := Target.parse(uri, **options)) as store:
-        names = commit.listed_metadata(store)
-        # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
-        chosen = [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
-        found = [_verified(store, name, target, observer, begun) for name in chosen]
+        found = [_verified(store, name, target, observer, begun) for name in commit.chosen_metadata(store)]
     return Verification(
         store.uri,
         sum(one.objects for one in found),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from cloudckpt.backends.gc import Garbage, collect_garbage
     from cloudckpt.backends.reader import StorageReader
+    from cloudckpt.backends.transfer import Copied, copy_checkpoint
     from cloudckpt.backends.verify import Damage, Verification, verify
     from cloudckpt.backends.version import __version__
     from cloudckpt.backends.writer import StorageWriter
@@ -42,6 +43,7 @@ __all__ = [
     "Checkpointer",
     "CommitError",
     "ConfigurationError",
+    "Copied",
     "Damage",
     "ExecutorDiedError",
     "ExecutorError",
@@ -59,6 +61,7 @@ __all__ = [
     "Verification",
     "__version__",
     "collect_garbage",
+    "copy_checkpoint",
     "delete_checkpoint",
     "verify",
 ]
@@ -68,6 +71,7 @@ _HOMES = {
     "backends.delete": ("delete_checkpoint",),
     "backends.gc": ("Garbage", "collect_garbage"),
     "backends.reader": ("StorageReader",),
+    "backends.transfer": ("Copied", "copy_checkpoint"),
     "backends.verify": ("Damage", "Verification", "verify"),
     "backends.version": ("__version__",),
     "backends.writer": ("StorageWriter",),

@@ -15,6 +15,7 @@ from typing import Literal
 
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -31,6 +32,8 @@ from cloudckpt.backends.target import Target
 _PREFIX = "step-"
 _DIGITS = 10
 _FOLDER = re.compile(rf"{_PREFIX}(\d{{{_DIGITS}}})/?")
+_TRACE = re.compile(f"{MARKER.pattern}|{JOURNAL.pattern}")
+"""What says that a save or a copy is at it, or was."""
 _LAST = 10**_DIGITS - 1
 
 _MOST_NOTES = 1000
@@ -146,16 +149,16 @@ class Run:
             store.delete([PIN])
 
     def sweep(self, step: int) -> None:
-        """Finish a deletion that was cut off: delete data whose metadata is gone, where no save has a marker.
+        """Finish a deletion that was cut off: delete data whose metadata is gone.
 
-        A save puts its marker before its first object, and removes it once committed.
+        Not where a save has its marker, which it puts before its first object, or a copy its journal.
 
         Raises:
             StorageError: the store could not be read, or not delete.
         """
         with open_store(self.at(step)) as store:
             names = [info.name for info in store.list().objects]
-            if not any(md.is_metadata(name) or MARKER.fullmatch(name) for name in names):
+            if not any(md.is_metadata(name) or _TRACE.fullmatch(name) for name in names):
                 store.delete(name for name in names if _is_data(name))
 
     def listed(self, silent_for: timedelta = SILENT_FOR) -> list[Entry]:
@@ -269,7 +272,7 @@ def entries(objects: Iterable[ObjectInfo], alive: datetime, name: str) -> list[E
     folders: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
     for info in objects:
         folder, _, rest = info.name.rpartition("/")
-        hidden = rest == PIN or MARKER.fullmatch(rest)
+        hidden = rest == PIN or _TRACE.fullmatch(rest)
         if "/" not in folder and (md.is_metadata(rest) or _is_data(rest) or hidden):
             folders[folder].append(info)
     if "" in folders:

@@ -81,7 +81,7 @@ def test_of_each_stretch_of_time_one_step_stays(gaps: list[int], keep_last: int,
         run[step] = entry(step, BEGAN + timedelta(minutes=minutes))
         for gone in retention.superseded(run.values()):
             del run[gone]
-    kept = [minute for step in sorted(run) if (minute := _minutes(run[step])) is not None][:-keep_last]
+    kept = [_minutes(run[step]) for step in sorted(run)][:-keep_last]
     assert all(later - earlier >= 60 * hours for earlier, later in itertools.pairwise(kept))
     every = list(itertools.accumulate(gaps))
     for at in every[:-keep_last]:  # nothing is farther from a step that stayed than that

@@ -13,6 +13,7 @@ _BUFFERS_PER_CALL = min(os.sysconf("SC_IOV_MAX"), 1024)
 _NOT_REMOVED = frozenset(
     {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 )
+_NOT_COPIED = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 _LOCKS_UNSUPPORTED = frozenset({errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -28,6 +29,22 @@ def write_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
 def read_fully(fd: int, offset: int, buffers: Sequence[memoryview]) -> int:
     """Fill the buffers one after another from ``offset``; return the bytes read, fewer if the file ends."""
     return _transfer(os.preadv, fd, offset, buffers, stop_at_end=True)
+
+
+def copy_whole(source: int, target: int, size: int) -> bool:
+    """Have the kernel copy a file of ``size`` bytes, sharing its blocks where it can; False if it can't."""
+    done = 0
+    while done < size:
+        try:
+            moved = os.copy_file_range(source, target, size - done, done, done)
+        except OSError as error:
+            if error.errno in _NOT_COPIED:
+                return False
+            raise
+        if not moved:  # it has become shorter, or is of a kind that tells its size wrongly
+            return False
+        done += moved
+    return True
 
 
 def _transfer(

@@ -16,7 +16,13 @@ from urllib.parse import quote
 import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.errors import IntegrityError, StorageError
+from cloudckpt.backends.errors import (
+    AccessDeniedError,
+    IntegrityError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
@@ -33,7 +39,7 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
-from cloudckpt.backends.stores import gcs_batch
+from cloudckpt.backends.stores import gcs_batch, gcs_session
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge
 from cloudckpt.backends.stores.gcs_session import Session
@@ -252,6 +258,48 @@ class GCSStore(ObjectStore):
         """Nothing: GCS does not list sessions. It forgets them after a week, and charges nothing for them."""
         del prefix
         return iter(())
+
+    def is_pending(self, upload: Upload) -> bool:
+        """Asks the session, if its URL is one of this bucket's: nothing is sent to any other."""
+        with explained(self._target, self._target.options.endpoint_url or "GCS", upload.name):
+            client = self._client()
+        if not gcs_session.belongs(upload.upload_id, client.endpoint, self._bucket):
+            return False
+        return self._ask(Session(upload.upload_id).is_open, upload.name)
+
+    def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
+        """By a rewrite, as many calls of it as GCS wants for an object of this size."""
+        options = self._target.options
+        if not isinstance(source, GCSStore):
+            return None
+        theirs = source._target  # noqa: SLF001 - of this class
+        if not options.reaches_as(theirs.options):
+            return None
+        key = quote(f"{theirs.path}/{info.name}".lstrip("/"), safe="")
+        # Without a resource the original's is kept.
+        storage_class, kms_key = options.storage_class, options.kms_key_name
+        resource = json.dumps({"storageClass": storage_class}).encode() if storage_class else b""
+        parameters = {
+            "fields": f"done,rewriteToken,resource({_FIELDS})",
+            **({"ifSourceGenerationMatch": info.version} if info.version else {}),
+            **({"destinationKmsKeyName": kms_key} if kms_key else {}),
+        }
+        there = f"/rewriteTo/b/{quote(self._bucket, safe='')}/o/{quote(self._prefix + info.name, safe='')}"
+
+        def rewrite(client: Client) -> dict[str, Any]:
+            where = f"{client.objects(theirs.bucket)}/{key}{there}"
+            headers = {"Content-Type": "application/json; charset=UTF-8"}
+            answer = client.request(
+                "copy", "POST", where, parameters=parameters, headers=headers, body=resource
+            )
+            return _document(answer)
+
+        try:
+            while not (document := self._ask(rewrite, info.name)).get("done"):
+                parameters["rewriteToken"] = document["rewriteToken"]
+        except (AccessDeniedError, ObjectNotFoundError, PreconditionFailedError):
+            return None
+        return self._info(document["resource"])
 
     def close(self) -> None:
         with self._lock:

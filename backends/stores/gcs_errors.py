@@ -39,6 +39,7 @@ _PERMISSIONS: Mapping[str, str] = {
     "complete an upload": "storage.objects.create",
     "abort an upload": "storage.objects.create",
     "get": "storage.objects.get",
+    "copy": "storage.objects.create, and storage.objects.get on the source",
     "list": "storage.objects.list",
     "delete": "storage.objects.delete",
     "look at the bucket": "storage.buckets.get",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
 
 from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Departed, Part
@@ -24,6 +25,11 @@ _GRANULE: Final = 256 << 10
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)
 """What a session answers that has not been ended: it waits for more."""
 _GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
+
+
+def belongs(url: str, endpoint: str, bucket: str) -> bool:
+    """Whether a URL that was read somewhere is of a session of this bucket, and of no other server."""
+    return url.startswith(f"{endpoint}/upload/storage/v1/b/{quote(bucket, safe='')}/o?")
 
 
 class Session:
@@ -65,6 +71,15 @@ class Session:
         answer = client.request("abort an upload", "DELETE", self._url, body=b"", fine=_GONE)
         answer.drain_conn()
         answer.release_conn()
+
+    def is_open(self, client: Client) -> bool:
+        """Whether bytes can still be added."""
+        body, fine = b"", (_MORE, *_GONE)
+        headers = {"Content-Range": "bytes */*"}
+        answer = client.request("upload", "PUT", self._url, headers=headers, body=body, fine=fine)
+        answer.drain_conn()
+        answer.release_conn()
+        return answer.status == _MORE
 
     def held(self, client: Client) -> int:
         """Bytes that the session holds."""

@@ -40,6 +40,7 @@ from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_checksum import contradicted, given_or_of, parameters
 from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3_copy import Copying, Original
 from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
 from cloudckpt.backends.stores.s3_probe import Honoured, what_is_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
@@ -299,6 +300,17 @@ class S3Store(ObjectStore):
             for item in page.get("Uploads", ()):
                 upload = Upload(item["Key"].removeprefix(self._prefix), item["UploadId"])
                 yield PendingUpload(upload, item.get("Initiated"))
+
+    def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
+        """By CopyObject, and part by part beyond what that takes."""
+        if not isinstance(source, S3Store):
+            return None
+        theirs = source._target  # noqa: SLF001 - of this class
+        if not self._target.options.reaches_as(theirs.options):
+            return None
+        original = Original(info, theirs.bucket, f"{theirs.path}/{info.name}".lstrip("/"))
+        with self._requests.explained(info.name):
+            return Copying(self, self._requests, functools.partial(self._of, name=info.name)).of(original)
 
     def close(self) -> None:
         self._requests.close()

@@ -11,10 +11,10 @@ import typer
 from typer.core import TyperGroup
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.target import Target, protocol_of
 from cloudckpt.backends.version import __version__
 from cloudckpt.cli import output
-from cloudckpt.cli.arguments import duration, options_of, size_of, steps_or_time
+from cloudckpt.cli.arguments import duration, for_each_side, options_of, size_of, steps_or_time
 
 _WANTING, _MISUSED = 1, 2
 
@@ -126,6 +126,37 @@ def diff(
 
     one, other = (contents_at(Run(target).chosen()) for target in targets)
     _end(compare(one, other, as_json=as_json))
+
+
+@app.command()
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SRC", show_default=False, help="A checkpoint, or a run.")],
+    destination: Annotated[
+        str, typer.Argument(metavar="DST", show_default=False, help="Where it should be, too.")
+    ],
+    *,
+    step: Step = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other checkpoints there.")] = False,
+    option: Given = None,
+    from_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", show_default=False, help="An option of SRC alone."),
+    ] = None,
+    to_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", show_default=False, help="An option of DST alone."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a checkpoint, or every step of a run, to any other store; go on where a copy was cut off."""
+    protocols = protocol_of(source), protocol_of(destination)
+    given = for_each_side(protocols, option or (), from_option or (), to_option or ())
+    one, other = Target.parse(source, **given[0]), Target.parse(destination, **given[1])
+
+    from cloudckpt.cli.copying import cp as copy
+    from cloudckpt.run import Run
+
+    copy(Run(one), Run(other), step, overwrite=overwrite, as_json=as_json)
 
 
 @app.command()

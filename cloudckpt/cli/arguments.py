@@ -11,6 +11,7 @@ from typing import Any, Final
 import pydantic
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.options import honours
 
 _SIZE: Final = pydantic.TypeAdapter(pydantic.ByteSize)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -36,6 +37,25 @@ def options_of(given: Iterable[str]) -> dict[str, Any]:
             raise ConfigurationError(f"option {name!r} is given twice", hint="Give it once")
         options[name] = _from_json(value) if name == "storage_options" else value
     return options
+
+
+def for_each_side(
+    protocols: tuple[str, str], both: Iterable[str], source: Iterable[str], destination: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of two URIs: those given for both go to whichever honours them, those of one before them.
+
+    Raises:
+        ConfigurationError: one can't be read, is given twice, or has no store to honour it.
+    """
+    common = options_of(both)
+    own = options_of(source), options_of(destination)
+    taken = [{name: value for name, value in common.items() if honours(one, name)} for one in protocols]
+    if unused := sorted(common.keys() - taken[0].keys() - taken[1].keys()):
+        raise ConfigurationError(
+            f"option {unused[0]!r} can't be honoured by {' or '.join(f'{one}://' for one in protocols)}",
+            hint="Leave it out",
+        )
+    return {**taken[0], **own[0]}, {**taken[1], **own[1]}
 
 
 def duration(text: str) -> timedelta:

@@ -18,7 +18,20 @@ from cloudckpt.cli.app import app
 from support.commands import COLUMNS, at, in_a_pipe, on_a_terminal, save
 from support.places import Place
 
-COMMANDS = ("ls", "show", "verify", "diff", "rm", "prune", "gc", "doctor", "bench")
+COMMANDS = (
+    "ls",
+    "show",
+    "verify",
+    "diff",
+    "cp",
+    "rm",
+    "prune",
+    "pin",
+    "unpin",
+    "gc",
+    "doctor",
+    "bench",
+)
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 LONG = "block." * 3 + "attention_output_projection." * 4 + "weight"
 

@@ -21,6 +21,9 @@ class TestGCSStore(StoreConformance):
         self.server, self.bucket = gcs, gcs.new_bucket()
         return GCSStore(Target.parse(f"gs://{self.bucket}/some/prefix", endpoint_url=gcs.endpoint))
 
+    def beside(self, store: ObjectStore) -> ObjectStore:
+        return GCSStore(Target.parse(f"gs://{self.bucket}/beside it", endpoint_url=self.server.endpoint))
+
     @pytest.fixture
     def faults(self) -> Mapping[str, str]:
         return {}

@@ -33,6 +33,9 @@ class TestLocalStore(StoreConformance):
     def store(self, tmp_path: Path) -> ObjectStore:
         return _open(tmp_path / "run with space")
 
+    def beside(self, store: ObjectStore) -> ObjectStore:
+        return _open(Path(store.uri.removeprefix("file://").replace("%20", " ")).with_name("beside"))
+
     def raw_read(self, store: ObjectStore, name: str) -> bytes | None:
         path = self._path(store, name)
         return path.read_bytes() if path.is_file() else None

@@ -13,6 +13,7 @@ gets wrong goes into the fixture ``faults``: those tests must fail, and say so t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -79,6 +80,10 @@ class StoreConformance(ABC):
     @abstractmethod
     def raw_write(self, store: ObjectStore, name: str, data: bytes) -> None:
         """Write an object round the store."""
+
+    def beside(self, store: ObjectStore) -> ObjectStore:
+        """Return an empty store of the same kind with another root."""
+        pytest.skip("nothing is copied by this kind of store")
 
     def reopen(self, store: ObjectStore) -> ObjectStore:
         """Return the store as another process would have it."""
@@ -552,6 +557,63 @@ class StoreConformance(ABC):
         store.abort_upload(uploads[1])
         store.abort_upload(uploads[3])
         assert pending() == set()
+
+    def test_an_upload_is_pending_until_it_ends_and_only_where_it_was_begun(self, store: ObjectStore) -> None:
+        first, second = store.begin_upload("folder/name"), store.begin_upload("folder/name")
+        other = self.reopen(store)
+        part = store.upload_part(first, 1, 0, [memoryview(b"data")])
+        assert other.is_pending(first) and other.is_pending(second)
+        store.complete_upload(first, [part])
+        store.abort_upload(second)
+        assert not other.is_pending(first)
+        assert not other.is_pending(second)
+
+    @pytest.mark.parametrize(
+        "upload_id", ["", "1", "0" * 32, "../../name", "http://127.0.0.1:9/o?upload_id=1"]
+    )
+    def test_what_is_no_upload_of_the_store_is_not_pending(self, store: ObjectStore, upload_id: str) -> None:
+        store.abort_upload(store.begin_upload("name"))
+        assert not store.is_pending(Upload("name", upload_id))
+
+    # Copies that the store makes itself
+
+    @pytest.mark.parametrize("size", [0, 1, 300_001])
+    def test_an_object_is_copied_by_the_store_bit_by_bit(self, store: ObjectStore, size: int) -> None:
+        to, data = self.beside(store), _bytes(size)
+        store.put("folder/a name", data, Overwrite())
+        copied = to.copy_from(store, store.stat("folder/a name"))
+        assert copied is not None
+        assert (copied.name, copied.size) == ("folder/a name", size)
+        assert copied.version == to.stat("folder/a name").version
+        assert to.get("folder/a name")[0] == data == store.get("folder/a name")[0]
+
+    def test_a_copy_takes_the_place_of_what_has_its_name(self, store: ObjectStore) -> None:
+        to = self.beside(store)
+        store.put("name", b"new", Overwrite())
+        to.put("name", b"older", Overwrite())
+        assert to.copy_from(store, store.stat("name")) is not None
+        assert to.get("name")[0] == b"new"
+
+    def test_another_version_is_not_copied(self, store: ObjectStore) -> None:
+        to = self.beside(store)
+        store.put("name", b"first", Overwrite())
+        info = store.stat("name")
+        store.put("name", b"other", Overwrite())
+        assert to.copy_from(store, info) is None
+        assert to.list().objects == ()
+
+    def test_what_is_not_there_is_not_copied(self, store: ObjectStore) -> None:
+        to = self.beside(store)
+        store.put("name", b"data", Overwrite())
+        info = store.stat("name")
+        store.delete(["name"])
+        with contextlib.suppress(ObjectNotFoundError):
+            assert to.copy_from(store, info) is None
+        assert to.list().objects == ()
+
+    def test_a_store_of_another_kind_is_not_copied_from(self, store: ObjectStore) -> None:
+        info = store.put("name", b"data", Overwrite())
+        assert store.copy_from(mock.create_autospec(ObjectStore, instance=True), info) is None
 
     # Values that travel
 

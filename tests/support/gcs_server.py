@@ -43,6 +43,8 @@ _ADMIN = "/_gcs/"
 _KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _MOST_LISTED = 1000
 _JOINED = 1 << 16
+_REWRITTEN = 8 << 20
+"""Bytes that one call of a rewrite copies."""
 _UNSERVED = ("matchGlob", "versions", "softDeleted", "filter", "includeTrailingDelimiter")
 """Parameters that change what an answer means: they are refused, and others without an effect are not."""
 
@@ -278,22 +280,33 @@ class Api:
 
     def _rewrite(self, request: Request, source: Stored, bucket: str, name: str) -> Answer:
         told = request.json()
+        size, key = source.content.size, request.query.get("destinationKmsKeyName")
+        done = _rewritten(request.query.get("rewriteToken"), source.generation) + _REWRITTEN
+        if "/rewriteTo/" in request.target and done < size:
+            so_far = {"kind": "storage#rewriteResponse", "totalBytesRewritten": str(done), "done": False}
+            return in_json({**so_far, "objectSize": str(size), "rewriteToken": f"{source.generation}-{done}"})
+        fields = written_fields(told) if told else source.fields
         stored = self._cloud.put(
             bucket,
             name,
             source.content,
-            written_fields(told) if told else source.fields,
+            {**fields, "kmsKeyName": f"{key}/cryptoKeyVersions/1"} if key else fields,
             conditions=Conditions.parse(request.query),
             components=source.components,
         )
-        size = str(stored.content.size)
-        done = {
-            "kind": "storage#rewriteResponse",
-            "totalBytesRewritten": size,
-            "objectSize": size,
-            "done": True,
-        }
-        return in_json({**done, "resource": stored.resource})
+        told_sizes = {"totalBytesRewritten": str(size), "objectSize": str(size)}
+        answer = {"kind": "storage#rewriteResponse", **told_sizes, "done": True}
+        return in_json({**answer, "resource": stored.resource})
+
+
+def _rewritten(token: str | None, generation: int) -> int:
+    """How many bytes were copied by the calls before, which Google makes several of between locations."""
+    if token is None:
+        return 0
+    of, _, done = token.partition("-")
+    if of != str(generation) or not done.isdecimal():
+        raise invalid(f"Not a token of this rewrite: {token}")
+    return int(done)
 
 
 class Server(ThreadingHTTPServer):

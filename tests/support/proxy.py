@@ -168,6 +168,8 @@ def _gcs_operation(method: str, path: str, query: Mapping[str, Sequence[str]]) -
         return "CreateMultipartUpload" if "resumable" in query["uploadType"] else "PutObject"
     if path.endswith("/o"):
         return "ListObjectsV2"
+    if method == "POST" and "/rewriteTo/" in path:
+        return "CopyObject"
     return {"GET": "GetObject", "DELETE": "DeleteObject"}[method]
 
 
