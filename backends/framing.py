@@ -9,15 +9,18 @@ never looks at.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 from dataclasses import dataclass
 from typing import IO, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.segments import Gathered, Segment, View, bytes_of
+from cloudckpt.backends.segments import Fetched, Gathered, Segment, View, bytes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +56,12 @@ class Item:
         return sum(segment.nbytes for segment in self.segments)
 
 
-class _FramingSink(io.RawIOBase):
+class FramingSink(io.RawIOBase):
     """A file that keeps what is written and remembers what was skipped."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[int, bytes]] = []
-        self.skipped: tuple[int, int] | None = None
+        self.gaps: list[tuple[int, int]] = []
         self._position = 0
 
     def writable(self) -> bool:
@@ -72,7 +75,7 @@ class _FramingSink(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         target = offset if whence == io.SEEK_SET else self._position + offset
         if target > self._position:
-            self.skipped = (self._position, target)
+            self.gaps.append((self._position, target))
         self._position = target
         return target
 
@@ -80,20 +83,27 @@ class _FramingSink(io.RawIOBase):
         return self._position
 
 
+_LARGE = 1 << 30
+"""Bytes."""
+
+
 @functools.lru_cache(maxsize=4096)
 def framing(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Framing:
     """The framing that ``torch.save`` gives a dense tensor of this dtype, shape and stride (in elements)."""
-    like = torch.empty_strided(shape, stride, dtype=dtype)  # never touched: no page of it becomes resident
-    sink = _FramingSink()
-    with torch.serialization.skip_data():
+    nbytes = math.prod(shape) * dtype.itemsize
+    # Never touched, so that no page becomes resident. A fake one takes none, and five times as long: a large
+    # tensor that lies elsewhere may have more bytes than there is memory.
+    with FakeTensorMode() if nbytes > _LARGE else contextlib.nullcontext():
+        like = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
+    sink = FramingSink()
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(like, cast(IO[bytes], sink))
-    nbytes = like.numel() * like.itemsize
     if nbytes == 0:
         start = stop = sink.tell()
-    elif sink.skipped is not None and sink.skipped[1] - sink.skipped[0] == nbytes:
-        start, stop = sink.skipped
+    elif len(sink.gaps) == 1 and sink.gaps[0][1] - sink.gaps[0][0] == nbytes:
+        ((start, stop),) = sink.gaps
     else:
-        raise RuntimeError(f"torch.save left a gap at {sink.skipped} for a payload of {nbytes} bytes")
+        raise RuntimeError(f"torch.save left gaps at {sink.gaps} for a payload of {nbytes} bytes")
     head = b"".join(data for offset, data in sink.pieces if offset < start)
     tail = b"".join(data for offset, data in sink.pieces if offset >= stop)
     return Framing(head, tail)
@@ -102,6 +112,17 @@ def framing(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...])
 def encode_bytes(data: io.BytesIO) -> Item:
     """A non-tensor value, serialised by the planner already."""
     return Item((View(data.getbuffer(), borrowed=False),))
+
+
+def encode_fetched(
+    memory: Fetched, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> Item:
+    """Lay out a dense tensor that is fetched when it is sent; its stride is in elements."""
+    around = framing(dtype, shape, stride)
+    return Item(
+        (View(memoryview(around.head)), memory, View(memoryview(around.tail))),
+        Payload(len(around.head), dtype, None if stride == strides.row_major(shape) else stride),
+    )
 
 
 def encode_tensor(tensor: torch.Tensor) -> Item:

@@ -8,7 +8,7 @@ takes views as they are and gathers only the bytes that lie inside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,6 +100,89 @@ class Gathered:
         return self.tensor.is_cuda
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Elements of a tensor that lies elsewhere, counted in the order of its memory, and where they go."""
+
+    key: str
+    first: int
+    last: int
+    into: memoryview
+
+
+class Origin(Protocol):
+    """Where the tensors lie that are fetched when they are sent."""
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Bring all of it, from whatever thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A tensor that lies elsewhere, and is brought window by window as it is sent.
+
+    What a window has of several is fetched together. ``seen`` is told where in the segment bytes begin that
+    have come, and what they are.
+    """
+
+    origin: Origin
+    key: str
+    nbytes: int
+    itemsize: int
+    seen: Callable[[int, memoryview], None] | None = None
+
+    @property
+    def borrowed(self) -> bool:
+        return False
+
+    @property
+    def on_device(self) -> bool:
+        return False
+
+    def window(self, start: int, stop: int, scratch: memoryview) -> memoryview:
+        self.origin.fetch([self.wanted(start, stop, scratch)])
+        return self.arrived(start, stop, scratch)
+
+    def wanted(self, start: int, stop: int, scratch: memoryview) -> Wanted:
+        """What is to be fetched for bytes ``start`` to ``stop``: whole elements, to ``scratch``."""
+        first, last = start // self.itemsize, -(-stop // self.itemsize)
+        return Wanted(self.key, first, last, scratch[: (last - first) * self.itemsize])
+
+    def arrived(self, start: int, stop: int, scratch: memoryview) -> memoryview:
+        """Those bytes, once they have been fetched."""
+        begin = start - start // self.itemsize * self.itemsize
+        data = scratch[begin : begin + stop - start]
+        if self.seen is not None:
+            self.seen(start, data)
+        return data
+
+    def gathered(self, start: int, stop: int) -> int:
+        return (-(-stop // self.itemsize) - start // self.itemsize) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """Bytes that are only known once others of the same object have been brought."""
+
+    nbytes: int
+    make: Callable[[], bytes]
+
+    @property
+    def borrowed(self) -> bool:
+        return False
+
+    @property
+    def on_device(self) -> bool:
+        return False
+
+    def window(self, start: int, stop: int, scratch: memoryview) -> memoryview:  # noqa: ARG002 - the interface's
+        return memoryview(self.make())[start:stop]
+
+    def gathered(self, start: int, stop: int) -> int:  # noqa: ARG002 - the interface's
+        return 0
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as writable bytes that keep the tensor alive."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
@@ -169,15 +252,42 @@ class Window:
 
     def buffers(self, scratch: memoryview) -> list[memoryview]:
         """The window's bytes: views where they are in memory, and where not, copies in ``scratch``."""
-        buffers: list[memoryview] = []
+        buffers: list[memoryview] = [scratch[:0]] * len(self.pieces)
+        fetching: list[_Fetching] = []
+        late: list[int] = []
         used = 0
         try:
-            for segment, start, stop in self.pieces:
-                buffers.append(segment.window(start, stop, scratch[used:]))
+            for at, (segment, start, stop) in enumerate(self.pieces):
+                if isinstance(segment, Fetched):
+                    fetching.append((at, segment, start, stop, scratch[used:]))
+                elif isinstance(segment, Late):
+                    late.append(at)
+                else:
+                    buffers[at] = segment.window(start, stop, scratch[used:])
                 used += _aligned(segment.gathered(start, stop))
         finally:
             settle()
+        _fetch(fetching)
+        for at, segment, start, stop, own in fetching:
+            buffers[at] = segment.arrived(start, stop, own)
+        for at in late:
+            segment, start, stop = self.pieces[at]
+            buffers[at] = segment.window(start, stop, scratch)
         return buffers
+
+
+_Fetching = tuple[int, Fetched, int, int, memoryview]
+"""Which piece it is, what of it, and where that goes."""
+
+
+def _fetch(pieces: Iterable[_Fetching]) -> None:
+    """Fetch together what comes from one origin."""
+    wanted: dict[int, tuple[Origin, list[Wanted]]] = {}
+    for _, segment, start, stop, own in pieces:
+        _, together = wanted.setdefault(id(segment.origin), (segment.origin, []))
+        together.append(segment.wanted(start, stop, own))
+    for origin, together in wanted.values():
+        origin.fetch(together)
 
 
 _ELEMENT = 16

@@ -96,7 +96,10 @@ def laid_out(
 
 def _encoded(item: WriteItem, planner: SavePlanner) -> Item:
     if item.type is not WriteItemType.BYTE_IO:
-        tensor = cast(torch.Tensor, planner.resolve_data(item))
+        resolved = planner.resolve_data(item)
+        if isinstance(resolved, Item):  # by a planner of this library's own
+            return resolved
+        tensor = cast(torch.Tensor, resolved)
         if tensor.is_meta:
             raise ConfigurationError(
                 f"the tensor {item.index.fqn!r} is on the meta device and has no data",

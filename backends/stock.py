@@ -33,7 +33,7 @@ class Stored:
     """Elements."""
 
 
-class _EndsOnly(io.RawIOBase):
+class EndsOnly(io.RawIOBase):
     """An item of which only the two ends are known; touching the middle is an error."""
 
     def __init__(self, head: bytes, tail: bytes, size: int) -> None:
@@ -87,7 +87,7 @@ def locate(offset: int, length: int, read: Callable[[int, int], bytes]) -> Store
     """
     size = min(PROBE, length)
     head, tail = read(offset, size), read(offset + length - size, size)
-    ends = _EndsOnly(head, tail, length)
+    ends = EndsOnly(head, tail, length)
     try:
         with zipfile.ZipFile(ends) as archive:
             payloads = [info for info in archive.infolist() if "/data/" in info.filename]

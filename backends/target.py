@@ -101,6 +101,24 @@ class Target:
         path = f"{self.path.rstrip('/')}/{name}" if self.path else name
         return replace(self, uri=f"{self.uri.removesuffix('/')}/{spelt}", path=path)
 
+    def parted(self) -> tuple[Self, str]:
+        """Return the target of the folder that this one lies in, with the same options, and its name there.
+
+        Raises:
+            ConfigurationError: it is a bucket, or the root of a file system.
+        """
+        folder, _, name = self.path.rpartition("/")
+        if not name:
+            raise ConfigurationError(
+                "this names no file", uri=self.uri, hint="Write it like s3://bucket/model.safetensors"
+            )
+        spelt = _escaped(name) if self.protocol == "file" else name
+        uri = self.uri.removesuffix(spelt)
+        shorter = uri.removesuffix("/")
+        # At the top of a file system both slashes of the protocol stay.
+        uri = uri if shorter.endswith("/") else shorter
+        return replace(self, uri=uri, path=folder or ("/" if self.protocol == "file" else "")), name
+
     @classmethod
     def _joined(cls, place: _Place, layers: Layers) -> Self:
         return cls(

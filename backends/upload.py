@@ -71,6 +71,9 @@ class Uploader:
         concurrency: requests in flight at most.
         memory_limit: bytes held beyond the caller's tensors.
         observer: told of every part that is stored, on the thread that sent it.
+        padded: fill an object up where a store takes its bytes in multiples; without it, whoever completes
+            an upload has to have all of its parts at hand.
+        failed: set at the first failure, for segments that wait for others.
     """
 
     def __init__(
@@ -79,6 +82,9 @@ class Uploader:
         concurrency: int,
         memory_limit: int,
         observer: Observer | None = None,
+        *,
+        padded: bool = True,
+        failed: threading.Event | None = None,
     ) -> None:
         self._store = store
         self.algorithm = algorithm_for(store.part_checksum)
@@ -91,7 +97,8 @@ class Uploader:
         self._budget = Budget(memory_limit)
         self._scratch = Scratch(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
-        self._failed = threading.Event()
+        self._multiple = self._limits.multiple if padded else 1
+        self._failed = failed or threading.Event()
         self.begun: list[Upload] = []
         """Uploads that the store confirmed, ended or not."""
         self.unconfirmed: set[str] = set()
@@ -129,9 +136,7 @@ class Uploader:
         objects: Sequence[tuple[Iterator[Segment], int]],
     ) -> None:
         """Hand out the parts of all objects by turns: those of one may have to go one after another."""
-        cut = [
-            windows(_padded(segments, self._limits.multiple), part_size) for segments, part_size in objects
-        ]
+        cut = [windows(_padded(segments, self._multiple), part_size) for segments, part_size in objects]
         under_way = list(zip(sending, cut, strict=True))
         while under_way:
             under_way = [(one, rest) for one, rest in under_way if self._send_next(pool, one, rest)]
@@ -181,7 +186,7 @@ class Uploader:
             if after is not None:
                 wait([after])
             if self._failed.is_set():
-                raise _NotSentError
+                raise NotSentError
             to = upload.result()
             with self._lanes.taken(window.nbytes):
                 part, fragments = self._transfer(to, number, window, cost)
@@ -223,8 +228,8 @@ def _padded(segments: Iterator[Segment], multiple: int) -> Iterator[Segment]:
         yield View(memoryview(bytes(missing)), borrowed=False)
 
 
-class _NotSentError(Exception):
-    """A part that was not tried because another request had failed."""
+class NotSentError(Exception):
+    """A part that was not sent, or waited for in vain, because another request had failed."""
 
 
 def _raise_first(sending: Sequence[_Sending]) -> None:
@@ -232,5 +237,5 @@ def _raise_first(sending: Sequence[_Sending]) -> None:
     outcomes = [one.upload.exception() for one in sending]
     outcomes += [part.exception() for one in sending for part in one.parts]
     errors = [error for error in outcomes if error is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, _NotSentError)):
+    for error in sorted(errors, key=lambda error: isinstance(error, NotSentError)):
         raise error

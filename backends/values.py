@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import torch
@@ -114,13 +115,20 @@ def _load(data: memoryview, fqn: str, *, trust: bool = False) -> object:
         raise _damaged(fqn, error) from error
 
 
-def _load_plain(stream: io.BytesIO, fqn: str) -> object:
-    stream.seek(0)
+@contextlib.contextmanager
+def plain_data_allowed() -> Iterator[None]:
+    """Let ``weights_only`` make what is plain data and not on torch's own list, one thread at a time."""
     allowed: list[Callable[..., object] | tuple[Callable[..., object], str]] = [
         (make, name) for name, make in _PLAIN.items()
     ]
+    with _torch_list, torch.serialization.safe_globals(allowed):
+        yield
+
+
+def _load_plain(stream: io.BytesIO, fqn: str) -> object:
+    stream.seek(0)
     try:
-        with _torch_list, torch.serialization.safe_globals(allowed):
+        with plain_data_allowed():
             return torch.load(stream, weights_only=True)
     except Exception as error:  # damaged bytes can raise nearly anything
         raise _damaged(fqn, error) from error

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cloudckpt.backends.conversion import Conversion, convert
     from cloudckpt.backends.delete import delete_checkpoint
     from cloudckpt.backends.errors import (
         AccessDeniedError,
@@ -43,6 +44,7 @@ __all__ = [
     "Checkpointer",
     "CommitError",
     "ConfigurationError",
+    "Conversion",
     "Copied",
     "Damage",
     "ExecutorDiedError",
@@ -61,6 +63,7 @@ __all__ = [
     "Verification",
     "__version__",
     "collect_garbage",
+    "convert",
     "copy_checkpoint",
     "delete_checkpoint",
     "verify",
@@ -68,6 +71,7 @@ __all__ = [
 
 # Found when first asked for: torch takes seconds, and the command line's help and completion do without it.
 _HOMES = {
+    "backends.conversion": ("Conversion", "convert"),
     "backends.delete": ("delete_checkpoint",),
     "backends.gc": ("Garbage", "collect_garbage"),
     "backends.reader": ("StorageReader",),

@@ -24,6 +24,7 @@ COMMANDS = (
     "verify",
     "diff",
     "cp",
+    "convert",
     "rm",
     "prune",
     "pin",

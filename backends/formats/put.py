@@ -1,0 +1,135 @@
+"""Objects that appear whole or not at all, and last of all the one that says which there are."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from cloudckpt.backends import commit, layout
+from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.segments import Segment
+from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.upload import Observer, Uploader
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """An object to put."""
+
+    size: int
+    """Bytes."""
+    segments: Iterator[Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Putting:
+    """How objects are put.
+
+    Args:
+        store: where to.
+        options: of the store.
+        memory_limit: bytes held at most.
+        overwrite: whether what is there may go.
+        observer: told of every part that is stored.
+        check: called when all bytes are stored and nothing is visible yet; raises where they are not good.
+    """
+
+    store: ObjectStore
+    options: Options
+    memory_limit: int
+    overwrite: bool
+    observer: Observer | None
+    check: Callable[[], None]
+
+    def ensure_free(self, names: Sequence[str]) -> None:
+        """Make sure that none of these objects is there, or may be overwritten.
+
+        Raises:
+            CheckpointExistsError: one is there.
+            ConfigurationError: the store does not take parts of the size that is configured.
+        """
+        layout.check_part_size(self.options, self.store.part_limits, self.store.uri)
+        if names and not self.overwrite:
+            raise CheckpointExistsError(
+                "this is there already",
+                uri=self.store.uri,
+                object_name=names[0],
+                hint="Convert to another URI, or pass overwrite=True (--overwrite) to replace it",
+            )
+
+    def put(
+        self,
+        objects: Mapping[str, Planned],
+        *,
+        index: tuple[str, bytes] | None = None,
+        replaced: Sequence[str] = (),
+        failed: threading.Event | None = None,
+    ) -> None:
+        """Store every object, then remove what is ``replaced``, and make them visible, the index last.
+
+        An upload can't be completed over what is there, on stores that look. So between the removal and the
+        end nothing is there, and never half of it.
+
+        Raises:
+            Exception: nothing of it is visible.
+        """
+        uploader = Uploader(
+            self.store,
+            self.options.concurrency,
+            self.memory_limit,
+            self.observer,
+            padded=False,  # what follows the end of a file would be read as a part of it
+            failed=failed,
+        )
+        visible: list[str] = []
+        try:
+            sent = uploader.send(
+                {name: (one.segments, self._part_size(one)) for name, one in objects.items()}
+            )
+            self.check()
+            for names in (replaced[:1], replaced[1:]):  # an index is the first, and goes before its files
+                if names:
+                    self.store.delete(names)
+            for one in sent:
+                self.store.complete_upload(one.staged.upload, one.staged.parts)
+                visible.append(one.staged.upload.name)
+            if index is not None:
+                visible.insert(0, index[0])
+                self.store.put(*index, Overwrite())
+        except BaseException as error:
+            self._withdraw(uploader, visible)
+            if isinstance(error, PreconditionFailedError):
+                raise CheckpointExistsError(
+                    "another has put this here meanwhile",
+                    uri=self.store.uri,
+                    object_name=error.object_name,
+                    hint="It was left as it is; convert to another URI",
+                ) from error
+            raise
+
+    def _part_size(self, one: Planned) -> int:
+        limits = self.store.part_limits
+        usual = min(self.options.part_size, self.memory_limit)
+        least = max(usual, limits.min_size, math.ceil(one.size / limits.max_count))
+        return math.ceil(least / limits.multiple) * limits.multiple
+
+    def _withdraw(self, uploader: Uploader, visible: Sequence[str]) -> None:
+        """Take back what was put, the index first; what can't be is logged, for the failure matters more."""
+        pending = [upload for upload in uploader.begun if upload.name not in visible]
+        lost, concurrency = uploader.unconfirmed, self.options.concurrency
+        steps = [
+            *(functools.partial(self.store.delete, [name]) for name in visible),
+            functools.partial(commit.abandon, self.store, pending, "", lost, concurrency),
+        ]
+        for step in steps:
+            try:
+                step()
+            except CheckpointError as error:
+                _log.warning("a failed conversion could not be cleaned up: %s", error)

@@ -1,0 +1,103 @@
+"""What all commands have in common: the application, arguments that several take, and how each ends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.target import Target, protocol_of
+from cloudckpt.backends.version import __version__
+from cloudckpt.cli import output
+from cloudckpt.cli.arguments import for_each_side, options_of
+
+_WANTING, _MISUSED = 1, 2
+
+
+class _Commands(TyperGroup):
+    """Prints an error as what it is, and makes a status of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CheckpointError as error:
+            output.report(error, debug=bool(ctx.params.get("debug")))
+            raise typer.Exit(_MISUSED if isinstance(error, ConfigurationError) else _WANTING) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Uri = Annotated[
+    str, typer.Argument(metavar="URI", show_default=False, help="A run, or one checkpoint: s3://bucket/run")
+]
+Step = Annotated[int | None, typer.Option("--step", min=0, show_default=False, help="Which step of a run.")]
+Pinned = Annotated[int, typer.Option("--step", min=0, show_default=False, help="Which step.")]
+Given = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        "-o",
+        metavar="NAME=VALUE",
+        show_default=False,
+        help="An option of the URI, such as endpoint_url; storage_options takes JSON. May be repeated.",
+    ),
+]
+FromOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", show_default=False, help="An option of SRC alone.")
+]
+ToOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", show_default=False, help="An option of DST alone.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted, and delete nothing.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.say(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _cloudckpt(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Look after PyTorch distributed checkpoints on object storage.
+
+    Exit status: 0 done; 1 found wanting (damaged, different, missing, out of reach); 2 misused.
+    """
+
+
+def target_of(uri: str, option: list[str] | None) -> Target:
+    """The target of a command, with the options that it was given."""
+    return Target.parse(uri, **options_of(option or ()))
+
+
+def both_targets(
+    source: str,
+    destination: str,
+    option: list[str] | None,
+    from_option: list[str] | None,
+    to_option: list[str] | None,
+) -> tuple[Target, Target]:
+    """The targets of a command from one to another."""
+    protocols = protocol_of(source), protocol_of(destination)
+    given = for_each_side(protocols, option or (), from_option or (), to_option or ())
+    return Target.parse(source, **given[0]), Target.parse(destination, **given[1])
+
+
+def end(good: bool) -> None:
+    """End with a status where what was found is wanting."""
+    if not good:
+        raise typer.Exit(_WANTING)
