@@ -63,6 +63,10 @@ bench: $(READY)  ## what saving costs training, what checksums cost, storage bes
 	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
 	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)
 
+.PHONY: pictures
+pictures: $(READY)  ## draw what commands print on a terminal, for the docs
+	@PYTHONPATH=tests $(BIN)/python -m bench.terminal
+
 .PHONY: lint
 lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports
 	@echo '==> ruff' && $(BIN)/ruff format --check --quiet $(SOURCES) && $(BIN)/ruff check --quiet $(SOURCES)

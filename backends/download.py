@@ -13,6 +13,7 @@ from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
+from cloudckpt.backends.upload import Observer
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -49,7 +50,12 @@ class Downloader:
         self._concurrency = concurrency
         self._lanes = lanes(store.uri, "down", concurrency)
         self._scratch = Scratch(memory_limit)
+        self.observe(None, None)
         self._largest = max(1, min(largest_read, memory_limit // 2))
+
+    def observe(self, observer: Observer | None, begun: Callable[[int], None] | None) -> None:
+        """Have ``begun`` told how many bytes will be read, and ``observer`` of each range that was."""
+        self._observer, self._begun = observer, begun
 
     @property
     def largest(self) -> int:
@@ -78,6 +84,8 @@ class Downloader:
             for name, extents in wanted.items()
             for request in merge(extents, self._largest)
         ]
+        if self._begun is not None:
+            self._begun(sum(request.size for _, request, _ in requests))
         with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
             futures = [pool.submit(self._serve, *request) for request in requests]
             try:
@@ -124,6 +132,8 @@ class Downloader:
         )
         self._fill(name, request.start, buffers, checking.arrived)
         checking.finish()
+        if self._observer is not None:
+            self._observer(name, request.size)
         return arrivals
 
     def _fill(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -30,6 +30,7 @@ from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.upload import Observer
 
 _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""
@@ -68,6 +69,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         self._trust = true_or_false("trust", trust)
         self._share = share if share is None else true_or_false("share", share)
         self._lobby: Lobby | None = None
+        self.observe(None)
         self._begin()
 
     def _begin(self) -> None:
@@ -85,6 +87,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         self._target, self._store = state["target"], None
         self._trust, self._share = state["trust"], state["share"]
         self._lobby = None
+        self.observe(None)
         self._begin()
 
     def __repr__(self) -> str:
@@ -95,6 +98,14 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         """Make ready for another load, from ``checkpoint_id`` where one is given, with the same options."""
         self._move(checkpoint_id)
         self._begin()
+
+    def observe(self, observer: Observer | None, begun: Callable[[int], None] | None = None) -> None:
+        """Have ``begun`` told how many bytes a load reads, and ``observer`` of each range that has arrived.
+
+        Both are of what this rank reads itself. ``observer`` is told an object's name and how many bytes it
+        had more, on the threads that read. Neither goes with a pickle.
+        """
+        self._observer, self._begun = observer, begun
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - DCP's interface
         """Read ``.metadata``; with ``rank=``, that rank's own, as saved by ``use_collectives=False``.
@@ -197,6 +208,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 self._close_lobby()  # whoever would call must not wait
             with self._opened() as store:
                 downloader = Downloader(store, options.concurrency, memory_limit, sizes)
+                downloader.observe(self._observer, self._begun)
                 load(plan.items, planner, self._metadata, downloader, shared, trust=self._trust)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)

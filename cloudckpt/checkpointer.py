@@ -34,6 +34,7 @@ from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.preemption import Preemption
+from cloudckpt.progress import Arriving, display
 from cloudckpt.ranks import agreed, own_rank
 from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
@@ -72,7 +73,8 @@ class Checkpointer:
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
-        progress: log a line about a save under way every ten seconds, on rank 0.
+        progress: show on rank 0 how far saves and loads are: as tqdm's bars on a terminal where that is
+            installed, and else by a line in the log every ten seconds.
         preemption_grace: seconds that are left after SIGTERM or SIGUSR1. The ranks agree on a call of
             `async_save` or `save` that is next, save that step, whatever is due, and raise `Preempted`, which
             ends the process. None leaves signals alone; so does a handler that somebody else has put.
@@ -125,9 +127,9 @@ class Checkpointer:
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._rank = own_rank(process_group)
-        self._watch = Watch(
-            on_event, self._rank, progress=true_or_false("progress", progress) and self._rank == 0
-        )
+        shown = true_or_false("progress", progress) and self._rank == 0
+        self._display = display() if shown else None
+        self._watch = Watch(on_event, self._rank, self._display)
         self._saves = Saves(warn=on_failure == "warn")
         self._preemption = Preemption(preemption_grace, self._rank)
 
@@ -351,6 +353,10 @@ class Checkpointer:
         began = time.monotonic()
         reader = StorageReader(self._run.at(step), trust=self._trust)
         loaded = state.as_dcp_has_it()
+        name = f"step {step}, rank {self._rank}"
+        if self._display is not None:
+            arriving = Arriving(self._display, name)
+            reader.observe(arriving.arrived, arriving.begun)
         try:
             with warnings.catch_warnings():
                 # DCP says so on every load in a single process, which is what that means here.
@@ -362,6 +368,9 @@ class Checkpointer:
                 if isinstance(failure, CheckpointError):
                     raise failure from error
             raise
+        finally:
+            if self._display is not None:
+                self._display.end(name)
         state.take(loaded)
         self._watch.tell(Loaded(step, reader.checkpoint_id, self._rank, time.monotonic() - began))
 

@@ -1,12 +1,11 @@
-"""A thread that follows the saves under way: it tells of them as events, and now and then in the log."""
+"""A thread that follows the saves under way: it tells of them as events, and shows how far they are."""
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cloudckpt.events import (
     CheckpointInfo,
@@ -20,14 +19,12 @@ from cloudckpt.events import (
     Uploaded,
 )
 from cloudckpt.executor import SaveHandle
+from cloudckpt.progress import Display
 
 _log = logging.getLogger(__name__)
 
 _LOOK = 0.1
 """Seconds between two looks at the saves under way; an end is heard of at once."""
-_TELL = 10.0
-"""Seconds between two lines about one save."""
-_GIB = 1 << 30
 _PLANNED = ("writing", "committing", "committed", "done")
 _UPLOADED = _PLANNED[1:]
 
@@ -45,7 +42,6 @@ class _Save:
     staged: bool = False
     planned: bool = False
     uploaded: bool = False
-    told_at: float = field(default_factory=time.monotonic)
 
     def news(self, *, ended: bool) -> Iterator[Event]:
         """What has happened since the last look; of an end, all that came before it."""
@@ -76,13 +72,13 @@ class Watch:
     Args:
         on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
         rank: of this process.
-        progress: log a line about each save every ten seconds.
+        shown: shows how far each save is.
     """
 
-    def __init__(self, on_event: OnEvent | None, rank: int, *, progress: bool) -> None:
+    def __init__(self, on_event: OnEvent | None, rank: int, shown: Display | None) -> None:
         self._on_event = on_event
         self._rank = rank
-        self._progress = progress
+        self._shown = shown
         self._changed = threading.Condition()
         self._saves: list[_Save] = []
         self._thread: threading.Thread | None = None
@@ -105,13 +101,14 @@ class Watch:
             blocked: seconds that its snapshot took.
             pruned: says which steps it has let go, once it is committed.
         """
-        if self._on_event is None and not self._progress:
+        if self._on_event is None and self._shown is None:
             return
         with self._changed:
             self._saves.append(_Save(step, uri, self._rank, handle, blocked, pruned))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
                 self._thread.start()
+            self._changed.notify()
         handle.add_done_callback(lambda _: self._wake())
 
     def tell(self, event: Event) -> None:
@@ -148,22 +145,17 @@ class Watch:
                 ended = save.handle.done()
                 for event in save.news(ended=ended):
                     self.tell(event)
-                self._log_progress(save)
+                self._show(save, ended=ended)
                 if ended:
                     with self._changed:
                         self._saves.remove(save)
 
-    def _log_progress(self, save: _Save) -> None:
-        now = time.monotonic()
-        if not self._progress or save.handle.done() or now - save.told_at < _TELL:
+    def _show(self, save: _Save, *, ended: bool) -> None:
+        if self._shown is None:
             return
-        save.told_at = now
-        progress = save.handle.progress
-        _log.info(
-            "step %d, rank %d: %s, %.2f of %.2f GiB",
-            save.step,
-            save.rank,
-            progress.phase,
-            progress.bytes_done / _GIB,
-            progress.bytes_total / _GIB,
-        )
+        name = f"step {save.step}, rank {save.rank}"
+        if ended:
+            self._shown.end(name)
+        else:
+            progress = save.handle.progress
+            self._shown.show(name, progress.phase, progress.bytes_done, progress.bytes_total)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import cloudckpt
-from cloudckpt import Checkpointer, events, watch
+from cloudckpt import Checkpointer, events, progress
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
@@ -337,15 +337,30 @@ def test_everything_that_happens_is_told_in_its_order(
 def test_a_long_save_says_how_far_it_is(
     folder: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_TELL", 0.0)
+    monkeypatch.setattr(progress, "_TELL", 0.0)
     state = {"t": torch.ones(16 << 20)}
-    for progress in (True, False):
+    for wanted in (True, False):
         caplog.clear()
-        with caplog.at_level(logging.INFO, "cloudckpt"), run_at(folder, progress=progress) as checkpointer:
-            checkpointer.save(int(progress), state)
-        said = [record.message for record in caplog.records if record.name == "cloudckpt.watch"]
-        assert bool(said) == progress
+        with caplog.at_level(logging.INFO, "cloudckpt"), run_at(folder, progress=wanted) as checkpointer:
+            checkpointer.save(int(wanted), state)
+            checkpointer.load(state, int(wanted))
+        said = [record.message for record in caplog.records if record.name == "cloudckpt.progress"]
         assert all(re.fullmatch(r"step 1, rank 0: \w+, 0\.\d\d of 0\.\d\d GiB", line) for line in said)
+        phases = {line.split()[4].rstrip(",") for line in said}
+        assert ("writing" in phases, "loading" in phases) == (wanted, wanted)
+
+
+def test_on_a_terminal_there_is_a_bar(
+    folder: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    state = {"t": torch.ones(16 << 20)}
+    with run_at(folder) as checkpointer:
+        checkpointer.save(1, state)
+        checkpointer.load(state)
+    shown = capsys.readouterr().err
+    assert "step 1, rank 0" in shown and "64.0M" in shown and "writing" in shown and "loading" in shown
+    assert not progress.Bars(None)._bars
 
 
 @pytest.mark.parametrize(

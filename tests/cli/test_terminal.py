@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import cloudckpt
 from cloudckpt.cli import output
@@ -99,9 +100,8 @@ def test_the_help_names_every_command_and_needs_no_torch() -> None:
     assert max(map(len, ran.out.splitlines())) <= COLUMNS
     code = "import sys\nfrom cloudckpt.cli.app import app\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert {command.callback.__name__ for command in app.registered_commands if command.callback} == {
-        *COMMANDS
-    }
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup) and {*command.commands} == {*COMMANDS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
