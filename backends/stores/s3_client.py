@@ -22,6 +22,7 @@ import botocore.session
 import s3fs
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.errors import ConfigurationError
@@ -81,6 +82,12 @@ class Clients:
     def credentials(self) -> Any:
         """botocore's, where they come from outside of ``storage_options``; None where it finds none."""
         return self._session.get_credentials()
+
+    @property
+    def has_expired(self) -> bool:
+        """Whether credentials from outside have expired, and newer ones, asked for, had as well."""
+        found = self.credentials
+        return isinstance(found, RefreshableCredentials) and bool(found.refresh_needed(refresh_in=0))
 
     @property
     def ca_bundle(self) -> str | None:

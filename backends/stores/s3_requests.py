@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
+from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import explained
@@ -71,7 +72,15 @@ class Requests:
         with explained(self._target, self._target.options.endpoint_url or "S3", name):
             clients = self._shared.get()
         with explained(self._target, clients.endpoint, name):
-            yield
+            try:
+                yield
+            except RuntimeError as error:  # which is all that botocore raises then
+                if isinstance(error, CheckpointError) or not clients.has_expired:
+                    raise
+                raise AccessDeniedError(
+                    "the AWS credentials have expired, and no newer ones are found",
+                    hint="Set new ones, or use a role or a login that renews them by itself",
+                ) from error
 
     def close(self) -> None:
         """Let connections go; the next request makes new ones."""

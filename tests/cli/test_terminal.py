@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from typer.core import TyperGroup
 
 import cloudckpt
 from cloudckpt.cli import output
@@ -101,7 +102,7 @@ def test_the_help_names_every_command_and_needs_no_torch() -> None:
     code = "import sys\nfrom cloudckpt.cli.app import app\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     command = typer.main.get_command(app)
-    assert isinstance(command, typer.core.TyperGroup) and {*command.commands} == {*COMMANDS}
+    assert isinstance(command, TyperGroup) and {*command.commands} == {*COMMANDS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -196,6 +196,19 @@ def test_no_credentials_are_said_to_be_missing(moto: S3Server, operation: str) -
     assert "AWS environment variables" in str(error)
 
 
+@_every_operation
+def test_credentials_that_have_expired_and_can_not_be_renewed_are_said_to_have(
+    moto: S3Server, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, _HIDDEN)
+    monkeypatch.setenv("AWS_CREDENTIAL_EXPIRATION", "2020-01-01T00:00:00Z")
+    store = _store("s3://bucket/run", moto.endpoint, storage_options={})
+    error = _failure(store, operation)
+    assert isinstance(error, AccessDeniedError)
+    assert "have expired" in str(error)
+
+
 @pytest.mark.parametrize("operation", ["put", "list"])
 def test_an_endpoint_that_refuses_is_given_up_soon(operation: str) -> None:
     store = _store("s3://bucket/run", f"http://127.0.0.1:{unused_port()}", retries=20)
