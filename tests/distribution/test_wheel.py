@@ -50,7 +50,7 @@ def test_the_wheel_carries_the_licence_and_names_the_extras(wheel: Path) -> None
 
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in lines
-    assert {"s3", "gcs", "cli", "all"} == {
+    assert {"s3", "gcs", "cli", "otel", "progress", "all"} == {
         line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra: ")
     }
 
