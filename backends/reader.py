@@ -77,6 +77,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         self._contents = ""
         self._rank = 0
         self._metadata: Metadata | None = None
+        self._taken: bytes | None = None
         self._absence: CheckpointError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,6 +108,19 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         """
         self._observer, self._begun = observer, begun
 
+    def fetch_metadata(self) -> bytes:
+        """The bytes of ``.metadata``, for a rank that hands them to the others.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed here.
+            StorageError: the store could not be read.
+        """
+        return self._fetched(md.METADATA_NAME)
+
+    def take_metadata(self, data: bytes) -> None:
+        """Have the next load go by this ``.metadata``, as ``fetch_metadata`` of some rank got it."""
+        self._taken = data
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002 - DCP's interface
         """Read ``.metadata``; with ``rank=``, that rank's own, as saved by ``use_collectives=False``.
 
@@ -135,9 +149,14 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         return metadata
 
     def _read_metadata(self, name: str) -> Metadata:
-        store = self._opened()
+        data = self._fetched(name) if self._taken is None or name != md.METADATA_NAME else self._taken
+        uri = self._opened().uri
+        self._contents = f"{uri}/{name} {CRC64NVME.of(data):016x}"
+        return md.load(data, uri=uri, name=name, trust=self._trust)
+
+    def _fetched(self, name: str) -> bytes:
         try:
-            data, _ = store.get(name)
+            data, _ = self._opened().get(name)
         except ObjectNotFoundError as error:
             raise CheckpointNotFoundError(
                 f"there is no committed checkpoint here: {error.message}",
@@ -145,8 +164,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 object_name=name,
                 hint=error.hint or "Check the URI; a save that never committed leaves none",
             ) from error
-        self._contents = f"{store.uri}/{name} {CRC64NVME.of(data):016x}"
-        return md.load(data, uri=store.uri, name=name, trust=self._trust)
+        return data
 
     def set_up_storage_reader(
         self,

@@ -352,6 +352,7 @@ class Checkpointer:
     def _load(self, state: AppState, step: int) -> None:
         began = time.monotonic()
         reader = StorageReader(self._run.at(step), trust=self._trust)
+        reader.take_metadata(agreed(reader.fetch_metadata, self._group))  # once, for all ranks
         loaded = state.as_dcp_has_it()
         name = f"step {step}, rank {self._rank}"
         if self._display is not None:

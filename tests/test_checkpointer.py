@@ -25,6 +25,7 @@ from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from support import states
+from support.gcs import gcs_server
 from support.places import Place
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
@@ -475,6 +476,25 @@ def test_two_ranks_save_and_load_what_they_share_and_always_agree(pool: RankPool
     one, two = pool(on_rank)
     assert one == two
     assert one[2:] == ([2, 3], 3, 2)
+
+
+def test_ranks_fetch_the_metadata_once(pool: RankPool) -> None:
+    with gcs_server() as server:
+        place = Place.on_gcs(server, server.new_bucket())
+
+        def on_rank(rank: int) -> None:
+            with run_at(place) as checkpointer:
+                state = sharded(3.0)
+                checkpointer.save(1, state)
+                dist.barrier()
+                if rank == 0:
+                    server.reset()
+                dist.barrier()
+                checkpointer.load(sharded(4.0), 1)
+
+        pool(on_rank)
+        read = [path for method, path, *_ in server.requests() if method == "GET" and ".metadata" in path]
+        assert len(read) == 1, read
 
 
 def test_a_question_that_fails_fails_on_every_rank(pool: RankPool, moto: S3Server) -> None:
