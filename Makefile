@@ -8,6 +8,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CHECKOV := .venv-checkov
+CHECKOV_READY := $(CHECKOV)/.ready
 
 # CPython 3.11 first: constraints.txt was resolved on it.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -68,11 +70,35 @@ pictures: $(READY)  ## draw what commands print on a terminal, for the docs
 	@PYTHONPATH=tests $(BIN)/python -m bench.terminal
 
 .PHONY: lint
-lint: $(READY)  ## format, style, types (mypy and pyright), direction of imports
+lint: $(READY) terraform  ## format, style, types (mypy and pyright), direction of imports, and the Terraform modules
 	@echo '==> ruff' && $(BIN)/ruff format --check --quiet $(SOURCES) && $(BIN)/ruff check --quiet $(SOURCES)
 	@echo '==> mypy' && $(BIN)/mypy --no-error-summary
 	@echo '==> pyright' && $(BIN)/pyright --warnings
 	@echo '==> import-linter' && $(BIN)/lint-imports --no-cache
+
+# Nothing is fetched: `terraform -chdir=FOLDER init -backend=false` brings the providers that validate needs.
+.PHONY: terraform
+terraform: $(CHECKOV_READY)  ## the Terraform modules: format, checkov, and validity where their providers are
+	@if ! command -v terraform >/dev/null; then \
+		echo '==> terraform: not installed, so format and validity of the modules are not checked'; \
+	else \
+		echo '==> terraform fmt' && terraform fmt -check -diff -recursive terraform || exit 1; \
+		left=''; \
+		for folder in $(sort $(dir $(wildcard terraform/*/*.tf terraform/*/test/*.tf terraform/*/examples/*/*.tf))); do \
+			if [ ! -d $$folder.terraform/providers ]; then left="$$left $$folder"; continue; fi; \
+			echo "==> terraform validate: $$folder" && terraform -chdir=$$folder validate || exit 1; \
+		done; \
+		[ -z "$$left" ] || echo "==> terraform validate: not done where the providers are not there:$$left"; \
+	fi
+	@echo '==> checkov' && $(CHECKOV)/bin/checkov --directory terraform --framework terraform --compact --quiet --skip-download
+
+$(CHECKOV_READY): terraform/checkov.txt
+	@test -n '$(PYTHON)' || { echo 'checkov needs Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '==> environment: $(CHECKOV), for checkov alone'
+	@rm -f $@
+	@'$(PYTHON)' -m venv $(CHECKOV)
+	@PYTHONWARNINGS=ignore $(CHECKOV)/bin/python -m pip --disable-pip-version-check --quiet install --requirement terraform/checkov.txt
+	@touch $@
 
 .PHONY: format
 format: $(READY)  ## rewrite the sources as ruff wants them
@@ -81,5 +107,5 @@ format: $(READY)  ## rewrite the sources as ruff wants them
 
 .PHONY: clean
 clean:  ## remove the environment, caches and builds
-	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(CHECKOV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    ROOT / "terraform" / "README.md",
+    *sorted((ROOT / "terraform").rglob("README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 BLOCKS = [

@@ -6,7 +6,7 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -64,10 +64,8 @@ class Policed:
     iam: Any
 
     @contextmanager
-    def denying(self, *actions: str) -> Iterator[S3Server]:
-        """Deny the user some actions and allow all others, for the block."""
-        statements = [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]
-        statements += [{"Effect": "Deny", "Action": action, "Resource": "*"} for action in actions]
+    def under(self, *statements: Mapping[str, Any]) -> Iterator[S3Server]:
+        """Allow the user what the statements of a policy say, for the block."""
         document = json.dumps({"Version": "2012-10-17", "Statement": statements})
         self.iam.put_user_policy(UserName="job", PolicyName="job", PolicyDocument=document)
         self._lawless_requests("0")
@@ -75,6 +73,13 @@ class Policed:
             yield self.user
         finally:
             self._lawless_requests("inf")
+
+    @contextmanager
+    def denying(self, *actions: str) -> Iterator[S3Server]:
+        """Deny the user some actions and allow all others, for the block."""
+        denied = [{"Effect": "Deny", "Action": action, "Resource": "*"} for action in actions]
+        with self.under({"Effect": "Allow", "Action": "s3:*", "Resource": "*"}, *denied) as user:
+            yield user
 
     def _lawless_requests(self, count: str) -> None:
         """Have so many requests pass before policies are enforced."""
