@@ -30,7 +30,8 @@ def delete_checkpoint(
     """
     with open_store(Target.parse(uri, **options)) as store:
         # Ranks that saved without each other have metadata of their own.
-        names = commit.listed_metadata(store)
+        listed = [info.name for info in store.list("", delimiter=True).objects]
+        names = [name for name in listed if md.is_metadata(name)]
         if md.METADATA_NAME not in names:  # a listing may lag behind
             names.append(md.METADATA_NAME)
         found = {name: commit.find_previous(store, name) for name in names}
@@ -42,5 +43,5 @@ def delete_checkpoint(
         objects = sorted({one for previous in found.values() if previous for one in previous.objects})
         if not dry_run:
             store.delete(there)
-            store.delete([*objects, PIN])
+            store.delete([*objects, *(name for name in listed if name == PIN)])
     return (*there, *objects)
