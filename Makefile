@@ -8,6 +8,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
 CHECKOV := .venv-checkov
 CHECKOV_READY := $(CHECKOV)/.ready
 
@@ -16,7 +18,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; 
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 # PYTHONWARNINGS: setuptools warns of every editable install whose folder bears the package's name, which is meant here.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := cloudckpt backends executor tests examples
+SOURCES := cloudckpt backends executor tests examples docs/hooks.py
 
 # Two workers, the tests of one class or module on one of them, in the order of their files: those with the fewest tests,
 # which take longest, would come last otherwise. `make test PYTEST="tests/stores -k moto"` runs a choice.
@@ -100,6 +102,19 @@ $(CHECKOV_READY): terraform/checkov.txt
 	@PYTHONWARNINGS=ignore $(CHECKOV)/bin/python -m pip --disable-pip-version-check --quiet install --requirement terraform/checkov.txt
 	@touch $@
 
+.PHONY: docs
+docs: $(DOCS_READY)  ## the guide as a site, in build/site; a broken link fails it
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
+	@echo '==> build/site/index.html'
+
+$(DOCS_READY): docs/requirements.txt
+	@test -n '$(PYTHON)' || { echo 'the docs need Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '==> environment: $(DOCS), for mkdocs alone'
+	@rm -f $@
+	@'$(PYTHON)' -m venv $(DOCS)
+	@PYTHONWARNINGS=ignore $(DOCS)/bin/python -m pip --disable-pip-version-check --quiet install --requirement docs/requirements.txt
+	@touch $@
+
 .PHONY: format
 format: $(READY)  ## rewrite the sources as ruff wants them
 	@$(BIN)/ruff check --fix --quiet $(SOURCES) || true
@@ -107,5 +122,5 @@ format: $(READY)  ## rewrite the sources as ruff wants them
 
 .PHONY: clean
 clean:  ## remove the environment, caches and builds
-	@rm -rf $(VENV) $(CHECKOV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(CHECKOV) $(DOCS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,6 +47,16 @@ def test_a_test_that_is_named_exists(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page} names {name}"
 
 
+def test_the_site_has_every_page() -> None:
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
+    there = [
+        str(page.relative_to(ROOT / "docs" if page.is_relative_to(ROOT / "docs") else ROOT))
+        for page in PAGES
+        if page.parent != ROOT
+    ]
+    assert sorted(listed) == sorted(there)
+
+
 def test_every_make_target_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

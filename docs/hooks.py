@@ -1,0 +1,27 @@
+"""What the site takes from outside of this folder: pages and examples of terraform/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add them."""
+    modules = ROOT / "terraform"
+    for page in sorted([*modules.rglob("README.md"), *modules.glob("*/examples/*/main.tf")]):
+        path = page.relative_to(ROOT)
+        if not any(part.startswith(".") for part in path.parts):
+            files.append(File.generated(config, str(path), abs_src_path=str(page)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Have links to them lead to where they are in the site."""
+    if page.file.src_uri.startswith("terraform/"):
+        return markdown
+    return markdown.replace("](../terraform/", "](terraform/")
