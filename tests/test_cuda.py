@@ -58,8 +58,12 @@ def blank(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    # Brought to the host as they are: a device's own conjugate of a NaN is any NaN.
-    return states.raw_bytes(left.cpu()) == states.raw_bytes(right.cpu())
+    return states.raw_bytes(on_host(left)) == states.raw_bytes(on_host(right))
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """It is conjugated there: a device makes any NaN of a NaN, and brings the conjugate of one with it."""
+    return tensor.conj().cpu().conj() if tensor.is_conj() else tensor.cpu()
 
 
 def assert_same(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
