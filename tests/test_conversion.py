@@ -421,7 +421,8 @@ def test_a_rival_that_is_faster_is_left_alone(folder: Place, tmp_path: Path) -> 
 def test_converting_takes_no_more_memory_than_it_may(tmp_path: Path) -> None:
     limit, slack = 16 << 20, 24 << 20  # the largest tensor has 64 MiB
     command = [sys.executable, str(PEAK), str(tmp_path), "128", str(limit)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(PEAK.parent.parent)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr
     grown = [int(number) for number in ran.stdout.split()]
     assert len(grown) == 5 and max(grown) <= limit + slack
