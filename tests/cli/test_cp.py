@@ -221,7 +221,7 @@ def through_a_proxy(place: Place) -> Iterator[tuple[Place, Proxy]]:
     """The place behind a proxy that sees and stops its requests."""
     assert place.server is not None
     with proxied(place.server.endpoint) as proxy:
-        yield dataclasses.replace(place, options={**place.options, "endpoint_url": proxy.endpoint}), proxy
+        yield place.behind(proxy.endpoint), proxy
 
 
 class Valve:

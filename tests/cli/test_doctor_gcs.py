@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from support.findings import HOUR, assert_only, behind, doctor
+from support.findings import HOUR, assert_only, doctor
 from support.gcs import GCSServer
 from support.places import Place
 from support.proxy import proxied
@@ -74,7 +74,7 @@ def test_settings_of_a_bucket_of_gcs_that_cost_or_forbid(gcs: GCSServer) -> None
 def test_a_clock_that_is_off_from_googles(on_gcs: Place, gcs: GCSServer) -> None:
     with proxied(gcs.endpoint) as proxy:
         proxy.clock = HOUR
-        status, found = doctor(behind(on_gcs, proxy))
+        status, found = doctor(on_gcs.behind(proxy.endpoint))
     assert status == 1
     assert_only(found, "clock")
     assert "60 min behind" in found["clock"]["what"] and found["put"]["state"] == "ok"

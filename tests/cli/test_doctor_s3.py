@@ -15,7 +15,7 @@ import pytest
 from support.as_aws import Policed, elsewhere, in_region, policed, punctual
 from support.certificate import self_signed
 from support.commands import options_of, run
-from support.findings import ABORTED, HOUR, assert_only, behind, by_check, doctor, failed, ruled
+from support.findings import ABORTED, HOUR, assert_only, by_check, doctor, failed, ruled
 from support.places import Place
 from support.proxy import AddHeaders, Delay, LoseAnswer, Proxy, Request, Spoiling, proxied
 from support.servers import S3Server, moto_server, unused_port
@@ -150,24 +150,25 @@ def test_encryption_that_is_kept_to_and_that_is_not(on_moto: Place, proxy: Proxy
     status, found = doctor(on_moto)
     assert (status, found["encryption"]["state"]) == (0, "ok") and "AES256" in found["encryption"]["what"]
     proxy.rule(lambda _: AddHeaders({"x-amz-server-side-encryption": "aws:kms"}))
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert status == 1
     assert_only(found, "encryption")
 
 
 def test_a_wrong_region_that_requests_are_sent_on_from(on_moto: Place, proxy: Proxy) -> None:
     proxy.rule(in_region("eu-central-1"))
-    status, found = doctor(behind(on_moto, proxy))
+    place = on_moto.behind(proxy.endpoint)
+    status, found = doctor(place)
     assert (status, found["region"]["state"]) == (0, "warning")
     assert "wrong region: the bucket is in eu-central-1" in found["region"]["what"]
     assert found["region"]["advice"] == "Set the option region=eu-central-1"
-    on_moto.options["region"] = "eu-central-1"
-    assert doctor(on_moto)[1]["region"]["state"] == "ok"
+    place.options["region"] = "eu-central-1"
+    assert doctor(place)[1]["region"]["state"] == "ok"
 
 
 def test_a_wrong_region_that_nothing_leads_out_of(on_moto: Place, proxy: Proxy) -> None:
     proxy.rule(elsewhere("eu-central-1"))
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert status == 1
     assert_only(found, "region")
     assert "another region" in found["region"]["what"] and "eu-central-1" in found["region"]["advice"]
@@ -178,7 +179,7 @@ def test_a_wrong_region_that_nothing_leads_out_of(on_moto: Place, proxy: Proxy) 
 def test_a_clock_that_is_off_by_an_hour(on_moto: Place, proxy: Proxy, ahead: float, way: str) -> None:
     proxy.clock = ahead
     proxy.rule(punctual(proxy))
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert status == 1
     assert_only(found, "clock")
     assert f"this machine's clock is 60 min {way} the server's" in found["clock"]["what"]
@@ -188,7 +189,7 @@ def test_a_clock_that_is_off_by_an_hour(on_moto: Place, proxy: Proxy, ahead: flo
 def test_a_clock_that_is_off_by_a_few_minutes(on_moto: Place, proxy: Proxy) -> None:
     proxy.clock = 300.0
     proxy.rule(punctual(proxy))
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert (status, found["clock"]["state"], found["put"]["state"]) == (0, "warning", "ok")
     assert "5 min behind" in found["clock"]["what"]
 
@@ -265,11 +266,12 @@ def test_tls_that_is_not_spoken_not_trusted_and_trusted(
     assert "speaks no TLS" in found["connection"]["what"]
     context, trusted = self_signed(tmp_path)
     with proxied(moto.endpoint, context) as proxy:
-        _, found = doctor(behind(on_moto, proxy))
+        place = on_moto.behind(proxy.endpoint)
+        _, found = doctor(place)
         assert_only(found, "connection")
         assert "certificate" in found["connection"]["what"]
         monkeypatch.setenv("AWS_CA_BUNDLE", str(trusted))
-        status, found = doctor(on_moto)
+        status, found = doctor(place)
     assert status == 0 and "TLS" in found["connection"]["what"]
 
 
@@ -279,7 +281,7 @@ def test_rules_that_are_not_told_stop_nothing(on_moto: Place, proxy: Proxy) -> N
 
     proxy.rule(decide)
     on_moto.options["retries"] = 0
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert (status, found["settings"]["state"], found["delete"]["state"]) == (0, "unknown", "ok")
     assert on_moto.visible() == on_moto.pending() == set()
 
@@ -287,7 +289,7 @@ def test_rules_that_are_not_told_stop_nothing(on_moto: Place, proxy: Proxy) -> N
 def test_an_upload_whose_beginning_was_not_answered_does_not_stay(on_moto: Place, proxy: Proxy) -> None:
     proxy.rule(lambda request: LoseAnswer() if request.operation == "CreateMultipartUpload" else None)
     on_moto.options["retries"] = 0
-    status, found = doctor(behind(on_moto, proxy))
+    status, found = doctor(on_moto.behind(proxy.endpoint))
     assert status == 1
     assert failed(found)[0] == "multipart" and found["clean-up"]["state"] == "ok"
     assert on_moto.visible() == on_moto.pending() == set()
@@ -322,7 +324,7 @@ def test_ctrl_c_in_the_middle_of_a_request_leaves_nothing(on_moto: Place, proxy:
         return Delay(2.0)  # the server acts at once
 
     proxy.rule(decide)
-    place = behind(on_moto, proxy)
+    place = on_moto.behind(proxy.endpoint)
     command = [sys.executable, "-m", "cloudckpt.cli", "doctor", place.uri, *options_of(place)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert begun.wait(60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,11 +22,6 @@ from support.proxy import Answer, LoseAnswer, Proxy
 STEPS = (1, 2, 3)
 _MINUTE = 60.0
 _REFUSED = [Answer(400, "InvalidRequest")] * 20
-
-
-def behind(place: Place, proxy: Proxy) -> Place:
-    """The same place, by way of a proxy."""
-    return replace(place, options={**place.options, "endpoint_url": proxy.endpoint})
 
 
 def tell(role: str, granted: Iterable[str], made: Mapping[tuple[str, str], int]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from support.commands import Ran, run
 from support.places import Place
-from support.proxy import Proxy
 from support.servers import S3Server
 
 HOUR = 3600.0
@@ -27,12 +26,6 @@ def ruled(place: Place, *rules: dict[str, Any]) -> Place:
     place.server.client().put_bucket_lifecycle_configuration(
         Bucket=bucket, LifecycleConfiguration=configuration
     )
-    return place
-
-
-def behind(place: Place, proxy: Proxy) -> Place:
-    """The same place, by way of a proxy."""
-    place.options["endpoint_url"] = proxy.endpoint
     return place
 
 

@@ -58,6 +58,10 @@ class Place:
         """The same place, one level down."""
         return replace(self, uri=f"{self.uri}/{name}")
 
+    def behind(self, endpoint: str) -> Self:
+        """The same place, reached by way of another endpoint, such as a proxy's."""
+        return replace(self, options={**self.options, "endpoint_url": endpoint})
+
     def writer(self, **options: Any) -> cloudckpt.StorageWriter:
         return cloudckpt.StorageWriter(self.uri, **{**self.options, **options})
 

@@ -57,7 +57,7 @@ class Bucket:
         return Place.on_server(self.law.root, BUCKET).child(self.key)
 
     def place(self, user: S3Server) -> Place:
-        return duties.behind(Place.on_server(user, BUCKET).child(self.key), self.proxy)
+        return Place.on_server(user, BUCKET).child(self.key).behind(self.proxy.endpoint)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_a_role_may_do_what_it_has_to_and_nothing_to_spare(
     if role != "trainer":
         duties.prepare(place)
     before_gcs.forget()
-    DUTIES[role](duties.behind(place, before_gcs), before_gcs)
+    DUTIES[role](place.behind(before_gcs.endpoint), before_gcs)
     requests = {name: before_gcs.seen(name) for name in PERMISSIONS}
     assert sum(map(len, requests.values())) == before_gcs.count, (
         "an operation that no permission is known for"
