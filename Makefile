@@ -95,25 +95,20 @@ terraform: $(CHECKOV_READY)  ## the Terraform modules: format, checkov, and vali
 	@echo '==> checkov' && $(CHECKOV)/bin/checkov --directory terraform --framework terraform --compact --quiet --skip-download
 
 $(CHECKOV_READY): terraform/checkov.txt
-	@test -n '$(PYTHON)' || { echo 'checkov needs Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@echo '==> environment: $(CHECKOV), for checkov alone'
+$(DOCS_READY): docs/requirements.txt
+# An environment for one tool, whose pins are its own.
+$(CHECKOV_READY) $(DOCS_READY):
+	@test -n '$(PYTHON)' || { echo '$(@D) needs Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo '==> environment: $(@D)'
 	@rm -f $@
-	@'$(PYTHON)' -m venv $(CHECKOV)
-	@PYTHONWARNINGS=ignore $(CHECKOV)/bin/python -m pip --disable-pip-version-check --quiet install --requirement terraform/checkov.txt
+	@'$(PYTHON)' -m venv $(@D)
+	@PYTHONWARNINGS=ignore $(@D)/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
 	@touch $@
 
 .PHONY: docs
 docs: $(DOCS_READY)  ## the guide as a site, in build/site; a broken link fails it
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --quiet
 	@echo '==> build/site/index.html'
-
-$(DOCS_READY): docs/requirements.txt
-	@test -n '$(PYTHON)' || { echo 'the docs need Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
-	@echo '==> environment: $(DOCS), for mkdocs alone'
-	@rm -f $@
-	@'$(PYTHON)' -m venv $(DOCS)
-	@PYTHONWARNINGS=ignore $(DOCS)/bin/python -m pip --disable-pip-version-check --quiet install --requirement docs/requirements.txt
-	@touch $@
 
 .PHONY: format
 format: $(READY)  ## rewrite the sources as ruff wants them
