@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -41,12 +41,13 @@ class Retention:
     keep_best: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep_every, timedelta) and self.keep_every <= timedelta(0):
-            raise ConfigurationError(f"keep_every is {self.keep_every}", hint="Give more time than none")
-        for name in ("keep_last", "keep_every", "keep_best"):
+        names = ["keep_last", "keep_every", "keep_best"]
+        if isinstance(self.keep_every, timedelta):
+            if self.keep_every <= timedelta(0):
+                raise ConfigurationError(f"keep_every is {self.keep_every}", hint="Give more time than none")
+            names.remove("keep_every")
+        for name in names:
             value: object = getattr(self, name)
-            if name == "keep_every" and isinstance(value, timedelta):
-                continue
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigurationError(
                     f"{name} is {value!r}", hint="Give a whole number from 1 on, or None"
@@ -59,7 +60,7 @@ class Retention:
                 )
 
     def superseded(
-        self, committed: Iterable[Entry], metric_of: Callable[[int], float | None] = lambda _: None
+        self, committed: Mapping[int, Entry], metric_of: Callable[[int], float | None] = lambda _: None
     ) -> list[int]:
         """Those of the committed steps that go, oldest first; never the newest.
 
@@ -67,32 +68,31 @@ class Retention:
         """
         if self.keep_last is None:
             return []
-        ordered = sorted((one for one in committed if not one.pinned), key=lambda one: one.step or 0)
-        milestones = self._milestones(ordered)
-        old = [one.step for one in ordered[: -self.keep_last] if one.step is not None]
-        old = [step for step in old if step not in milestones]
+        ordered = sorted(step for step, one in committed.items() if not one.pinned)
+        milestones = self._milestones(ordered, committed)
+        old = [step for step in ordered[: -self.keep_last] if step not in milestones]
         if not old or self.keep_best is None:
             return old
-        steps = [one.step for one in ordered if one.step is not None]
-        metrics = {step: metric for step in steps if (metric := metric_of(step)) is not None}
+        metrics = {step: metric for step in ordered if (metric := metric_of(step)) is not None}
         known = [step for step, metric in metrics.items() if not math.isnan(metric)]
         best = sorted(known, key=lambda step: (metrics[step], step))[-self.keep_best :]
         return [step for step in old if step not in best]
 
-    def _milestones(self, ordered: Sequence[Entry]) -> set[int | None]:
+    def _milestones(self, ordered: Sequence[int], committed: Mapping[int, Entry]) -> set[int]:
         """The steps that ``keep_every`` is about; of times, the same ones whatever went in between."""
         every = self.keep_every
-        if isinstance(every, int):
-            return {one.step for one in ordered if one.step is not None and one.step % every == 0}
         if every is None:
             return set()
-        kept: set[int | None] = set()
+        if isinstance(every, int):
+            return {step for step in ordered if step % every == 0}
+        kept: set[int] = set()
         last: datetime | None = None
-        for one in ordered:
+        for step in ordered:
             # A step whose time the store doesn't tell stays: nothing says that it may go.
-            if one.modified is None or last is None or one.modified - last >= every:
-                kept.add(one.step)
-                last = one.modified or last
+            at = committed[step].modified
+            if at is None or last is None or at - last >= every:
+                kept.add(step)
+                last = at or last
         return kept
 
 
@@ -147,18 +147,18 @@ def prune(run: Run, retention: Retention) -> list[int]:
     if retention.keep_last is None:
         return []
     begun = run.begun()
-    committed = [one for one in begun.values() if one.state == "committed"]
+    committed = {step: one for step, one in begun.items() if one.state == "committed"}
     gone = superseded(run, committed, retention)
     for step in gone:
         drop(run, step)
-    newest = max((one.step or 0 for one in committed), default=0)
+    newest = max(committed, default=0)
     for step, one in begun.items():
         if step < newest and one.state == "unfinished" and one.objects:
             run.sweep(step)  # where a deletion before this one was cut off
     return gone
 
 
-def superseded(run: Run, committed: Iterable[Entry], retention: Retention) -> list[int]:
+def superseded(run: Run, committed: Mapping[int, Entry], retention: Retention) -> list[int]:
     """Those of a run's committed steps that its retention lets go, by the metrics stored with them."""
     return retention.superseded(committed, lambda step: run.note(step, _METRIC))
 

@@ -46,7 +46,7 @@ def test_what_goes_is_old_and_not_kept_for_good(
     metrics: dict[int, float],
     pinned: set[int],
 ) -> None:
-    committed = [entry(step, pinned=step in pinned) for step in steps]
+    committed = {step: entry(step, pinned=step in pinned) for step in steps}
     if keep_last is None:
         assert Retention().superseded(committed) == []
         return
@@ -79,7 +79,7 @@ def test_of_each_stretch_of_time_one_step_stays(gaps: list[int], keep_last: int,
     for step, gap in enumerate(gaps):
         minutes += gap
         run[step] = entry(step, BEGAN + timedelta(minutes=minutes))
-        for gone in retention.superseded(run.values()):
+        for gone in retention.superseded(run):
             del run[gone]
     kept = [_minutes(run[step]) for step in sorted(run)][:-keep_last]
     assert all(later - earlier >= 60 * hours for earlier, later in itertools.pairwise(kept))
@@ -94,7 +94,7 @@ def _minutes(one: Entry) -> float:
 
 
 def test_a_step_whose_time_is_not_told_stays() -> None:
-    committed = [entry(1), entry(2, None), entry(3), entry(4)]
+    committed = {1: entry(1), 2: entry(2, None), 3: entry(3), 4: entry(4)}
     assert Retention(1, timedelta(hours=1)).superseded(committed) == [3]
 
 

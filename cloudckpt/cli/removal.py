@@ -54,7 +54,7 @@ def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: 
         StorageError: the store could not list or delete; those deleted before are gone.
     """
     committed = {one.step: one for one in run.listed() if one.state == "committed" and one.step is not None}
-    steps = superseded(run, committed.values(), retention)
+    steps = superseded(run, committed, retention)
     gone = [committed[step] for step in steps]
     # The only question is of what was shown: a step that is committed meanwhile changes nothing.
     if gone and not dry_run:
