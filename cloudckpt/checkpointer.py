@@ -170,9 +170,7 @@ class Checkpointer:
             CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
             Preempted: the job was told to end, and this was its last step.
         """
-        self._run.folder(step)
-        if not self._preemption.passes(self._last_call):
-            self._end(step, state_dict, metric)
+        self._pass(step, state_dict, metric)
         if not self._schedule.is_due(step, self._follow_first):
             return skipped()
         self._saves.raise_unheard(self._follow_first)
@@ -188,9 +186,7 @@ class Checkpointer:
             CheckpointError: what failed the save, on whichever rank.
             Preempted: the job was told to end, and this was its last step.
         """
-        self._run.folder(step)
-        if not self._preemption.passes(self._last_call):
-            self._end(step, state_dict, metric)
+        self._pass(step, state_dict, metric)
         return self._save(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
@@ -299,6 +295,12 @@ class Checkpointer:
             self._saves.raise_own()
         finally:
             self._preemption.close(deliver=deliver)
+
+    def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> None:
+        """Let a call go on, unless its step is none, or is the last of the job."""
+        self._run.folder(step)
+        if not self._preemption.passes(self._last_call):
+            self._end(step, state_dict, metric)
 
     def _last_call(self, heard: Heard) -> LastCall:
         return self._executor.last_call(heard, process_group=self._group, no_dist=not grouped())

@@ -58,10 +58,10 @@ class Preemption:
             )
         self._grace = grace
         self._rank = rank
-        self._notice: str | None = None
-        """A signal that came before the ranks had met."""
         self._signal: str | None = None
+        """Of the notice that was heard first, of whichever rank."""
         self._own: str | None = None
+        """What this rank was told."""
         self._deadline: float | None = None
         self._acted = threading.Event()
         self._acting = self._preempted = False
@@ -89,10 +89,7 @@ class Preemption:
                 "this Checkpointer has preemption_grace=None",
                 hint="Give it a number of seconds",
             )
-        self._own = name
-        with self._lock:
-            if self._last_call is None:
-                self._notice = name
+        self._own = name  # before the look, and `passes` looks in the other order: one of them gives notice
         if self._last_call is None:
             self._hear(f"{name} {self._rank}")
         else:
@@ -106,11 +103,9 @@ class Preemption:
         if self._grace is None:
             return True
         if self._last_call is None:
-            last_call = meet(self._hear)
-            with self._lock:
-                self._last_call, early = last_call, self._notice
-            if early is not None:
-                last_call.give_notice(f"{early} {self._rank}")
+            self._last_call = meet(self._hear)
+            if self._own is not None:
+                self._last_call.give_notice(f"{self._own} {self._rank}")
         remaining = self.remaining
         return self._last_call.passes(self._grace if remaining is None else remaining)
 
