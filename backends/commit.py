@@ -21,6 +21,7 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
+    CheckpointNotFoundError,
     CommitError,
     ConfigurationError,
     IntegrityError,
@@ -87,6 +88,18 @@ def chosen_metadata(store: ObjectStore) -> list[str]:
     names = listed_metadata(store)
     # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
     return [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
+
+
+def committed(store: ObjectStore, name: str, missing: str, hint: str = "Check the URI") -> bytes:
+    """The bytes of a metadata object.
+
+    Raises:
+        CheckpointNotFoundError: it is not there, in the caller's words.
+    """
+    try:
+        return store.get(name)[0]
+    except ObjectNotFoundError as error:
+        raise CheckpointNotFoundError(missing, uri=store.uri, object_name=name, hint=hint) from error
 
 
 def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:

@@ -17,7 +17,7 @@ import torch
 from pydantic import ByteSize
 
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.errors import ConfigurationError, ObjectNotFoundError
+from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torch_writer
 from cloudckpt.backends.formats.put import Planned, Putting
 from cloudckpt.backends.formats.selection import Selected, nested, selected
@@ -63,11 +63,7 @@ def kind_at(source: Target) -> Kind:
     if named is not None:
         folder, name = source.parted()
         with open_store(folder) as store:
-            try:
-                store.stat(name)
-            except ObjectNotFoundError:
-                pass  # a checkpoint's folder may be called so
-            else:
+            if store.holds(name):  # a checkpoint's folder may be called so
                 return named
     with open_store(source) as store:
         names = {info.name for info in store.list("", delimiter=True).objects}
@@ -312,11 +308,7 @@ class _Job:
 
 def _there(store: ObjectStore, name: str) -> list[str]:
     """The file of this name, where there is one."""
-    try:
-        store.stat(name)
-    except ObjectNotFoundError:
-        return []
-    return [name]
+    return [name] if store.holds(name) else []
 
 
 def _enumerated(names: Sequence[str]) -> str:

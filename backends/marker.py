@@ -142,11 +142,7 @@ class _Kept:
             return True
 
     def is_there(self) -> bool:
-        try:
-            self.store.stat(self.name)
-        except ObjectNotFoundError:
-            return False
-        return True
+        return self.store.holds(self.name)
 
     def remove(self) -> None:
         with self._lock:

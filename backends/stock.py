@@ -33,11 +33,11 @@ class Stored:
     """Elements."""
 
 
-class EndsOnly(io.RawIOBase):
-    """An item of which only the two ends are known; touching the middle is an error."""
+class Positioned(io.RawIOBase):
+    """A file of a known size to read anywhere in, but for the reading."""
 
-    def __init__(self, head: bytes, tail: bytes, size: int) -> None:
-        self._head, self._tail, self._size = head, tail, size
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._position = 0
 
     def readable(self) -> bool:
@@ -53,6 +53,14 @@ class EndsOnly(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+
+class EndsOnly(Positioned):
+    """An item of which only the two ends are known; touching the middle is an error."""
+
+    def __init__(self, head: bytes, tail: bytes, size: int) -> None:
+        super().__init__(size)
+        self._head, self._tail = head, tail
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         start = self._position

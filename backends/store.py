@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Self
 
+from cloudckpt.backends.errors import ObjectNotFoundError
+
 
 @dataclass(frozen=True, slots=True)
 class Overwrite:
@@ -198,6 +200,14 @@ class ObjectStore(abc.ABC):
     @abc.abstractmethod
     def stat(self, name: str) -> ObjectInfo:
         """Return size and version of a visible object, never from a cache."""
+
+    def holds(self, name: str) -> bool:
+        """Whether an object is visible under a name, never from a cache."""
+        try:
+            self.stat(name)
+        except ObjectNotFoundError:
+            return False
+        return True
 
     @abc.abstractmethod
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:

@@ -17,7 +17,7 @@ from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Chunk, Expected
 from cloudckpt.backends.download import Downloader
-from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -104,12 +104,7 @@ def _verified(
     observer: Observer | None,
     begun: Callable[[int], None] | None,
 ) -> Verification:
-    try:
-        data, _ = store.get(name)
-    except ObjectNotFoundError as error:
-        raise CheckpointNotFoundError(
-            "there is no committed checkpoint here", uri=store.uri, object_name=name, hint="Check the URI"
-        ) from error
+    data = commit.committed(store, name, "there is no committed checkpoint here")
     try:
         metadata = md.load(data, uri=store.uri, name=name)
     except IntegrityError as error:

@@ -238,7 +238,7 @@ class Run:
                 store.delete([name])
 
     def _is_committed(self, store: ObjectStore, step: int) -> bool:
-        return _is_there(store, f"{self.folder(step)}/{md.METADATA_NAME}")
+        return store.holds(f"{self.folder(step)}/{md.METADATA_NAME}")
 
 
 def is_pinned(target: Target) -> bool:
@@ -248,15 +248,7 @@ def is_pinned(target: Target) -> bool:
         StorageError: the store could not be read.
     """
     with open_store(target) as store:
-        return _is_there(store, PIN)
-
-
-def _is_there(store: ObjectStore, name: str) -> bool:
-    try:
-        store.stat(name)
-    except ObjectNotFoundError:
-        return False
-    return True
+        return store.holds(PIN)
 
 
 def _step_of(folder: str) -> int | None:

@@ -14,7 +14,6 @@ from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.transit import ObjectChecks, checks_of
 from cloudckpt.backends.errors import (
-    CheckpointNotFoundError,
     ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
@@ -70,15 +69,7 @@ def read_checkpoint(store: ObjectStore) -> Checkpoint:
     data: dict[str, bytes] = {}
     loaded: dict[str, Metadata] = {}
     for name in commit.chosen_metadata(store):
-        try:
-            data[name], _ = store.get(name)
-        except ObjectNotFoundError as error:
-            raise CheckpointNotFoundError(
-                "there is no committed checkpoint to copy",
-                uri=store.uri,
-                object_name=name,
-                hint="Check the URI",
-            ) from error
+        data[name] = commit.committed(store, name, "there is no committed checkpoint to copy")
         loaded[name] = md.load(data[name], uri=store.uri, name=name)
     least: dict[str, int] = {}
     exact: dict[str, int] = {}

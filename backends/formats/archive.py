@@ -15,6 +15,7 @@ from typing import IO, Final, cast
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.ranges import Extent, nothing
+from cloudckpt.backends.stock import Positioned
 from cloudckpt.backends.store import ObjectStore
 
 _ZIPPED: Final = b"PK\x03\x04"
@@ -154,27 +155,18 @@ class Archive:
         return found
 
 
-class _Ranged(io.RawIOBase):
+class _Ranged(Positioned):
     """An object as a file that is read by ranges."""
 
     def __init__(self, store: ObjectStore, name: str, size: int) -> None:
-        self._store, self._name, self._size = store, name, size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+        super().__init__(size)
+        self._store, self._name = store, name
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
+        before = self._position
+        if super().seek(offset, whence) < 0:
+            self._position = before
             raise ValueError("before the beginning")
-        self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]

@@ -11,9 +11,9 @@ from pydantic import ByteSize
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
+from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.download import Downloader
-from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import encode_fetched
 from cloudckpt.backends.store import ObjectStore
@@ -30,15 +30,12 @@ def open_checkpoint(store: ObjectStore, target: Target, memory_limit: int, *, tr
         UnsafeCheckpointError: reading its metadata would run code.
         IntegrityError: its metadata is damaged.
     """
-    try:
-        data, _ = store.get(md.METADATA_NAME)
-    except ObjectNotFoundError as error:
-        raise CheckpointNotFoundError(
-            "there is no committed checkpoint here, and no file to convert",
-            uri=store.uri,
-            object_name=md.METADATA_NAME,
-            hint="Check the URI; a file's ends in .pt, .pth, .bin, .ckpt or .safetensors",
-        ) from error
+    data = commit.committed(
+        store,
+        md.METADATA_NAME,
+        "there is no committed checkpoint here, and no file to convert",
+        "Check the URI; a file's ends in .pt, .pth, .bin, .ckpt or .safetensors",
+    )
     metadata = md.load(data, uri=store.uri, trust=trust)
     concurrency = max(1, target.options.concurrency // 2)  # of each part that is being sent
     downloader = Downloader(store, concurrency, memory_limit, md.least_sizes(metadata))
