@@ -23,6 +23,9 @@ T = TypeVar("T")
 _GRACE = 5.0
 """Seconds that an answer may take beyond the time it was asked to."""
 
+_REPORT = 30.0
+"""Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
+
 
 class StoreCouncil(Council):
     """Ranks that meet in a store."""
@@ -205,7 +208,7 @@ class _StoreTrial(Trial):
 
     def _tell(self, failure: bytes | None, sound: bool) -> None:
         try:
-            store = self._place.connect("council", _GRACE)
+            store = self._place.connect("council", _REPORT)
             if not sound:
                 _write_once(store, f"{self.attempt}/verdict", Verdict(sound=False, failure=failure))
                 return
