@@ -64,6 +64,7 @@ def test_demo_loses_nothing_on_its_own_s3_server() -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.soak  # on an S3 server it runs each time
 def test_demo_loses_nothing_on_its_own_gcs_server() -> None:
     code, out, err = _play(_QUICK, "--store=gcs")
     _assert_the_story_was_told(code, out, err)
@@ -71,7 +72,7 @@ def test_demo_loses_nothing_on_its_own_gcs_server() -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
-@pytest.mark.soak  # on two servers it runs each time
+@pytest.mark.soak
 def test_demo_in_a_folder_keeps_its_checkpoints_and_touches_nothing_else(tmp_path: Path) -> None:
     neighbour = tmp_path / "step-1" / "neighbour"
     neighbour.parent.mkdir()

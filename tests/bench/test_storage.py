@@ -25,6 +25,7 @@ _TINY = ("--gib=0.03", "--small=20", "--layers=1", "--width=16", "--repeats=2")
 _WRITES_GARBAGE = {"obstore"}
 
 
+@pytest.mark.soak
 def test_every_peer_is_measured_on_every_state(tmp_path: Path) -> None:
     folder, written = tmp_path / "folder", tmp_path / "results" / "storage.json"
     picture, document = tmp_path / "picture.svg", tmp_path / "tables.md"

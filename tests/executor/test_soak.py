@@ -20,7 +20,7 @@ from support.executors import assert_loads, living, small_state
 from support.ranks import RankPool, RankPools
 from support.saboteurs import Saboteur
 
-SHORT, LONG = 25, 200
+SHORT, LONG = 12, 200
 SAVE_TIMEOUT = 10.0
 WARM = 10
 """Saves after which a process must not grow any more."""
