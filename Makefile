@@ -67,6 +67,12 @@ bench: $(READY)  ## what saving costs training, what checksums cost, storage bes
 	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
 	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)
 
+# ONLY="conformance races" takes a choice, BENCH="--gib 2" moves more, YES=1 doesn't ask.
+.PHONY: live
+live: $(READY)  ## conformance, interoperation, faults and a benchmark on a place of yours: URI=s3://bucket/prefix
+	@test -n '$(URI)' || { echo 'live needs a place: make live URI=s3://bucket/prefix, gs://bucket/prefix or file:///folder' >&2; exit 2; }
+	@PYTHONPATH=tests $(BIN)/python -m live '$(URI)' $(if $(YES),--yes) $(if $(ONLY),--only $(ONLY)) $(if $(BENCH),--bench='$(BENCH)')
+
 .PHONY: pictures
 pictures: $(READY)  ## draw what commands print on a terminal, for the docs
 	@PYTHONPATH=tests $(BIN)/python -m bench.terminal

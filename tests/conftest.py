@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from support import live
 from support.gcs import GCSServer, shared_gcs_server
-from support.places import FOLDER, GCS, Place, new_place
+from support.places import USUAL, Place, new_place
 from support.ranks import rank_pool
 from support.servers import SERVERS, S3Server
 
@@ -22,7 +23,10 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_cloud_settings_of_the_user() -> Iterator[None]:
-    """Keep the tests from the user's AWS profile, credentials and instance metadata."""
+    """Keep the tests from the user's AWS profile, credentials and instance metadata, but for `make live`."""
+    if live.uri() is not None:
+        yield
+        return
     with pytest.MonkeyPatch.context() as patch:
         for name in [
             name
@@ -68,11 +72,11 @@ def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
     return s3_server_named("rclone")
 
 
-@pytest.fixture(params=[FOLDER, "moto", GCS])
+@pytest.fixture(params=USUAL)
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> Place:
-    """An untouched place in a folder, on S3 and on GCS in turn."""
+    """An untouched place in a folder, on S3 and on GCS in turn, or where the user says."""
     return new_place(request.param, tmp_path, s3_server_named)
 
 

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError
-from support.places import FOLDER, GCS, Place, new_place
+from support.places import USUAL, Place, new_place
 from support.racers import Order, Racers, racers, state_of
 from support.servers import S3Server
 
@@ -19,7 +19,7 @@ MANY = 16
 SHORT, LONG = 4, 20
 """Rounds."""
 
-pytestmark = pytest.mark.parametrize("place_name", [FOLDER, "moto", GCS])
+pytestmark = pytest.mark.parametrize("place_name", USUAL)
 
 
 @pytest.fixture(scope="module")

@@ -26,23 +26,7 @@ from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 from support.servers import S3Server, unused_port
-
-_FAULTS: Mapping[str, Mapping[str, str]] = {
-    "moto": {
-        "test_pending_uploads_are_listed_until_they_end": "dates every upload to 2010",
-        "test_another_version_is_not_copied": "ignores the condition of a copy",
-    },
-    "ministack": {},
-    "rclone": {
-        "test_a_part_may_be_sent_again": "answers 501 to a part number that it has",
-        "test_another_version_is_not_copied": "ignores the condition of a copy",
-    },
-}
-_RACES: Mapping[str, Mapping[str, str]] = {
-    "rclone": {
-        "test_a_reader_sees_the_old_object_or_the_new_never_a_mixture": "empties an object, then writes it",
-    },
-}
+from support.shortcomings import FAULTS, RACES
 
 
 class TestS3Store(StoreConformance):
@@ -56,11 +40,11 @@ class TestS3Store(StoreConformance):
 
     @pytest.fixture
     def faults(self, s3_server: S3Server) -> Mapping[str, str]:
-        return _FAULTS[s3_server.name]
+        return FAULTS[s3_server.name]
 
     @pytest.fixture
     def races(self, s3_server: S3Server) -> Mapping[str, str]:
-        return _RACES.get(s3_server.name, {})
+        return RACES.get(s3_server.name, {})
 
     @pytest.fixture
     def store(self, s3_server: S3Server, secrets: Sequence[str]) -> S3Store:

@@ -50,7 +50,9 @@ class InFolder(Outsider):
         return (self.folder / name).read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
-        (self.folder / name).write_bytes(data)
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink()

@@ -12,13 +12,19 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
+from support import live
 from support.gcs import GCSServer, shared_gcs_server
+from support.live import Live, LiveStore
 from support.outsiders import InFolder, OnGCS, OnS3, Outsider
 from support.servers import S3Server
 
 FOLDER = "folder"
 GCS = "gcs"
-PLACES = (FOLDER, "moto", "ministack", "rclone", GCS)
+LIVE = "live"
+PLACES = (LIVE,) if live.uri() else (FOLDER, "moto", "ministack", "rclone", GCS)
+"""Every kind of place there is to try."""
+USUAL = (LIVE,) if live.uri() else (FOLDER, "moto", GCS)
+"""One of each kind of store; where a user has named a place, nothing but that."""
 S3_PART_SIZE = 5 << 20
 """Bytes; the least that S3 allows, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
@@ -31,7 +37,7 @@ class Place:
 
     name: str
     uri: str
-    server: S3Server | GCSServer | None = None
+    server: S3Server | GCSServer | LiveStore | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords for cloudckpt."""
 
@@ -53,6 +59,16 @@ class Place:
     def on_gcs(cls, server: GCSServer, bucket: str) -> Self:
         options = {"endpoint_url": server.endpoint, "part_size": FOLDER_PART_SIZE}
         return cls(GCS, f"gs://{bucket}", server, options)
+
+    @classmethod
+    def named_by_the_user(cls) -> Self:
+        named = live.uri()
+        assert named is not None, f"{live.URI} names no place"
+        store, uri = LiveStore.of(named)
+        if store.protocol == "file":
+            return replace(cls.in_folder(Path(uri.removeprefix("file://"))), name=LIVE)
+        part_size = S3_PART_SIZE if store.is_s3 else FOLDER_PART_SIZE
+        return cls(LIVE, uri.rstrip("/"), store, {**dict(store.options), "part_size": part_size})
 
     def child(self, name: str) -> Self:
         """The same place, one level down."""
@@ -101,6 +117,8 @@ class Place:
     def _outside(self) -> Outsider:
         if self.server is None:
             return InFolder(self._folder)
+        if isinstance(self.server, LiveStore):
+            return Live(self.server, self.uri)
         bucket, _, prefix = self.uri.partition("://")[2].partition("/")
         prefix = f"{prefix}/" if prefix else ""
         if isinstance(self.server, GCSServer):
@@ -114,6 +132,8 @@ class Place:
     @property
     def _fsspec_options(self) -> dict[str, Any]:
         assert self.server is not None
+        if isinstance(self.server, LiveStore):
+            return self.server.fsspec_options
         if isinstance(self.server, GCSServer):
             return {"endpoint_url": self.server.endpoint, "token": "anon", "use_listings_cache": False}
         return {
@@ -136,6 +156,8 @@ def new_place(name: str, folder: Path, server_named: Callable[[str], S3Server]) 
     unique = f"run-{uuid.uuid4().hex[:8]}"
     if name == FOLDER:
         return Place.in_folder(folder / unique)
+    if name == LIVE:
+        return Place.named_by_the_user().child(unique)
     if name == GCS:
         gcs = shared_gcs_server()
         return Place.on_gcs(gcs, gcs.new_bucket()).child(unique)

@@ -214,6 +214,11 @@ class Proxy:
         with self._lock:
             return [request for request in self._seen if request.operation == operation]
 
+    def all(self) -> Sequence[Request]:
+        """Return every request so far."""
+        with self._lock:
+            return list(self._seen)
+
     @property
     def count(self) -> int:
         """How many requests arrived so far, of any operation."""
