@@ -69,7 +69,11 @@ class AppState:
         if isinstance(value, nn.Module):
             return get_model_state_dict(value)
         if isinstance(value, Optimizer):
-            return get_optimizer_state_dict(self._model_of(key, value), value)
+            untouched = not value.state
+            described = get_optimizer_state_dict(self._model_of(key, value), value)
+            if untouched:  # DCP has had it take a step, to see its state: training still takes the first
+                value.state.clear()
+            return described
         return value
 
     def _model_of(self, key: str, optimizer: Optimizer) -> nn.Module:

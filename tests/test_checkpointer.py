@@ -421,6 +421,14 @@ def test_a_run_that_can_not_be_written_to_is_known_before_step_0(moto: S3Server)
         checkpointer.warmup()
 
 
+def test_an_optimizer_takes_its_first_step_in_training(folder: Place) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with run_at(folder) as checkpointer:
+        checkpointer.warmup({"model": model, "optimizer": optimizer})
+    assert optimizer.state_dict()["state"] == {}
+
+
 @pytest.fixture
 def pool(rank_pool: RankPools) -> RankPool:
     return rank_pool(2)
