@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -12,9 +12,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from cloudckpt.backends.errors import ConfigurationError
+
+T = TypeVar("T")
 
 
 class AppState:
@@ -22,7 +25,8 @@ class AppState:
 
     Modules and optimizers go through DCP's ``get_state_dict`` and ``set_state_dict``, which know FSDP, DDP
     and ``torch.compile``: names are those of the plain module, and a checkpoint fits another parallelism. An
-    optimizer's model must be in the same state. All else is DCP's business.
+    optimizer's model must be in the same state. All else is DCP's business, and so is one whose class derives
+    from DCP's ``Stateful``, such as torchtitan's container of optimizers.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:
@@ -50,10 +54,10 @@ class AppState:
             ConfigurationError: a value can't be put into the state.
         """
         for key, value in self._state.items():
-            if isinstance(value, nn.Module):
+            if _is_plain(value, nn.Module):
                 set_model_state_dict(value, loaded[key])
         for key, value in self._state.items():  # after their models
-            if isinstance(value, Optimizer):
+            if _is_plain(value, Optimizer):
                 set_optimizer_state_dict(self._model_of(key, value), value, loaded[key])
         for key, value in list(self._state.items()):
             if isinstance(value, nn.Module | Optimizer) or loaded[key] is value:
@@ -66,9 +70,9 @@ class AppState:
             self._state[key] = loaded[key]
 
     def _described(self, key: str, value: Any) -> Any:
-        if isinstance(value, nn.Module):
+        if _is_plain(value, nn.Module):
             return get_model_state_dict(value)
-        if isinstance(value, Optimizer):
+        if _is_plain(value, Optimizer):
             untouched = not value.state
             described = get_optimizer_state_dict(self._model_of(key, value), value)
             if untouched:  # DCP has had it take a step, to see its state: training still takes the first
@@ -86,3 +90,11 @@ class AppState:
             hint="Save a model and its optimizer in one state; put several models of one optimizer into a "
             "ModuleDict",
         )
+
+
+def _is_plain(value: Any, kind: type[T]) -> TypeGuard[T]:
+    """Whether a value is one, and leaves it to others what its state is.
+
+    ``isinstance`` can't tell: for DCP's protocol all that has the two methods is ``Stateful``.
+    """
+    return isinstance(value, kind) and Stateful not in type(value).__mro__

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import fully_shard
 
 import cloudckpt
@@ -108,6 +109,39 @@ def test_a_training_state_is_saved_in_the_background_and_loaded_into_a_new_one(p
         loaded = training(2)
         assert checkpointer.load(loaded) == 100
         assert_alike(loaded, again)
+
+
+class Container(torch.optim.Optimizer, Stateful):
+    """An optimizer of optimizers that says itself what its state is, as torchtitan's does."""
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        self.optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in models]
+        super().__init__([one for model in models for one in model.parameters()], {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(number): one.state_dict() for number, one in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for number, one in enumerate(self.optimizers):
+            one.load_state_dict(state_dict[str(number)])
+
+
+def test_an_optimizer_that_is_stateful_by_its_class_is_asked_itself(folder: Place) -> None:
+    def trained(steps: int) -> dict[str, Any]:
+        torch.manual_seed(0)
+        models: list[nn.Module] = [nn.Linear(3, 2), nn.Linear(3, 2)]
+        container = Container(models)
+        for _ in range(steps):
+            for model, optimizer in zip(models, container.optimizers, strict=True):
+                model(torch.rand(4, 3)).square().sum().backward()
+                optimizer.step()
+        return {"optimizer": container}
+
+    with run_at(folder) as checkpointer:
+        checkpointer.save(1, trained(2))
+        loaded = trained(1)
+        checkpointer.load(loaded)
+    assert_alike(loaded, trained(2))
 
 
 def test_only_the_newest_steps_stay_and_those_that_are_kept_for_good(place: Place) -> None:
