@@ -6,11 +6,12 @@ Its rank 0 prints ``from step N`` at its start, ``step N loss X`` after each ste
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from cloudckpt.backends.target import Target
 from cloudckpt.run import Run
 from support.places import Place
 
-RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "examples" / "recipes"
 ENDLESS = 10_000_000
 BEYOND = 6
 """Steps that a run goes on for after it was resumed."""
@@ -49,47 +51,75 @@ class Recipe:
     script: str
     ranks: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
     def start(self, place: Place, steps: int) -> subprocess.Popen[str]:
         launch = [sys.executable]
         if self.ranks:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
-        return subprocess.Popen(
-            [*launch, str(RECIPES / self.script), "--steps", str(steps)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={
-                **os.environ,
-                **_environment_of(place),
-                **self.environment,
-                "OMP_NUM_THREADS": "1",
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-            },
-        )
+        script = [str(RECIPES / self.script), "--steps", str(steps), *self.arguments]
+        return started([*launch, *script], {**environment_at(place), **self.environment})
 
     def run(self, place: Place, steps: int) -> Told:
         """Run to the end."""
         return finished(self.start(place, steps))
 
-    def run_until_killed(self, place: Place) -> None:
-        """Run until a step is committed and goes on; then kill every process of the job at once."""
-        process = self.start(place, ENDLESS)
-        assert process.stdout is not None
-        printed, told = [], Told()
-        for line in process.stdout:
-            printed.append(line)
-            told.take(line.strip())
-            if told.losses and newest(place) is not None:
-                break
-        else:
-            raise AssertionError(f"{self.script} ended by itself:\n{''.join(printed)}")
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for one in family:
-            one.kill()
-        process.stdout.close()
-        process.wait()
+    def run_until_killed(self, place: Place, beyond: int = -1) -> None:
+        """Run until a step ``beyond`` is committed and goes on; then kill every process of the job."""
+        kill_once_committed([self.start(place, ENDLESS)], place, beyond)
+
+
+def started(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start a recipe from the root of the repository, as its users do."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+    )
+
+
+def wait_for_commit(process: subprocess.Popen[str], place: Place, beyond: int = -1) -> None:
+    """Read what rank 0 prints until a step ``beyond`` is committed and training goes on."""
+    assert process.stdout is not None
+    printed, told = [], Told()
+    for line in process.stdout:
+        printed.append(line)
+        told.take(line.strip())
+        if told.losses and (newest(place) or -1) > beyond:
+            return
+    raise AssertionError(f"the run ended by itself:\n{''.join(printed)}")
+
+
+def kill_once_committed(processes: Sequence[subprocess.Popen[str]], place: Place, beyond: int = -1) -> None:
+    """Kill a job of which rank 0 is in the first of these, with all that they have started, at once."""
+    with killed_at_the_end(processes):
+        wait_for_commit(processes[0], place, beyond)
+
+
+@contextlib.contextmanager
+def killed_at_the_end(processes: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
+    """Leave nothing of a job behind."""
+    try:
+        yield
+    finally:
+        family = [member for one in processes if one.poll() is None for member in family_of(one)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        for process in processes:
+            if process.stdout is not None:
+                process.stdout.close()
+            process.wait()
         psutil.wait_procs(family, timeout=60)
+
+
+def family_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """A process and all that it has started, itself last."""
+    own = psutil.Process(process.pid)
+    return [*own.children(recursive=True), own]
 
 
 def finished(process: subprocess.Popen[str]) -> Told:
@@ -114,16 +144,20 @@ def assert_goes_on_after_a_kill(recipe: Recipe, place: Place) -> None:
     recipe.run_until_killed(run)
     start = newest(run)
     assert start is not None
-    steps = start + BEYOND
-    undisturbed = recipe.start(place.child("undisturbed"), steps)
-    resumed = recipe.run(run, steps)
-    expected = finished(undisturbed)
-    assert (expected.start, sorted(expected.losses)) == (0, list(range(1, steps + 1)))
-    assert resumed.start == start
-    assert resumed.losses == {step: expected.losses[step] for step in range(start + 1, steps + 1)}
+    undisturbed = recipe.start(place.child("undisturbed"), start + BEYOND)
+    resumed = recipe.run(run, start + BEYOND)
+    assert_went_on(start, resumed, finished(undisturbed))
 
 
-def _environment_of(place: Place) -> dict[str, str]:
+def assert_went_on(start: int, resumed: Told, undisturbed: Told) -> None:
+    """One run began where it was, and came to the losses that the other came to."""
+    steps = len(undisturbed.losses)
+    assert (undisturbed.start, list(undisturbed.losses)) == (0, list(range(1, steps + 1)))
+    assert resumed.start == start < steps
+    assert resumed.losses == {step: undisturbed.losses[step] for step in range(start + 1, steps + 1)}
+
+
+def environment_at(place: Place) -> dict[str, str]:
     """What a user exports so that a script needs no option of the store."""
     options = {name: value for name, value in place.options.items() if name != "storage_options"}
     keys = place.options.get("storage_options", {})
