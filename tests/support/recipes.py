@@ -52,13 +52,15 @@ class Recipe:
     ranks: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    folder: Path = ROOT
+    """Where it is started."""
 
     def start(self, place: Place, steps: int) -> subprocess.Popen[str]:
         launch = [sys.executable]
         if self.ranks:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
         script = [str(RECIPES / self.script), "--steps", str(steps), *self.arguments]
-        return started([*launch, *script], {**environment_at(place), **self.environment})
+        return started([*launch, *script], {**environment_at(place), **self.environment}, self.folder)
 
     def run(self, place: Place, steps: int) -> Told:
         """Run to the end."""
@@ -69,14 +71,16 @@ class Recipe:
         kill_once_committed([self.start(place, ENDLESS)], place, beyond)
 
 
-def started(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start a recipe from the root of the repository, as its users do."""
+def started(
+    command: Sequence[str], environment: Mapping[str, str], folder: Path = ROOT
+) -> subprocess.Popen[str]:
+    """Start a recipe, by default from the root of the repository, as its users do."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=ROOT,
+        cwd=folder,
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     )
 
