@@ -82,7 +82,7 @@ def asked_by_benchmark(gib: float, small: int, repeats: int) -> Asked:
     # Stock DCP asks for each tensor by itself; the rest is parts and ranges of some MiB.
     return Asked(
         writing=round(turns * (size * 64 + 10)),
-        reading=round(turns * (size * 128 + small / 2 + 10)),
+        reading=round(turns * (size * 96 + small / 8 + 10)),
         up=turns * size,
         down=turns * size,
     )

@@ -74,4 +74,5 @@ def test_a_run_of_torch_save_goes_on(tmp_path: Path) -> None:
 
 
 def legacy(file: Path, steps: int) -> subprocess.Popen[str]:
-    return started([sys.executable, "-m", "support.legacy", str(file), str(steps)], {})
+    script = str(Path(__file__).parents[1] / "support" / "legacy.py")
+    return started([sys.executable, script, str(file), str(steps)], {})

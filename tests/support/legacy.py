@@ -1,6 +1,6 @@
 """The loop that ``examples/recipes/replace_torch_save.py`` takes over, as it was with ``torch.save``.
 
-Run as ``python -m support.legacy FILE STEPS``. It says what the recipes say.
+Run as ``legacy.py FILE STEPS``. It says what the recipes say.
 """
 
 from __future__ import annotations
