@@ -33,6 +33,7 @@ from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.fitting import FittingPlanner
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import Arriving, display
 from cloudckpt.ranks import agreed, own_rank
@@ -202,6 +203,7 @@ class Checkpointer:
 
         Raises:
             CheckpointNotFoundError: there is no such step, or none at all.
+            ConfigurationError: the state asks for what the step does not have, or has in another size.
             IntegrityError: it is damaged. Parts of the state may have been loaded.
         """
         state = AppState(state_dict)
@@ -364,12 +366,18 @@ class Checkpointer:
             with warnings.catch_warnings():
                 # DCP says so on every load in a single process, which is what that means here.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(loaded, storage_reader=reader, process_group=self._group, no_dist=not grouped())
+                dcp.load(
+                    loaded,
+                    storage_reader=reader,
+                    planner=FittingPlanner(),
+                    process_group=self._group,
+                    no_dist=not grouped(),
+                )
         except CheckpointException as error:
             # The same on every rank: DCP has gathered them.
-            for _, (failure, _) in sorted(error.failures.items()):
+            for rank, (failure, _) in sorted(error.failures.items()):
                 if isinstance(failure, CheckpointError):
-                    raise failure from error
+                    raise failure.located(uri=reader.checkpoint_id, rank=rank) from error
             raise
         finally:
             if self._display is not None:

@@ -455,6 +455,25 @@ def test_a_run_that_can_not_be_written_to_is_known_before_step_0(moto: S3Server)
         checkpointer.warmup()
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"rng_1": torch.zeros(2)}, r"'rng_1', which the checkpoint does not have .* It has 'rng_0'"),
+        ({"a": 1, "b": {"c": 2}}, r"'a' and 1 more, which the checkpoint does not have"),
+        ({"rng_0": torch.zeros(3)}, r"'rng_0' has size \(3,\) in the state and \(2,\) in the checkpoint"),
+    ],
+)
+def test_a_state_that_asks_for_what_a_step_does_not_have_is_told(
+    folder: Place, asked: dict[str, Any], said: str
+) -> None:
+    with run_at(folder) as checkpointer:
+        checkpointer.save(1, {"rng_0": torch.ones(2), "lr": 0.1})
+        with pytest.raises(cloudckpt.ConfigurationError, match=said) as caught:
+            checkpointer.load(asked)
+        assert caught.value.uri is not None
+        assert caught.value.uri.endswith("step-0000000001")
+
+
 def test_an_optimizer_takes_its_first_step_in_training(folder: Place) -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -490,6 +509,17 @@ def values_of(state: dict[str, Any]) -> list[torch.Tensor]:
     tensors = [parameter.to_local() for parameter in model.parameters()]
     tensors += [held["exp_avg"].to_local() for held in optimizer.state.values()]
     return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_what_one_rank_asks_for_in_vain_is_told_on_every_rank(pool: RankPool, tmp_path: Path) -> None:
+    def on_rank(rank: int) -> tuple[str, int | None]:
+        with cloudckpt.Checkpointer(f"file://{tmp_path}/run") as checkpointer:
+            checkpointer.save(1, {"rng_0": torch.ones(2)})
+            with pytest.raises(cloudckpt.ConfigurationError) as caught:
+                checkpointer.load({f"rng_{rank}": torch.zeros(2)})
+            return caught.value.message, caught.value.rank
+
+    assert pool(on_rank) == [("the state asks for 'rng_1', which the checkpoint does not have", 1)] * 2
 
 
 def test_two_ranks_save_and_load_what_they_share_and_always_agree(pool: RankPool, tmp_path: Path) -> None:
