@@ -157,13 +157,13 @@ def test_only_the_newest_steps_stay_and_those_that_are_kept_for_good(place: Plac
     assert folders == {"step-0000000040", "step-0000000080", "step-0000000090"}
 
 
-def test_the_best_steps_stay_however_old_they_are(place: Place) -> None:
+def test_the_best_steps_stay_however_old_they_are(folder: Place) -> None:
     metrics = {1: 0.5, 2: 0.9, 3: float("nan"), 4: 0.7, 5: None, 6: 0.9, 7: 0.1, 8: -1.0}
-    with run_at(place, keep_last=1, keep_best=2) as checkpointer:
+    with run_at(folder, keep_last=1, keep_best=2) as checkpointer:
         for step, metric in metrics.items():
             checkpointer.save(step, numbered(step), metric=metric)
         assert checkpointer.all_steps() == [2, 6, 8]
-    with run_at(place, keep_last=1, keep_best=2) as checkpointer:  # as another process would know them
+    with run_at(folder, keep_last=1, keep_best=2) as checkpointer:  # as another process would know them
         checkpointer.save(9, numbered(9), metric=1.5)
         checkpointer.save(10, numbered(10))
         assert checkpointer.all_steps() == [6, 9, 10]
@@ -184,8 +184,8 @@ def test_a_step_is_there_when_its_commit_is_whoever_made_it(folder: Place, tmp_p
         assert one.all_steps() == [1]
 
 
-def test_a_step_that_is_not_there_is_said_to_be_missing(place: Place) -> None:
-    with run_at(place) as checkpointer:
+def test_a_step_that_is_not_there_is_said_to_be_missing(folder: Place) -> None:
+    with run_at(folder) as checkpointer:
         with pytest.raises(cloudckpt.CheckpointNotFoundError, match="no step of this run"):
             checkpointer.load(numbered(0))
         checkpointer.save(1, numbered(1))

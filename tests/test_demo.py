@@ -91,6 +91,7 @@ def test_demo_in_a_folder_keeps_its_checkpoints_and_touches_nothing_else(tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {own.name, "step-1"}
 
 
+@pytest.mark.soak
 def test_interrupted_demo_stops_every_process_of_its_own() -> None:
     with _start(_QUICK) as demo:
         assert demo.stdout is not None

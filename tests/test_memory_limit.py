@@ -29,6 +29,7 @@ def peaks(uri: str, gib: float, environment: dict[str, str] | None = None) -> li
     return grown
 
 
+@pytest.mark.soak
 def test_two_gib_to_and_from_a_folder(tmp_path: Path) -> None:
     assert max(peaks(f"file://{tmp_path}/ckpt", 2)) <= LIMIT + SLACK
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench.reshard import DIRECTIONS, FORMS, LAYOUTS
 
 _TESTS = Path(__file__).parents[1]
@@ -16,6 +18,7 @@ _TENSOR = 4 << 20
 """Bytes; several checksummed chunks in every rank's share."""
 
 
+@pytest.mark.soak
 def test_every_way_to_reshard_is_measured(tmp_path: Path) -> None:
     written, document = tmp_path / "reshard.json", tmp_path / "reshard.md"
     sizes = ("--mib=8", "--tensors=2", "--repeats=1")

@@ -123,6 +123,7 @@ def test_ctrl_c_reaches_the_trainer_alone(trainers: Any, tmp_path: Path) -> None
     assert_loads(f"file://{tmp_path}/step-1", small_state(1))
 
 
+@pytest.mark.soak
 def test_a_host_that_was_suspended_for_longer_than_a_save_may_take_goes_on_with_it(
     trainers: Any, tmp_path: Path
 ) -> None:

@@ -12,8 +12,12 @@ from support.recipes import Recipe, assert_goes_on_after_a_kill
 from support.servers import S3Server
 
 
-def test_a_trainer_goes_on_within_its_epoch(tmp_path: Path) -> None:
-    assert_goes_on_after_a_kill(Recipe("hf_trainer.py"), Place.in_folder(tmp_path / "run"))
+def test_a_trainer_goes_on_within_its_epoch_on_s3(
+    tmp_path: Path, s3_server_named: Callable[[str], S3Server]
+) -> None:
+    place = new_place("moto", tmp_path, s3_server_named)
+
+    assert_goes_on_after_a_kill(Recipe("hf_trainer.py"), place)
 
 
 @pytest.mark.soak
@@ -27,6 +31,7 @@ def test_a_trainer_that_is_done_takes_no_further_step(tmp_path: Path) -> None:
     assert (again.start, again.losses) == (5, {})
 
 
+@pytest.mark.soak
 def test_a_loop_with_accelerate_goes_on_on_s3(
     tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> None:

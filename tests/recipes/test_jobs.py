@@ -213,6 +213,7 @@ def bucket(tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -> Place:
     return new_place("moto", tmp_path, s3_server_named)
 
 
+@pytest.mark.soak
 def test_a_kubernetes_job_that_is_killed_goes_on(bucket: Place) -> None:
     run = bucket.child("run")
     kill_once_committed(start_pods(run, ENDLESS), run)

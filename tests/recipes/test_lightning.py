@@ -11,10 +11,11 @@ from support.places import Place
 from support.recipes import ENDLESS, Recipe, Told, assert_goes_on_after_a_kill, newest
 
 
-def test_fit_goes_on_and_lightning_writes_nothing_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.soak)])
+def test_fit_goes_on_and_lightning_writes_nothing_itself(tmp_path: Path, ranks: int) -> None:
     working = tmp_path / "working"
     working.mkdir()
-    recipe = Recipe("lightning_fit.py", ranks=2, folder=working)
+    recipe = Recipe("lightning_fit.py", ranks=ranks, folder=working)
 
     assert_goes_on_after_a_kill(recipe, Place.in_folder(tmp_path / "run"))
 

@@ -23,6 +23,7 @@ from support.recipes import (
 from support.servers import S3Server
 
 
+@pytest.mark.soak
 def test_ddp_on_s3(tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -> None:
     assert_goes_on_after_a_kill(Recipe("ddp.py", ranks=2), new_place("moto", tmp_path, s3_server_named))
 
@@ -54,6 +55,7 @@ def numbers(told: Told) -> dict[int, float]:
     return {step: float(loss) for step, loss in told.losses.items()}
 
 
+@pytest.mark.soak
 def test_titan_in_a_folder(tmp_path: Path) -> None:
     assert_goes_on_after_a_kill(Recipe("titan.py", ranks=2), Place.in_folder(tmp_path))
 
