@@ -72,6 +72,9 @@ def find_previous(store: ObjectStore, name: str) -> Previous | None:
         named = md.objects_of(md.load(data, uri=store.uri, name=name))
         # They will be deleted, so that a metadata object that names others, or itself, is not obeyed.
         objects = frozenset(one for one in named if _DATA.fullmatch(one))
+        if others := sorted(named - objects):
+            told = "%d objects of %s lie in folders below it and stay behind, such as %s"
+            _log.warning(told, len(others), store.uri, others[0])
     except (IntegrityError, UnsafeCheckpointError) as error:
         _log.warning("what is overwritten cannot be read, so its objects stay behind: %s", error)
         objects = frozenset()

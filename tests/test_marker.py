@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from s3torchconnector import S3ClientConfig
+from s3torchconnector.dcp import BinaryPrefixStrategy, S3StorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -24,6 +26,8 @@ from cloudckpt.backends.marker import MARKER, SaveMarker
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
+from support.outsiders import OnS3
+from support.servers import S3Server
 
 NOW = timedelta(0)
 OFTEN = 0.01
@@ -245,3 +249,23 @@ def test_the_metadata_of_single_ranks_goes_too(run: str) -> None:
     assert {"__0.metadata", "__1.metadata"} < set(names(store))
     delete_checkpoint(uri)
     assert names(store) == []
+
+
+def test_data_in_folders_below_a_checkpoint_stay_and_the_log_says_so(
+    moto: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = moto.new_bucket()
+    writer = S3StorageWriter(
+        "us-east-1",
+        f"s3://{bucket}/1",
+        s3client_config=S3ClientConfig(force_path_style=True),
+        prefix_strategy=BinaryPrefixStrategy(epoch_num=2),
+    )
+    dcp.save({"x": torch.arange(10.0)}, storage_writer=writer)
+    (data,) = OnS3(moto, bucket, "1/").visible() - {".metadata"}
+    assert "/" in data
+    assert delete_checkpoint(f"s3://{bucket}/1") == (".metadata",)
+    assert OnS3(moto, bucket, "1/").visible() == {data}
+    assert f"stay behind, such as {data}" in caplog.text
