@@ -134,7 +134,8 @@ def test_a_request_without_an_answer_is_unanswered(
 ) -> None:
     bucket.hold(b"data")
     proxy.spoil(operation, itertools.repeat(spoiling))
-    store = stores(retries=0, timeout=0.5)
+    # Long enough for the requests before, which a busy machine answers late; only a stall waits for its end.
+    store = stores(retries=0, timeout=1.0 if isinstance(spoiling, Stall) else 20.0)
     with pytest.raises(UnansweredError) as caught:
         OPERATIONS[operation](store)
     assert caught.value.uri == store.uri
