@@ -50,6 +50,8 @@ COMMITTED = {
 }
 """Who meets at a checkpoint."""
 EVERYONE = {**EMPTY, **COMMITTED}
+_LONGEST = "one job overwrites and garbage is collected"
+"""Half a minute of a processor where one of them fails."""
 OF_TWO = [meeting for meeting, met in EVERYONE.items() if len(met) == 2]
 LIMITS = frozenset({Limit.OVERTAKEN})
 
@@ -95,7 +97,10 @@ def test_whoever_meets_the_promises_hold(
     assert explored.states > 20 * len(EVERYONE[meeting]) - 20 and explored.ends >= len(EVERYONE[meeting])
 
 
-@pytest.mark.parametrize("meeting", OF_TWO)
+@pytest.mark.parametrize(
+    "meeting",
+    [pytest.param(one, marks=pytest.mark.soak) if one == _LONGEST else one for one in OF_TWO],
+)
 def test_whoever_of_two_dies_or_fails_anywhere_the_promises_hold(
     meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
 ) -> None:

@@ -16,7 +16,7 @@ from support.racers import Order, Racers, racers, state_of
 from support.servers import S3Server
 
 MANY = 16
-SHORT, LONG = 4, 20
+SHORT, LONG = 2, 20
 """Rounds."""
 
 pytestmark = pytest.mark.parametrize("place_name", USUAL)

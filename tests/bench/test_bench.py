@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench.forms import FORMS
 from bench.report import percentile
 
@@ -15,6 +17,7 @@ _TESTS = Path(__file__).parents[1]
 _TINY = ("--gib=0.01", "--tensors=4", "--small=20", "--repeats=2")
 
 
+@pytest.mark.soak
 def test_every_form_is_measured_on_every_state(tmp_path: Path) -> None:
     folder, written = tmp_path / "saves", tmp_path / "results" / "bench.json"
     folder.mkdir()

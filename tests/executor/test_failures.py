@@ -127,7 +127,7 @@ def test_a_process_that_dies_costs_one_save(
         assert_loads(f"file://{tmp_path}/step-{step}", small_state(step))
 
 
-@pytest.mark.parametrize("rank", range(RANKS))
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_a_frozen_process_fails_its_save_at_the_deadline(pool: RankPool, tmp_path: Path, rank: int) -> None:
     save_everywhere(pool, 0, tmp_path)
     with executors.within(SAVE_TIMEOUT + DEATH):

@@ -38,7 +38,7 @@ from support.snapshots import State, plain, planned, round_trip
 ALIGNMENT = 64
 """Bytes by which a copied stretch may be longer than what is in it."""
 
-SAVES = 100
+SAVES = 50
 
 DTYPES = (
     *states.DTYPES,

@@ -60,6 +60,7 @@ def test_titan_in_a_folder(tmp_path: Path) -> None:
     assert_goes_on_after_a_kill(Recipe("titan.py", ranks=2), Place.in_folder(tmp_path))
 
 
+@pytest.mark.soak
 def test_a_run_of_torch_save_goes_on(tmp_path: Path) -> None:
     """Its losses are those that the old loop would have come to."""
     place = Place.in_folder(tmp_path / "run")
