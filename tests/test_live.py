@@ -68,6 +68,14 @@ def test_a_place_where_no_job_can_checkpoint_is_not_tried_further(moto: S3Server
     assert "==> conformance" not in ran.stdout
 
 
+def test_memory_is_refused() -> None:
+    ran = make_live("memory://mine")
+    assert (ran.returncode, ran.stdout.splitlines()[:1]) == (
+        2,
+        ["memory:// is of one process, and this takes many: name a folder, a bucket or a server"],
+    )
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_everything_on_an_s3_server_asks_what_it_says(moto: S3Server, counting: Proxy) -> None:
@@ -93,7 +101,7 @@ def test_everything_on_an_s3_server_asks_what_it_says(moto: S3Server, counting: 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_everything_in_a_folder(tmp_path: Path) -> None:
-    ran = make_live(tmp_path.as_uri(), "--bench", "--gib 0.2 --repeats 1")
+    ran = make_live(str(tmp_path), "--bench", "--gib 0.2 --repeats 1")
     assert_all_passed(ran, "doctor", *(suite.name for suite in SUITES), "benchmark")
     assert "skipped" not in ran.stdout
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if measures:
         parts[_BENCHMARK] = asked_by_benchmark(extent.gib, extent.small, extent.repeats)
     plain, mark, query = options.uri.partition("?")
+    if plain.startswith("memory:"):
+        console.print("memory:// is of one process, and this takes many: name a folder, a bucket or a server")
+        return 2
+    if "://" not in plain:
+        plain = Path(plain).absolute().as_uri()
     root = f"{plain.rstrip('/')}/live-{uuid.uuid4().hex[:12]}"
     _announce(console, root, parts)
     if not (options.yes or _agreed(console)):
