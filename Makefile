@@ -100,6 +100,9 @@ terraform: $(CHECKOV_READY)  ## the Terraform modules: format, checkov, and vali
 	fi
 	@echo '==> checkov' && $(CHECKOV)/bin/checkov --directory terraform --framework terraform --compact --quiet --skip-download
 
+.PHONY: tools
+tools: $(CHECKOV_READY) $(DOCS_READY)  ## the environments of checkov and of the site, and nothing else
+
 $(CHECKOV_READY): terraform/checkov.txt
 $(DOCS_READY): docs/requirements.txt
 # An environment for one tool, whose pins are its own.

@@ -120,7 +120,12 @@ def test_a_commit_that_arrives_late_among_three_breaks_no_promise(
 
 
 @pytest.mark.parametrize(
-    "meeting", ["two jobs create", "two jobs overwrite", "one job overwrites and one deletes"]
+    "meeting",
+    [
+        "two jobs create",
+        pytest.param("two jobs overwrite", marks=pytest.mark.soak),
+        "one job overwrites and one deletes",
+    ],
 )
 def test_a_store_without_conditions_leaves_every_other_promise(
     meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record

@@ -15,8 +15,9 @@ from support.places import USUAL, Place, new_place
 from support.racers import Order, Racers, racers, state_of
 from support.servers import S3Server
 
-MANY = 16
-SHORT, LONG = 2, 20
+FEW, MANY = 6, 16
+"""Processes, each of which takes a second of a processor to start."""
+SHORT, LONG = 3, 20
 """Rounds."""
 
 pytestmark = pytest.mark.parametrize("place_name", USUAL)
@@ -24,6 +25,12 @@ pytestmark = pytest.mark.parametrize("place_name", USUAL)
 
 @pytest.fixture(scope="module")
 def jobs() -> Iterator[Racers]:
+    with racers(FEW) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def many_jobs() -> Iterator[Racers]:
     with racers(MANY) as started:
         yield started
 
@@ -53,28 +60,28 @@ def winners(outcomes: Sequence[CheckpointError | None]) -> list[int]:
     return [number for number, error in enumerate(outcomes) if error is None]
 
 
-def race_to_create(jobs: Racers, run: Place, rounds: int) -> None:
+def race_to_create(jobs: Racers, count: int, run: Place, rounds: int) -> None:
     for step in range(rounds):
         place = run.child(f"step-{step}")
         # In every other round nobody commits before all have found nothing there.
-        order = Order(place, begin_with=MANY, commit_with=MANY if step % 2 else 1)
-        assert winners(jobs.race([order] * MANY)) == [loaded(place)]
+        order = Order(place, begin_with=count, commit_with=count if step % 2 else 1)
+        assert winners(jobs.race([order] * count)) == [loaded(place)]
 
 
 def test_of_many_jobs_that_create_a_checkpoint_at_once_one_wins(jobs: Racers, place: Place) -> None:
-    race_to_create(jobs, place, SHORT)
+    race_to_create(jobs, FEW, place, SHORT)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_of_many_jobs_that_create_a_checkpoint_at_once_one_wins_every_time(
-    jobs: Racers, place: Place
+    many_jobs: Racers, place: Place
 ) -> None:
-    race_to_create(jobs, place, LONG)
+    race_to_create(many_jobs, MANY, place, LONG)
 
 
 def test_of_two_jobs_that_overwrite_a_checkpoint_at_once_one_wins(jobs: Racers, place: Place) -> None:
-    last = MANY - 1
+    last = FEW - 1
     jobs.begin(last, Order(place))
     assert jobs.end(last) is None
     for _ in range(SHORT):

@@ -64,7 +64,7 @@ SUITES: Final = (
         "races",
         "jobs that save to one place at once",
         ("test_race.py",),
-        Asked(writing=480, reading=350),
+        Asked(writing=240, reading=200),
     ),
     Suite(
         "runs",

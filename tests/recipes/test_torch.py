@@ -28,6 +28,7 @@ def test_ddp_on_s3(tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -
     assert_goes_on_after_a_kill(Recipe("ddp.py", ranks=2), new_place("moto", tmp_path, s3_server_named))
 
 
+@pytest.mark.soak
 def test_fsdp2_on_gcs(tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -> None:
     assert_goes_on_after_a_kill(Recipe("fsdp2.py", ranks=2), new_place(GCS, tmp_path, s3_server_named))
 
