@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -11,16 +10,13 @@ import torch.distributed.checkpoint as dcp
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError
-from support.places import USUAL, Place, new_place
+from support.places import Place
 from support.racers import Order, Racers, racers, state_of
-from support.servers import S3Server
 
 FEW, MANY = 6, 16
 """Processes, each of which takes a second of a processor to start."""
 SHORT, LONG = 3, 20
 """Rounds."""
-
-pytestmark = pytest.mark.parametrize("place_name", USUAL)
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +29,6 @@ def jobs() -> Iterator[Racers]:
 def many_jobs() -> Iterator[Racers]:
     with racers(MANY) as started:
         yield started
-
-
-@pytest.fixture
-def place(place_name: str, tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -> Place:
-    return new_place(place_name, tmp_path, s3_server_named)
 
 
 def loaded(place: Place) -> int:

@@ -35,6 +35,8 @@ class Door:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         self._server: asyncio.Server | None = None
+        self.came = 0
+        """How many have come in."""
         self.open()
 
     def open(self) -> None:
@@ -51,6 +53,7 @@ class Door:
         self._loop.close()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.came += 1
         onward, back = await asyncio.open_connection("localhost", self._upstream)
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(_copy(reader, back), _copy(onward, writer))
@@ -92,13 +95,14 @@ def test_a_verdict_is_found_where_the_store_is_away_for_seconds(door: Door) -> N
 
     with ThreadPoolExecutor(RANKS) as pool:
         trials = list(pool.map(join, councils))
+    came = door.came
     for trial in trials:
         trial.watch(lambda: None, 120)
-    time.sleep(1)  # until both listen
+    until(lambda: door.came == came + RANKS)
     door.shut()
     for trial in trials:
         trial.report(None, sound=True)
-    time.sleep(AWAY)
+    time.sleep(AWAY)  # how long it is away is the fault itself
     door.open()
     until(lambda: all(trial.verdict or trial.lost for trial in trials))
     assert [trial.lost for trial in trials] == [None] * RANKS

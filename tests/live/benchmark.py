@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -29,15 +30,12 @@ def arguments() -> ArgumentParser:
 def forms(place: Place) -> Mapping[str, Form]:
     """Both save to fresh names, with options of their own choice but for where the store is."""
     options = {name: value for name, value in place.options.items() if name != "part_size"}
-
-    def at(name: str, form: str) -> Place:
-        return Place(place.name, f"{place.uri}/{form}/{name}", place.server, options)
-
+    ours, stock = (replace(place.child(form), options=options) for form in ("ours", "stock"))
     return {
-        OURS: Form(lambda name: at(name, "ours").writer(), lambda name: at(name, "ours").reader()),
+        OURS: Form(lambda name: ours.child(name).writer(), lambda name: ours.child(name).reader()),
         STOCK: Form(
-            lambda name: at(name, "stock").stock_writer(sync_files=False),
-            lambda name: at(name, "stock").stock_reader(),
+            lambda name: stock.child(name).stock_writer(sync_files=False),
+            lambda name: stock.child(name).stock_reader(),
         ),
     }
 

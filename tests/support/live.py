@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 import boto3
 import fsspec
 
-from support.outsiders import Outsider
+from support.outsiders import Outsider, pending_on_s3
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -126,8 +126,7 @@ class Live(Outsider):
         files.invalidate_cache()
         if files.exists(self._path):
             files.rm(self._path, recursive=True)
-        bucket = self._path.partition("/")[0]
-        prefix = self._path.partition("/")[2]
+        bucket, _, prefix = self._path.partition("/")
         for name, upload in self._uploads():
             self.store.client().abort_multipart_upload(Bucket=bucket, Key=f"{prefix}/{name}", UploadId=upload)
 
@@ -135,10 +134,4 @@ class Live(Outsider):
         if not self.store.is_s3:
             return []  # a folder's are visible files, and GCS lists no sessions
         bucket, _, prefix = self._path.partition("/")
-        pages = (
-            self.store.client()
-            .get_paginator("list_multipart_uploads")
-            .paginate(Bucket=bucket, Prefix=f"{prefix}/")
-        )
-        found = [upload for page in pages for upload in page.get("Uploads", [])]
-        return [(one.get("Key", "").removeprefix(f"{prefix}/"), one.get("UploadId", "")) for one in found]
+        return pending_on_s3(self.store.client(), bucket, f"{prefix}/")

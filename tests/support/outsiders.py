@@ -5,9 +5,13 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.gcs import GCSServer
 from support.servers import S3Server
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 class Outsider(abc.ABC):
@@ -58,6 +62,13 @@ class InFolder(Outsider):
         (self.folder / name).unlink()
 
 
+def pending_on_s3(client: S3Client, bucket: str, prefix: str) -> list[tuple[str, str]]:
+    """Uploads begun and neither completed nor aborted: their names below a prefix, and their ids."""
+    pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+    found = [upload for page in pages for upload in page.get("Uploads", [])]
+    return [(one.get("Key", "").removeprefix(prefix), one.get("UploadId", "")) for one in found]
+
+
 @dataclass(frozen=True, slots=True)
 class OnS3(Outsider):
     """A prefix in a bucket of S3."""
@@ -73,9 +84,7 @@ class OnS3(Outsider):
         return {key.removeprefix(self.prefix) for key in keys}
 
     def pending(self) -> set[str]:
-        pages = self.server.client().get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket)
-        keys = [upload.get("Key", "") for page in pages for upload in page.get("Uploads", [])]
-        return {key.removeprefix(self.prefix) for key in keys if key.startswith(self.prefix)}
+        return {name for name, _ in pending_on_s3(self.server.client(), self.bucket, self.prefix)}
 
     def read(self, name: str) -> bytes:
         return self.server.client().get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()

@@ -50,7 +50,6 @@ class Recipe:
 
     script: str
     ranks: int = 0
-    environment: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     folder: Path = ROOT
     """Where it is started."""
@@ -60,7 +59,7 @@ class Recipe:
         if self.ranks:
             launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
         script = [str(RECIPES / self.script), "--steps", str(steps), *self.arguments]
-        return started([*launch, *script], {**environment_at(place), **self.environment}, self.folder)
+        return started([*launch, *script], environment_at(place), self.folder)
 
     def run(self, place: Place, steps: int) -> Told:
         """Run to the end."""
