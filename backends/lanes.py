@@ -2,8 +2,8 @@
 
 Over a network, requests side by side hide each other's waiting. Where the processor is what limits them they
 have nothing to hide: they take turns at the interpreter's lock, and every turn costs. So while transfers keep
-a processor busy, half as many are tried, and kept to if as many bytes a second are moved; and when they no
-longer do, twice as many.
+a processor busy, half as many are tried, and kept to if as many bytes a second are moved at no more expense;
+and when they no longer do, twice as many.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Lanes:
         self._clock, self._cpu = clock, cpu
         self._taken = 0
         self._changed = threading.Condition()
-        self._before: tuple[int, float] | None = None
-        """Lanes and bytes a second before fewer were tried."""
+        self._before: tuple[int, float, float] | None = None
+        """Lanes, bytes a second and processor time of a byte before fewer were tried."""
         self._rest = 0
         self._next_rest = _REST
         self._changes = 0
@@ -109,11 +109,11 @@ class Lanes:
         """Change the limit by how many bytes a second were moved and how many processors that took."""
         self._rest = max(0, self._rest - 1)
         before, self._before = self._before, None
-        if before is not None and rate < _AS_FAST * before[1]:
+        if before is not None and (rate < _AS_FAST * before[1] or used > before[2] * rate):
             self._limit = before[0]
             self._rest, self._next_rest = self._next_rest, 2 * self._next_rest
         elif used >= _BUSY and self._limit > _LEAST and not self._rest:
-            self._before = (self._limit, rate)
+            self._before = (self._limit, rate, used / rate if rate else 0.0)
             self._limit = max(_LEAST, self._limit // 2)
         elif used < _WAITING and self._limit < self._most:
             self._limit = min(self._most, 2 * self._limit)

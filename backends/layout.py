@@ -12,6 +12,9 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import PartLimits
 
+_MIB = 1 << 20
+_PART_SIZE = 32 * _MIB
+_LONGEST_PART_SIZE = 128 * _MIB
 _FRAMING = 2048
 """Bytes around a tensor's payload, at most; good for an estimate."""
 
@@ -65,7 +68,21 @@ def fitting_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
 
 def usual_part_size(options: Options) -> int:
     """The part size in bytes that ``part_size`` and ``memory_limit`` allow together."""
-    return min(options.part_size, options.memory_limit)
+    return min(options.part_size or _PART_SIZE, options.memory_limit)
+
+
+def longest_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
+    """The part size where a rank sends so many bytes, and the parts need no memory.
+
+    A part costs the processor some 2 ms, whatever its size. But every request in flight should have two of
+    them to send at least, or the others would wait for it in the end. Where parts go one after another it is
+    the usual size: a long one that fails is a long way back.
+    """
+    usual = usual_part_size(options)
+    if options.part_size is not None or limits.in_order:
+        return usual
+    shared_out = nbytes // (2 * options.concurrency) // _MIB * _MIB
+    return max(usual, min(shared_out, _LONGEST_PART_SIZE, options.memory_limit, limits.max_size))
 
 
 def check_part_size(options: Options, limits: PartLimits, uri: str) -> None:
@@ -74,7 +91,8 @@ def check_part_size(options: Options, limits: PartLimits, uri: str) -> None:
     Raises:
         ConfigurationError: says which option to change, and to what.
     """
-    for name, value in (("part_size", options.part_size), ("memory_limit", options.memory_limit)):
+    part_size = options.part_size or usual_part_size(options)
+    for name, value in (("memory_limit", options.memory_limit), ("part_size", part_size)):
         if value < limits.min_size:
             raise ConfigurationError(
                 f"{name}={int(value)} is less than the smallest part that this store takes, "
@@ -82,9 +100,9 @@ def check_part_size(options: Options, limits: PartLimits, uri: str) -> None:
                 uri=uri,
                 hint=f"Set {name} to {limits.min_size} or more",
             )
-    if options.part_size > limits.max_size:
+    if part_size > limits.max_size:
         raise ConfigurationError(
-            f"part_size={int(options.part_size)} is more than the largest part that this store takes, "
+            f"part_size={int(part_size)} is more than the largest part that this store takes, "
             f"{limits.max_size} bytes",
             uri=uri,
             hint="Set part_size to less",

@@ -106,8 +106,8 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
     not encrypted. Whoever has the pickle has the secret.
     """
 
-    part_size: Annotated[ByteSize, Field(ge=1)] = ByteSize(32 * _MIB)
-    """Bytes of one part of a multipart upload."""
+    part_size: Annotated[ByteSize, Field(ge=1)] | None = None
+    """Bytes of one part of a multipart upload; without it, what suits how much there is to send."""
     concurrency: Annotated[int, Field(ge=1)] = 8
     """Requests in flight, a rank."""
     memory_limit: Annotated[ByteSize, Field(ge=_MIB)] = ByteSize(256 * _MIB)

@@ -131,6 +131,12 @@ class Extent:
         """Where reading ends."""
         return self.start + self.size + self.trail
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory that it needs beyond its destination."""
+        own = 0 if self.into is not None else _aligned(self.size)
+        return _aligned(self.lead) + _aligned(self.trail) + own
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -161,10 +167,7 @@ class Request:
     @property
     def buffered(self) -> int:
         """Bytes of memory that the request needs beyond its destinations."""
-        return _aligned(self.widest_gap) + sum(
-            _aligned(e.lead) + _aligned(e.trail) + (_aligned(e.size) if e.into is None else 0)
-            for e in self.extents
-        )
+        return _aligned(self.widest_gap) + sum(extent.held for extent in self.extents)
 
     @property
     def to_device(self) -> bool:
@@ -219,18 +222,27 @@ def _aligned(size: int) -> int:
     return -(-size // 16) * 16
 
 
-def merge(extents: Iterable[Extent], most: int, gap: int = GAP) -> Iterator[Request]:
-    """Group extents of one object into requests of about ``most`` bytes.
+def merge(
+    extents: Iterable[Extent], most: int, gap: int = GAP, longest: Callable[[], int] | None = None
+) -> Iterator[Request]:
+    """Group extents of one object into requests.
 
-    Extents that follow one another within ``gap`` bytes share a request; those that overlap do not.
+    Extents that follow one another within ``gap`` bytes share a request; those that overlap do not. A request
+    has about ``most`` bytes; where they need no memory beyond their destinations, as many as ``longest``
+    says, which is asked anew for each request.
     """
     group: list[Extent] = []
+    held = limit = 0
     for extent in sorted(extents, key=lambda extent: extent.begin):
         if group:
             end = group[-1].end
-            if not (end <= extent.begin <= end + gap and extent.end - group[0].begin <= most):
+            near = end <= extent.begin <= end + gap
+            if not (near and extent.end - group[0].begin <= limit and held + extent.held <= most):
                 yield Request(tuple(group))
                 group = []
+        if not group:
+            held, limit = 0, most if longest is None else longest()
         group.append(extent)
+        held += extent.held
     if group:
         yield Request(tuple(group))

@@ -7,6 +7,7 @@ takes views as they are and gathers only the bytes that lie inside it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -321,3 +322,20 @@ def windows(segments: Iterable[Segment], size: int) -> Iterator[Window]:
                 pieces, filled = [], 0
     if pieces:
         yield Window(offset, tuple(pieces))
+
+
+def part_size_of(segments: Iterable[Segment], usual: int, longest: int) -> tuple[Iterable[Segment], int]:
+    """Return the segments, and ``longest`` where parts of so many bytes need hardly more memory than usual.
+
+    They don't where what comes first are views of the caller's memory. All parts of an object get one size,
+    for not every store takes them otherwise.
+    """
+    taken: list[Segment] = []
+    rest, room, cost = iter(segments), longest, 0
+    while usual < longest and room > 0 and (segment := next(rest, None)) is not None:
+        taken.append(segment)
+        room -= segment.nbytes
+        cost += 0 if segment.borrowed else segment.nbytes
+        if cost > usual // 8:
+            longest = usual
+    return itertools.chain(taken, rest), longest

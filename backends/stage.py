@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -22,7 +22,7 @@ from cloudckpt.backends.devices import await_caller
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.options import Options
-from cloudckpt.backends.segments import Segment
+from cloudckpt.backends.segments import Segment, part_size_of
 from cloudckpt.backends.store import ObjectStore
 
 
@@ -43,9 +43,19 @@ class PlannedObject:
     name: str
     part_size: int
     """Bytes."""
+    longest_part_size: int
+    """Bytes, where parts need no memory."""
     _items: Sequence[WriteItem]
     _planner: SavePlanner
     _laid: list[_Laid] = field(default_factory=list)
+
+    def to_send(self) -> tuple[Iterable[Segment], int]:
+        """The bytes of all items, end to end, and the size of parts to send them in.
+
+        Raises:
+            ConfigurationError: one of the first items can't be saved; taking segments raises it for others.
+        """
+        return part_size_of(self.segments(), self.part_size, self.longest_part_size)
 
     def segments(self) -> Iterator[Segment]:
         """The bytes of all items, end to end.
@@ -82,11 +92,13 @@ def laid_out(
     call = uuid.uuid4().hex
     # Every object costs requests to begin and to complete.
     most = options.concurrency if store.wants_several_objects else 1
+    longest = layout.longest_part_size(sum(map(layout.estimated_size, items)), options, store.part_limits)
     buckets = layout.distribute(items, layout.usual_part_size(options), most)
     return [
         PlannedObject(
             f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",
-            layout.part_size_for(bucket, options, store.part_limits),
+            usual := layout.part_size_for(bucket, options, store.part_limits),
+            max(usual, longest),
             bucket,
             planner,
         )

@@ -9,7 +9,7 @@ a part lives only until the part is sent.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class Uploader:
         self.unconfirmed: set[str] = set()
         """Objects whose upload may have been begun without an answer."""
 
-    def send(self, objects: Mapping[str, tuple[Iterator[Segment], int]]) -> list[Sent]:
+    def send(self, objects: Mapping[str, tuple[Iterable[Segment], int]]) -> list[Sent]:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
 
         Raises:
@@ -133,7 +133,7 @@ class Uploader:
         self,
         pool: ThreadPoolExecutor,
         sending: Sequence[_Sending],
-        objects: Sequence[tuple[Iterator[Segment], int]],
+        objects: Sequence[tuple[Iterable[Segment], int]],
     ) -> None:
         """Hand out the parts of all objects by turns: those of one may have to go one after another."""
         cut = [windows(_padded(segments, self._multiple), part_size) for segments, part_size in objects]
@@ -215,7 +215,7 @@ class Uploader:
             return part, tally.finish()
 
 
-def _padded(segments: Iterator[Segment], multiple: int) -> Iterator[Segment]:
+def _padded(segments: Iterable[Segment], multiple: int) -> Iterator[Segment]:
     """The segments, and zeros after them up to a multiple of so many bytes.
 
     A store that takes its bytes in multiples could keep the rest of an object only with whoever ends it.

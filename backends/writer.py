@@ -278,7 +278,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         options, store = self._target.options, self._opened()
         self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
         objects = stage.laid_out(plan.items, planner, self._rank, options, store)
-        sent = self._uploader.send({one.name: (one.segments(), one.part_size) for one in objects})
+        sent = self._uploader.send({one.name: one.to_send() for one in objects})
         for one, its in zip(objects, sent, strict=True):
             results += one.results(self._uploader.algorithm, its.fragments)
         return [its.staged for its in sent]

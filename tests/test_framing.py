@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.backends.framing import encode_bytes, encode_tensor
-from cloudckpt.backends.segments import Gathered, View, windows
+from cloudckpt.backends.segments import Gathered, Segment, View, part_size_of, windows
 
 BASE = torch.arange(7 * 12 * 5, dtype=torch.float32).reshape(7, 12, 5)
 TENSORS = {
@@ -127,3 +128,34 @@ def test_a_window_on_a_scattered_tensor_gathers_exactly_its_bytes(start: int, le
     gathered = Gathered(tensor)
     scratch = memoryview(bytearray(gathered.gathered(start, stop)))
     assert bytes(gathered.window(start, stop, scratch)) == whole[start:stop]
+
+
+def _value(nbytes: int) -> View:
+    return View(memoryview(bytes(nbytes)), borrowed=False)
+
+
+@pytest.mark.parametrize(
+    ("first", "size"),
+    [
+        ([View(memoryview(bytes(500)))], 400),  # the caller's own memory
+        ([_value(10), View(memoryview(bytes(500))), _value(2)], 400),  # with framing
+        ([_value(13), View(memoryview(bytes(500)))], 100),  # values that are held
+        ([Gathered(torch.empty(500, dtype=torch.uint8))], 100),
+        ([View(memoryview(bytes(200))), Gathered(torch.empty(500, dtype=torch.uint8))], 100),
+        ([View(memoryview(bytes(400))), Gathered(torch.empty(500, dtype=torch.uint8))], 400),  # seen too late
+        ([], 400),
+    ],
+)
+def test_parts_are_longer_only_where_they_need_no_memory(first: list[Segment], size: int) -> None:
+    segments, chosen = part_size_of(iter(first), 100, 400)
+    assert chosen == size
+    assert list(segments) == first
+
+
+def test_no_more_is_taken_than_tells_the_size_of_parts() -> None:
+    def made() -> Iterator[Segment]:
+        yield _value(50)
+        pytest.fail("a value was made before the one ahead of it was sent")
+
+    _, chosen = part_size_of(made(), 100, 400)
+    assert chosen == 100

@@ -84,6 +84,16 @@ def test_fewer_are_given_up_where_that_is_slower_and_tried_ever_more_rarely() ->
     assert min(limits) == 4
 
 
+def test_fewer_are_given_up_where_they_cost_more_of_the_processor() -> None:
+    link = _Link(8, _fast, lambda limit: _busy(limit) * (1.0 if limit == 8 else 1.2))
+    limits: list[int] = []
+    for _ in range(1000):
+        link.transfer(1)
+        limits.append(link.lanes.limit)
+    assert limits[-1] == 8 and min(limits) == 4
+    assert limits.count(4) < len(limits) / 20
+
+
 def test_there_are_more_again_when_the_processor_has_time() -> None:
     link = _Link(8, _fast, _busy)
     link.transfer(100)

@@ -114,6 +114,26 @@ def test_small_neighbours_share_a_request_and_a_large_gap_parts_them() -> None:
     assert [len(request.extents) for request in merge(extents, 1 << 20, 64)] == [3, 1]
 
 
+@pytest.mark.parametrize("straight", [True, False])
+def test_a_request_is_longer_only_where_its_bytes_need_no_memory(straight: bool) -> None:
+    own = {"into": memoryview(bytearray(64))} if straight else {"deliver": lambda _: None}
+    extents = [Extent(at * 64, 64, lambda: None, **own) for at in range(32)]
+    sizes = [request.size for request in merge(extents, 256, longest=lambda: 1024)]
+    assert sizes == ([1024] * 2 if straight else [256] * 8)
+
+
+@given(kinds=st.lists(st.tuples(st.booleans(), st.integers(1, 100), st.integers(0, 9)), max_size=60))
+def test_no_request_needs_more_memory_for_being_longer(kinds: list[tuple[bool, int, int]]) -> None:
+    extents, at = [], 0
+    for straight, size, lead in kinds:
+        into = memoryview(bytearray(size)) if straight else None
+        extents.append(Extent(at + lead, size, lambda: None, into=into, lead=lead))
+        at += lead + size
+    for request in merge(extents, 200, longest=lambda: 1000):
+        assert request.size <= 1000
+        assert request.buffered <= 200
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (3, 0), (2, 3, 4), (1, 5, 1)])
 def test_row_major_strides_are_torch_s(shape: tuple[int, ...]) -> None:
     assert strides.row_major(shape) == torch.empty(shape).stride()

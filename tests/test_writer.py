@@ -17,8 +17,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 import cloudckpt
+from cloudckpt.backends import download, layout
 from cloudckpt.backends.errors import CheckpointError
-from cloudckpt.backends.layout import distribute, part_size_for
+from cloudckpt.backends.download import Downloader
+from cloudckpt.backends.layout import distribute, longest_part_size, part_size_for
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
@@ -292,6 +294,63 @@ def test_a_huge_object_gets_parts_that_fit_the_store() -> None:
     options = Target.parse("memory://x", part_size=100).options
     assert part_size_for(items, options, PartLimits(max_count=10)) * 10 >= 4 << 20
     assert part_size_for(items, options, PartLimits(max_count=1 << 20)) == 100
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "options", "limits", "mib"),
+    [
+        (1 << 28, {}, PartLimits(), 32),
+        (1 << 30, {}, PartLimits(), 64),  # of 8 requests in flight, each has two
+        (1 << 40, {}, PartLimits(), 128),
+        (1 << 40, {"memory_limit": "48MiB"}, PartLimits(), 48),
+        (1 << 40, {"part_size": "8MiB"}, PartLimits(), 8),
+        (1 << 40, {}, PartLimits(max_size=100 << 20), 100),
+        (1 << 40, {}, PartLimits(in_order=True), 32),
+    ],
+)
+def test_parts_that_need_no_memory_grow_with_what_there_is_to_send(
+    nbytes: int, options: dict[str, Any], limits: PartLimits, mib: int
+) -> None:
+    given = Target.parse("memory://x", **options).options
+    assert longest_part_size(nbytes, given, limits) == mib << 20
+
+
+def test_a_large_save_has_long_parts_of_one_size_and_a_load_long_ranges_first(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In kibibytes here: what counts is the ratio of what there is to send to what is in flight."""
+    for name, size in (("_MIB", 1 << 10), ("_PART_SIZE", 32 << 10), ("_LONGEST_PART_SIZE", 128 << 10)):
+        monkeypatch.setattr(layout, name, size)
+    monkeypatch.setattr(download, "_LONGEST_READ", 128 << 10)
+    monkeypatch.setattr(Downloader.__init__, "__defaults__", (32 << 10,))
+    parts, ranges = _sizes(monkeypatch, "upload_part"), _sizes(monkeypatch, "read_into")
+    state = {f"t{i}": torch.full((1 << 13,), float(i)) for i in range(64)}  # 2 MiB
+    save(state, uri)
+    assert set(sorted(parts)[1:]) == {128 << 10}
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    dcp.load(loaded, storage_reader=cloudckpt.StorageReader(uri, concurrency=4))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    assert len(ranges) < 64 / 2 and max(ranges) <= 128 << 10
+    assert sum(size < 64 << 10 for size in ranges) >= 4, "the last are short: none is waited for in the end"
+    parts.clear()
+    save(state, uri, overwrite=True, part_size=1 << 16)
+    assert set(sorted(parts)[1:]) == {1 << 16}, "as the option says"
+    parts.clear()
+    save({name: tensor.reshape(64, -1).t() for name, tensor in state.items()} | {"v": b"x" * 9999}, uri + "0")
+    assert set(sorted(parts)[1:]) == {32 << 10}, "the value is held until its part is sent"
+
+
+def _sizes(monkeypatch: pytest.MonkeyPatch, method: str) -> list[int]:
+    """Note how many bytes each call of a store's method is given the buffers of, in the order of places."""
+    act, found = getattr(MemoryStore, method), list[int]()
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        (buffers,) = (one for one in arguments if isinstance(one, list))
+        found.append(sum(buffer.nbytes for buffer in buffers))
+        return act(*arguments, **keywords)
+
+    monkeypatch.setattr(MemoryStore, method, noting)
+    return found
 
 
 def test_items_spread_over_objects_of_equal_size_and_values_come_first() -> None:

@@ -116,7 +116,7 @@ class Putting:
 
     def _part_size(self, one: Planned) -> int:
         limits = self.store.part_limits
-        usual = min(self.options.part_size, self.memory_limit)
+        usual = min(layout.usual_part_size(self.options), self.memory_limit)
         least = max(usual, limits.min_size, math.ceil(one.size / limits.max_count))
         return math.ceil(least / limits.multiple) * limits.multiple
 
