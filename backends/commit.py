@@ -12,10 +12,9 @@ import enum
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
@@ -32,11 +31,11 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.upload import StagedObject
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 _ASKED_ONE_BY_ONE = 64
 """Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""
 _DATA = re.compile(r"[\w.-]+" + re.escape(md.DATA_SUFFIX))
@@ -113,7 +112,7 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     """
     one_by_one = len(staged) <= _ASKED_ONE_BY_ONE
     tasks = [functools.partial(_complete, store, one, confirm=one_by_one) for one in staged]
-    visible = {info.name: info for info in _all(tasks, concurrency)}
+    visible = {info.name: info for info in run_all(tasks, concurrency)}
     if not one_by_one:
         listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
         for one in staged:
@@ -173,9 +172,9 @@ def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: in
     What can't be removed is logged, for the failure that led here matters more.
     """
     aborts = [functools.partial(store.abort_upload, one.upload) for one in staged]
-    outcomes = _side_by_side(aborts, concurrency)
+    outcomes = outcomes_of(aborts, concurrency)
     if staged:
-        outcomes += _side_by_side([functools.partial(store.delete, [s.upload.name for s in staged])], 1)
+        outcomes += outcomes_of([functools.partial(store.delete, [s.upload.name for s in staged])], 1)
     for error in outcomes:
         if isinstance(error, BaseException):
             _log.warning("a failed save could not be cleaned up, gc will: %s", error)
@@ -191,11 +190,11 @@ def abandon(
     Raises:
         StorageError: the store could not abort or list.
     """
-    _all([functools.partial(store.abort_upload, upload) for upload in begun], concurrency)
+    run_all([functools.partial(store.abort_upload, upload) for upload in begun], concurrency)
     lost = frozenset(unknown)
     if lost:
         found = [p.upload for p in store.pending_uploads(prefix) if p.upload.name in lost]
-        _all([functools.partial(store.abort_upload, upload) for upload in found], concurrency)
+        run_all([functools.partial(store.abort_upload, upload) for upload in found], concurrency)
 
 
 class _Outcome(enum.Enum):
@@ -375,23 +374,3 @@ def _say_unconditional(place: str) -> None:
         "would not notice each other",
         place,
     )
-
-
-def _all(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T]:
-    """Run all tasks to their end; results in order, or the first one's exception."""
-    results: list[_T] = []
-    for outcome in _side_by_side(tasks, concurrency):
-        if isinstance(outcome, BaseException):
-            raise outcome
-        results.append(outcome)
-    return results
-
-
-def _side_by_side(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T | BaseException]:
-    """Run all tasks to their end, whatever becomes of the others; results or exceptions in order."""
-    if not tasks:
-        return []
-    with ThreadPoolExecutor(min(concurrency, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
-        futures = [pool.submit(task) for task in tasks]
-        wait(futures)
-    return [future.exception() or future.result() for future in futures]
