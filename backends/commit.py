@@ -31,13 +31,18 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.lanes import Lanes, lanes
+from cloudckpt.backends.options import Options
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
+from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.upload import StagedObject
 
 _log = logging.getLogger(__name__)
 _ASKED_ONE_BY_ONE = 64
 """Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""
+_COMPLETED_AT_FIRST = 8
+"""Uploads side by side, until it turns out that they wait."""
 _DATA = re.compile(r"[\w.-]+" + re.escape(md.DATA_SUFFIX))
 """Data objects as DCP writers name them, stock ones and ours."""
 
@@ -104,6 +109,11 @@ def committed(store: ObjectStore, name: str, missing: str, hint: str = "Check th
         raise CheckpointNotFoundError(missing, uri=store.uri, object_name=name, hint=hint) from error
 
 
+def at_once(options: Options, ranks: int) -> int:
+    """Requests without a body that the coordinator may have in flight for so many ranks."""
+    return max(options.concurrency, min(ON_BEHALF, options.concurrency * ranks))
+
+
 def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int) -> dict[str, ObjectInfo]:
     """Complete every upload and check every object's size; returns what is visible now, by name.
 
@@ -111,7 +121,8 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
         CommitError: an upload could not be completed, or an object is not as long as what was sent.
     """
     one_by_one = len(staged) <= _ASKED_ONE_BY_ONE
-    tasks = [functools.partial(_complete, store, one, confirm=one_by_one) for one in staged]
+    held = lanes(store.uri, "commit", concurrency, _COMPLETED_AT_FIRST)
+    tasks = [functools.partial(_complete, store, held, one, confirm=one_by_one) for one in staged]
     visible = {info.name: info for info in run_all(tasks, concurrency)}
     if not one_by_one:
         listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
@@ -120,9 +131,10 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     return visible
 
 
-def _complete(store: ObjectStore, one: StagedObject, *, confirm: bool) -> ObjectInfo:
+def _complete(store: ObjectStore, held: Lanes, one: StagedObject, *, confirm: bool) -> ObjectInfo:
     try:
-        info = store.complete_upload(one.upload, one.parts, confirm=confirm)
+        with held.taken(1):
+            info = store.complete_upload(one.upload, one.parts, confirm=confirm)
     except CheckpointError as error:
         raise _not_whole(store, one, f"an upload could not be completed: {error.message}") from error
     check_stored(store, one, info)

@@ -20,7 +20,7 @@ _B = TypeVar("_B")
 
 LARGEST_READ = 32 << 20
 _LONGEST_READ = 128 << 20
-"""Bytes of a request whose bytes go straight to where they stay. Each request costs the processor some 2 ms."""
+"""Bytes of a request that go straight to where they stay. Each request costs the processor some 2 ms."""
 
 PassOn = Callable[[Sequence[Arrival]], None]
 """Takes what a request has read, where it landed."""

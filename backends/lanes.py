@@ -33,21 +33,25 @@ nothing must stand still because others do."""
 _REST: Final = 8
 """Measurements until fewer are tried again when that was slower; twice as many each time."""
 
-Way = Literal["up", "down"]
+Way = Literal["up", "down", "commit"]
 
 
 class Lanes:
-    """The lanes of all transfers of one process in one direction, to or from one place."""
+    """The lanes of all transfers of one process in one direction, to or from one place.
+
+    A commit counts objects for bytes. ``start`` is how many there are at first, instead of ``most``.
+    """
 
     def __init__(
         self,
         most: int,
+        start: int | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
         cpu: Callable[[], float] = time.thread_time,
     ) -> None:
         self._most = most
-        self._limit = most
+        self._limit = most if start is None else min(most, start)
         self._clock, self._cpu = clock, cpu
         self._taken = 0
         self._changed = threading.Condition()
@@ -119,13 +123,13 @@ class Lanes:
             self._limit = min(self._most, 2 * self._limit)
 
 
-def lanes(uri: str, way: Way, most: int) -> Lanes:
+def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
     """Return the lanes to or from the bucket of a URI, which know what was found out before."""
     parts = urlsplit(uri)
-    return _lanes(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, most)
+    return _lanes(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, most, start)
 
 
 @functools.lru_cache(maxsize=16)
-def _lanes(process: int, place: str, way: Way, most: int) -> Lanes:
+def _lanes(process: int, place: str, way: Way, most: int, start: int | None) -> Lanes:
     del process, place, way  # a process that was forked has none of its parent's transfers
-    return Lanes(most)
+    return Lanes(most, start)

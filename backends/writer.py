@@ -203,7 +203,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 _raise_failures(reports)
                 stored = _stored(metadata, items, store.uri)
                 del items  # the collector would go over it during the requests
-                objects = commit.publish(store, staged, self._target.options.concurrency)
+                objects = commit.publish(store, staged, commit.at_once(self._target.options, len(reports)))
                 data = self._described(metadata, stored, objects)
                 if self._marker is not None:
                     self._marker.check()

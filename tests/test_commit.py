@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +23,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UncertainCommitError,
 )
+from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import (
     Capabilities,
     Condition,
@@ -255,6 +258,39 @@ def staged(store: ObjectStore, name: str, data: bytes) -> StagedObject:
 def test_publish_makes_every_object_visible_and_reports_its_size(store: Unreliable) -> None:
     objects = commit.publish(store, [staged(store, f"o{i}", b"x" * i) for i in range(1, 4)], 2)
     assert {name: info.size for name, info in objects.items()} == {"o1": 1, "o2": 2, "o3": 3}
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "ranks", "most"), [(8, 1, 8), (2, 3, 6), (8, 4096, 64), (100, 9, 100)]
+)
+def test_the_coordinator_has_as_many_requests_as_the_ranks_could_have(
+    concurrency: int, ranks: int, most: int
+) -> None:
+    assert commit.at_once(Options.model_validate({"concurrency": concurrency}), ranks) == most
+
+
+class Slow(MemoryStore):
+    """A memory store that takes its time to complete an upload, and notes how many it has at hand at most."""
+
+    _lock = threading.Lock()
+    now = most = 0
+
+    def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.05)
+        with self._lock:
+            self.now -= 1
+        return super().complete_upload(upload, parts, confirm=confirm)
+
+
+@pytest.mark.parametrize("allowed", [3, 64])
+def test_more_uploads_are_completed_at_once_where_they_wait_but_no_more_than_allowed(allowed: int) -> None:
+    store = Slow(Target.parse(f"memory://commit-{uuid.uuid4().hex}"))
+    ours = [staged(store, f"__{i}_0.distcp", b"abc") for i in range(3 * allowed)]
+    assert len(commit.publish(store, ours, allowed)) == 3 * allowed
+    assert (store.most <= 3) if allowed == 3 else (16 <= store.most <= 64)
 
 
 class Shrinking(MemoryStore):

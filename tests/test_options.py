@@ -56,7 +56,9 @@ def test_keywords_win_over_the_query_and_the_query_over_the_environment(
 
 
 def test_a_keyword_of_none_is_not_given() -> None:
-    options = Target.parse("s3://bucket/x?region=there", region=None, part_size=None, concurrency=None).options
+    options = Target.parse(
+        "s3://bucket/x?region=there", region=None, part_size=None, concurrency=None
+    ).options
     assert (options.region, options.part_size, options.concurrency) == ("there", None, 8)
 
 

@@ -116,8 +116,8 @@ def test_small_neighbours_share_a_request_and_a_large_gap_parts_them() -> None:
 
 @pytest.mark.parametrize("straight", [True, False])
 def test_a_request_is_longer_only_where_its_bytes_need_no_memory(straight: bool) -> None:
-    own = {"into": memoryview(bytearray(64))} if straight else {"deliver": lambda _: None}
-    extents = [Extent(at * 64, 64, lambda: None, **own) for at in range(32)]
+    into = memoryview(bytearray(64)) if straight else None
+    extents = [Extent(at * 64, 64, lambda: None, into) for at in range(32)]
     sizes = [request.size for request in merge(extents, 256, longest=lambda: 1024)]
     assert sizes == ([1024] * 2 if straight else [256] * 8)
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 import cloudckpt
 from cloudckpt.backends import download, layout
-from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.download import Downloader
+from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.layout import distribute, longest_part_size, part_size_for
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store

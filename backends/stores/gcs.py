@@ -248,7 +248,7 @@ class GCSStore(ObjectStore):
 
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         del confirm  # the answer says all there is to know
-        document = self._ask(Session(upload.upload_id).ending(parts), upload.name)
+        document = self._ask(Session(upload.upload_id).ending(parts), upload.name, on_behalf=True)
         return self._info(document)
 
     def abort_upload(self, upload: Upload) -> None:
@@ -313,17 +313,19 @@ class GCSStore(ObjectStore):
                 self._held = (os.getpid(), Client(self._target))
             return self._held[1]
 
-    def _ask(self, act: Callable[[Client], _T], name: str | None = None) -> _T:
+    def _ask(self, act: Callable[[Client], _T], name: str | None = None, *, on_behalf: bool = False) -> _T:
         with explained(self._target, self._target.options.endpoint_url or "GCS", name):
             client = self._client()
         with explained(self._target, client.endpoint, name):
-            return self._outcome(client, act).result()
+            return self._outcome(client, act, on_behalf=on_behalf).result()
 
-    def _outcome(self, client: Client, act: Callable[[Client], _T]) -> Outcome[_T]:
+    def _outcome(
+        self, client: Client, act: Callable[[Client], _T], *, on_behalf: bool = False
+    ) -> Outcome[_T]:
         options = self._target.options
         retries = Retries(
             judge,
-            client.pace,
+            client.paces.on_behalf if on_behalf else client.paces.transfers,
             f"{client.endpoint}/{self._bucket}",
             retries=options.retries,
             seconds=max(_LEAST_SECONDS, options.timeout * _TIMEOUTS),

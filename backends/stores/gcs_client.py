@@ -25,7 +25,7 @@ from google.auth.transport.requests import Request
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.gcs_errors import RefusedError
-from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
@@ -47,7 +47,7 @@ class Client:
         options = target.options
         self.fs: Any = _file_system(options)
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
-        self.pace = Pace(options.concurrency)
+        self.paces = Paces.of(options.concurrency)
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays
@@ -160,7 +160,7 @@ def _pool(process: int, endpoint: str, concurrency: int, timeout: float) -> urll
     del process  # a process that was forked must not use its parent's
     parts = urlsplit(endpoint)
     settings: dict[str, Any] = {
-        "maxsize": concurrency + 2,
+        "maxsize": max(concurrency, ON_BEHALF) + 2,
         "blocksize": _ASKED,
         "retries": False,
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),

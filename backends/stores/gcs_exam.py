@@ -119,7 +119,7 @@ class GCSExam:
 
         options = self._target.options
         place = f"{client.endpoint}/{self._target.bucket}"
-        retries = Retries(judge, client.pace, place, retries=options.retries, seconds=_SECONDS)
+        retries = Retries(judge, client.paces.transfers, place, retries=options.retries, seconds=_SECONDS)
         return retries.outcome(ask, renew=client.renew)
 
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
+ON_BEHALF: Final = 64
+"""Requests without a body that a process may have in flight where it acts for many ranks, each of which could
+have its own: a store takes a tenth of a second or more to complete an upload, and most of that is waiting."""
 _ROUNDS: Final = 8
 """Times that as many requests as are allowed must succeed before one more is."""
 
@@ -62,3 +66,17 @@ class Pace:
         with self._changed:
             self._limit = min(float(self._most), self._limit + 1 / (_ROUNDS * self._limit))
             self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class Paces:
+    """The limits of one store in one process, by the kind of request."""
+
+    transfers: Pace
+    on_behalf: Pace
+    """Of requests that one process makes for many ranks."""
+
+    @classmethod
+    def of(cls, concurrency: int) -> Paces:
+        """Those of a rank that may have so many requests in flight."""
+        return cls(Pace(concurrency), Pace(max(concurrency, ON_BEHALF)))

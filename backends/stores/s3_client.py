@@ -27,7 +27,7 @@ from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
-from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -44,8 +44,8 @@ _AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 class Clients:
     """What one process talks to S3 with. Each client may be used from several threads."""
 
-    def __init__(self, target: Target, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, target: Target, paces: Paces) -> None:
+        self.paces = paces
         self.fs: Any = _file_system(target.options)
         if unknown := sorted(self.fs.kwargs.keys() - {"profile"}):
             message = f"s3fs knows no {', '.join(unknown)} in storage_options"
@@ -69,7 +69,9 @@ class Clients:
             if self._patient is None:
                 given = self.fs.config_kwargs
                 seconds = given["read_timeout"] and given["read_timeout"] * _PATIENCE
-                self._patient = _client(self._session, self.fs, {**given, "read_timeout": seconds})
+                connections = max(given["max_pool_connections"], ON_BEHALF)
+                own = {"read_timeout": seconds, "max_pool_connections": connections}
+                self._patient = _client(self._session, self.fs, {**given, **own})
             return self._patient
 
     @property

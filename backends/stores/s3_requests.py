@@ -53,7 +53,7 @@ class Requests:
         options, used = self._target.options, self._shared.get()
         retries = Retries(
             judge,
-            used.pace,
+            used.paces.on_behalf if patient else used.paces.transfers,
             f"{used.endpoint}/{self._target.bucket}",
             retries=options.retries,
             seconds=max(_LEAST_SECONDS, options.timeout * (_PATIENT_TIMEOUTS if patient else _TIMEOUTS)),

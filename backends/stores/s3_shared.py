@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from cloudckpt.backends.options import Options
-from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.target import Target
 
@@ -76,8 +76,8 @@ def _shared(target: Target, instead_of: Clients | None = None) -> Clients:
             if one.options == target.options and one.surroundings == surroundings:
                 _kept.append(_kept.pop(place))
                 return one.clients
-        pace = instead_of.pace if instead_of is not None else Pace(target.options.concurrency)
-        clients = Clients(target, pace)
+        paces = instead_of.paces if instead_of is not None else Paces.of(target.options.concurrency)
+        clients = Clients(target, paces)
         _kept.append(_Kept(target.options, surroundings, clients))
         del _kept[:-_KEPT]
         return clients

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bench.endpoint import served
+from bench.growth import reached
 from cloudckpt.backends.checksum import ALGORITHMS
 from cloudckpt.backends.errors import (
     IntegrityError,
     StorageError,
     UnansweredError,
 )
+from cloudckpt.backends.store import Part, Upload
+from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.target import Target
 from support.buckets import (
     PART,
     Bucket,
@@ -158,3 +165,22 @@ def test_a_store_that_has_other_bytes_than_were_sent_is_found_out_and_the_object
         complete()
     assert (caught.value.uri, caught.value.object_name) == (store.uri, "name")
     assert bucket.found() is None
+
+
+def test_many_ranks_uploads_are_completed_at_once_on_connections_that_stay(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The coordinator has more requests in flight than a rank: see ``commit.at_once``."""
+    with served() as endpoint:
+        target = Target.parse(f"s3://{endpoint.server.new_bucket()}/run", **reached(endpoint.server))
+        with S3Store(target) as store, ThreadPoolExecutor(ON_BEHALF) as pool:
+            uploads = [store.begin_upload(f"name-{at}") for at in range(ON_BEHALF)]
+            parts = [store.upload_part(one, 1, 0, [memoryview(b"abc")]) for one in uploads]
+            together = threading.Barrier(ON_BEHALF)
+
+            def complete(upload: Upload, part: Part) -> int:
+                together.wait(60)
+                return store.complete_upload(upload, [part], confirm=False).size
+
+            assert set(pool.map(complete, uploads, parts)) == {3}
+    assert "pool is full" not in caplog.text
