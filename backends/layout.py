@@ -75,11 +75,11 @@ def longest_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
     """The part size where a rank sends so many bytes, and the parts need no memory.
 
     A part costs the processor some 2 ms, whatever its size. But every request in flight should have two of
-    them to send at least, or the others would wait for it in the end. Where parts go one after another it is
-    the usual size: a long one that fails is a long way back.
+    them to send at least, or the others would wait for it in the end. It is the usual size for a store that
+    copies a part, or takes them one after another, where a long one that fails is a long way back.
     """
     usual = usual_part_size(options)
-    if options.part_size is not None or limits.in_order:
+    if options.part_size is not None or not limits.in_place:
         return usual
     shared_out = nbytes // (2 * options.concurrency) // _MIB * _MIB
     return max(usual, min(shared_out, _LONGEST_PART_SIZE, options.memory_limit, limits.max_size))

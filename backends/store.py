@@ -53,6 +53,8 @@ class PartLimits:
     """Every part but the last has a multiple of so many bytes."""
     in_order: bool = False
     """Parts of one upload go one after another, in order; uploads may be as many as one likes."""
+    in_place: bool = False
+    """Parts go out from the very buffers, side by side: long ones need no more memory than short ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -296,16 +296,19 @@ def test_a_huge_object_gets_parts_that_fit_the_store() -> None:
     assert part_size_for(items, options, PartLimits(max_count=1 << 20)) == 100
 
 
+_IN_PLACE = PartLimits(in_place=True)
+
+
 @pytest.mark.parametrize(
     ("nbytes", "options", "limits", "mib"),
     [
-        (1 << 28, {}, PartLimits(), 32),
-        (1 << 30, {}, PartLimits(), 64),  # of 8 requests in flight, each has two
-        (1 << 40, {}, PartLimits(), 128),
-        (1 << 40, {"memory_limit": "48MiB"}, PartLimits(), 48),
-        (1 << 40, {"part_size": "8MiB"}, PartLimits(), 8),
-        (1 << 40, {}, PartLimits(max_size=100 << 20), 100),
-        (1 << 40, {}, PartLimits(in_order=True), 32),
+        (1 << 28, {}, _IN_PLACE, 32),
+        (1 << 30, {}, _IN_PLACE, 64),  # of 8 requests in flight, each has two
+        (1 << 40, {}, _IN_PLACE, 128),
+        (1 << 40, {"memory_limit": "48MiB"}, _IN_PLACE, 48),
+        (1 << 40, {"part_size": "8MiB"}, _IN_PLACE, 8),
+        (1 << 40, {}, PartLimits(max_size=100 << 20, in_place=True), 100),
+        (1 << 40, {}, PartLimits(), 32),
     ],
 )
 def test_parts_that_need_no_memory_grow_with_what_there_is_to_send(
@@ -323,6 +326,7 @@ def test_a_large_save_has_long_parts_of_one_size_and_a_load_long_ranges_first(
         monkeypatch.setattr(layout, name, size)
     monkeypatch.setattr(download, "_LONGEST_READ", 128 << 10)
     monkeypatch.setattr(Downloader.__init__, "__defaults__", (32 << 10,))
+    monkeypatch.setattr(MemoryStore, "part_limits", _IN_PLACE)
     parts, ranges = _sizes(monkeypatch, "upload_part"), _sizes(monkeypatch, "read_into")
     state = {f"t{i}": torch.full((1 << 13,), float(i)) for i in range(64)}  # 2 MiB
     save(state, uri)
@@ -338,6 +342,10 @@ def test_a_large_save_has_long_parts_of_one_size_and_a_load_long_ranges_first(
     parts.clear()
     save({name: tensor.reshape(64, -1).t() for name, tensor in state.items()} | {"v": b"x" * 9999}, uri + "0")
     assert set(sorted(parts)[1:]) == {32 << 10}, "the value is held until its part is sent"
+    parts.clear()
+    monkeypatch.setattr(MemoryStore, "part_limits", PartLimits())
+    save(state, uri, overwrite=True)
+    assert set(sorted(parts)[1:]) == {32 << 10}, "the store copies each part"
 
 
 def _sizes(monkeypatch: pytest.MonkeyPatch, method: str) -> list[int]:

@@ -82,7 +82,7 @@ class S3Store(ObjectStore):
 
     @property
     def part_limits(self) -> PartLimits:
-        return PartLimits(_MIN_PART, _MAX_PART, _MAX_PARTS)
+        return PartLimits(_MIN_PART, _MAX_PART, _MAX_PARTS, in_place=True)
 
     @property
     def part_checksum(self) -> str | None:

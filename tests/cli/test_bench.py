@@ -64,7 +64,11 @@ def test_nothing_is_advised_by_one_round() -> None:
 
 @pytest.mark.parametrize(
     "limits",
-    [PartLimits(), PartLimits(5 * MIB, 5 << 30), PartLimits(256 << 10, multiple=256 << 10, in_order=True)],
+    [
+        PartLimits(),
+        PartLimits(5 * MIB, 5 << 30, in_place=True),
+        PartLimits(256 << 10, multiple=256 << 10, in_order=True),
+    ],
 )
 @pytest.mark.parametrize("size", [1, MIB, 100 * MIB + 1, 10 << 30])
 def test_a_plan_keeps_to_what_the_store_takes_and_begins_with_the_present(
@@ -72,7 +76,7 @@ def test_a_plan_keeps_to_what_the_store_takes_and_begins_with_the_present(
 ) -> None:
     options = Options.model_validate({"concurrency": 6, "memory_limit": 48 * MIB})
     plan = plan_for(options, limits, size)
-    part_size = 48 * MIB if size > 1 << 30 and not limits.in_order else 32 * MIB  # as in a save of so much
+    part_size = 48 * MIB if size > 1 << 30 and limits.in_place else 32 * MIB  # as in a save of so much
     assert plan.up[0] == plan.down[0] == plan.present == Setting(part_size, 6)
     assert len(set(plan.up)) == len(plan.up) <= 9 and len(set(plan.down)) == len(plan.down) <= 6
     for setting in plan.up:
