@@ -11,12 +11,16 @@ from cloudckpt.backends.ranges import Arrival
 
 @dataclass(slots=True)
 class _Piece:
-    """Bytes ``start`` to ``stop`` of a request, which lie in one chunk and in one buffer."""
+    """Bytes ``start`` to ``stop`` of a request, which lie in one buffer and in chunks of one size."""
 
     start: int
     stop: int
     memory: memoryview
-    chunk: int
+    origin: int
+    """Where the first of these chunks begins in the request."""
+    size: int
+    first: int
+    """The number of that chunk among all of the request."""
     of: Callable[..., int]
 
 
@@ -37,20 +41,20 @@ class Checking:
 
     def _cut(self, expected: Expected, arrival: Arrival) -> None:
         start, of = arrival.start, expected.checks.algorithm.of
-        ends = (arrival.start + chunk.stop - expected.chunks[0].start for chunk in expected.chunks)
-        end = next(ends)
+        shift = start - expected.chunks[0].start
+        coming = iter(expected.chunks)
+        chunks = next(coming)
         for memory in arrival.views:
             begin, limit = start, start + memory.nbytes
             while start < limit:
-                if start == end:
-                    end = next(ends)
-                    self._count += 1
-                stop = min(limit, end)
-                self._pieces.append(
-                    _Piece(start, stop, memory[start - begin : stop - begin], self._count, of)
-                )
+                if start == chunks.stop + shift:
+                    self._count += len(chunks)
+                    chunks = next(coming)
+                stop = min(limit, chunks.stop + shift)
+                own, origin = memory[start - begin : stop - begin], chunks.start + shift
+                self._pieces.append(_Piece(start, stop, own, origin, chunks.size, self._count, of))
                 start = stop
-        self._count += 1
+        self._count += len(chunks)
 
     def _restart(self) -> None:
         self._at = 0
@@ -61,15 +65,23 @@ class Checking:
         """Take in what has come since the last call, of ``count`` bytes in all."""
         if count < self._at:
             self._restart()
-        pieces, values = self._pieces, self._values
+        pieces = self._pieces
         while self._next < len(pieces) and (piece := pieces[self._next]).start < count:
-            first, last = max(self._at, piece.start), min(count, piece.stop)
-            memory = piece.memory[first - piece.start : last - piece.start]
-            values[piece.chunk] = piece.of(memory, values[piece.chunk])
-            if last < piece.stop:
+            self._take(piece, max(self._at, piece.start), min(count, piece.stop))
+            if count < piece.stop:
                 break
             self._next += 1
         self._at = count
+
+    def _take(self, piece: _Piece, at: int, stop: int) -> None:
+        """Go on with the checksums of a piece's chunks."""
+        values, of, memory, start = self._values, piece.of, piece.memory, piece.start
+        whole = (at - piece.origin) // piece.size
+        chunk, border = piece.first + whole, piece.origin + (whole + 1) * piece.size
+        while at < stop:
+            end = min(border, stop)
+            values[chunk] = of(memory[at - start : end - start], values[chunk])
+            at, chunk, border = end, chunk + 1, border + piece.size
 
     def finish(self) -> None:
         """Take in the rest, and tell of every extent's chunks in turn.
@@ -81,6 +93,6 @@ class Checking:
             self.arrived(max(self._at, self._pieces[-1].stop))
         first = 0
         for one in self._expected:
-            last = first + len(one.chunks)
+            last = first + sum(map(len, one.chunks))
             one.tell(one.checks.damaged(one.chunks, self._values[first:last]))
             first = last

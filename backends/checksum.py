@@ -9,9 +9,12 @@ combined from those of fragments: no byte is read twice.
 from __future__ import annotations
 
 import base64
+import functools
+import itertools
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 import crc32c
 from awscrt import checksums as crt
@@ -22,6 +25,8 @@ _CHUNKS: Final = 64
 """Chunks that a segment is cut into, within the bounds above: few bytes to keep, few to read too many."""
 
 
+_CODES: Final = {4: "I", 8: "Q"}
+"""Of checksums by their width, as `struct` has them."""
 FRAMED: Final = 3
 """Segments of an item that holds a payload: what comes before it, itself, what comes after."""
 
@@ -48,22 +53,21 @@ class Algorithm:
         """A checksum as it is stored: big-endian."""
         return value.to_bytes(self.width, "big")
 
+    def packed_all(self, values: Sequence[int]) -> bytes:
+        """Several, end to end."""
+        return struct.pack(f">{len(values)}{_CODES[self.width]}", *values)
+
     def text(self, value: int) -> str:
         """``<name>:<base64>``, as stores take it."""
         return f"{self.name}:{base64.b64encode(self.packed(value)).decode()}"
 
 
-def _crc32c(data: memoryview | bytes, before: int = 0) -> int:
-    """``crc32c`` reads memory that no cache holds at twice awscrt's pace.
-
-    It keeps the interpreter's lock: a chunk takes less time than the threads of a transfer take to hand the
-    lock from one to the next.
-    """
-    return crc32c.crc32c(data, before, gil_release_mode=-1)
-
-
 CRC64NVME: Final = Algorithm("crc64nvme", 8, crt.crc64nvme, crt.combine_crc64nvme)
-CRC32C: Final = Algorithm("crc32c", 4, _crc32c, crt.combine_crc32c)
+# `crc32c` reads memory that no cache holds at twice awscrt's pace. It keeps the interpreter's lock: a chunk
+# takes less time than the threads of a transfer take to hand the lock from one to the next.
+CRC32C: Final = Algorithm(
+    "crc32c", 4, functools.partial(crc32c.crc32c, gil_release_mode=-1), crt.combine_crc32c
+)
 ALGORITHMS: Final = {algorithm.name: algorithm for algorithm in (CRC64NVME, CRC32C)}
 
 
@@ -75,8 +79,7 @@ def algorithm_for(store: str | None) -> Algorithm:
     return CRC32C if store is None else ALGORITHMS[store]
 
 
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(NamedTuple):
     """Some consecutive bytes that lie in one chunk."""
 
     nbytes: int
@@ -118,13 +121,46 @@ def joined(algorithm: Algorithm, spans: Iterable[int], fragments: Iterable[Fragm
         yield bytes(packed)
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Bytes ``start`` to ``stop`` of an item, and their checksum."""
 
     start: int
     stop: int
     expected: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Chunks:
+    """Consecutive chunks of one segment of an item: ``size`` bytes each, but for the last.
+
+    They are told of together, because whatever is done for each is done for every half MiB that is read.
+    """
+
+    start: int
+    stop: int
+    size: int
+    sums: bytes
+    """Their packed checksums."""
+
+    def __len__(self) -> int:
+        return (self.stop - self.start + self.size - 1) // self.size
+
+    def each(self) -> Iterator[Chunk]:
+        """Every one of them."""
+        width = len(self.sums) // len(self)
+        for index, start in enumerate(range(self.start, self.stop, self.size)):
+            own = self.sums[index * width : (index + 1) * width]
+            yield Chunk(start, min(self.stop, start + self.size), own)
+
+    def parted(self, room: int) -> tuple[Self | None, Self | None]:
+        """As many of them as fit into so many bytes, and the others."""
+        count = len(self) if self.stop - self.start <= room else max(0, room) // self.size
+        if count in (0, len(self)):
+            return (None, self) if not count else (self, None)
+        width, border = len(self.sums) // len(self), self.start + count * self.size
+        first, last = self.sums[: count * width], self.sums[count * width :]
+        kind = type(self)
+        return kind(self.start, border, self.size, first), kind(border, self.stop, self.size, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,22 +173,24 @@ class Checks:
     sums: bytes
     """The packed checksums of all chunks."""
 
-    def covering(self, start: int, stop: int) -> list[Chunk]:
-        """The chunks that hold bytes ``start`` to ``stop`` of the item."""
-        found: list[Chunk] = []
+    def chunks(self, start: int, stop: int) -> list[Chunks]:
+        """The chunks that hold bytes ``start`` to ``stop`` of the item, segment by segment."""
+        found: list[Chunks] = []
         width, at, before = self.algorithm.width, 0, 0
         for span in self.spans:
             size = chunk_size(span)
-            if at < stop and at + span > start:
+            if at < stop and at + span > start and span:
                 first = max(0, start - at) // size
                 last = -(-min(span, stop - at) // size)
-                for index in range(first, last):
-                    where = (before + index) * width
-                    end = at + min(span, (index + 1) * size)
-                    found.append(Chunk(at + index * size, end, self.sums[where : where + width]))
+                sums = self.sums[(before + first) * width : (before + last) * width]
+                found.append(Chunks(at + first * size, at + min(span, last * size), size, sums))
             at += span
             before += -(-span // size)
         return found
+
+    def covering(self, start: int, stop: int) -> list[Chunk]:
+        """The same, one by one."""
+        return [chunk for chunks in self.chunks(start, stop) for chunk in chunks.each()]
 
     def with_framing(self, start: int, stop: int) -> tuple[int, int]:
         """The range, and the framing at those ends of the payload that it reaches.
@@ -167,13 +205,13 @@ class Checks:
                 stop = total
         return start, stop
 
-    def damaged(self, chunks: Sequence[Chunk], values: Sequence[int]) -> list[Chunk]:
+    def damaged(self, chunks: Sequence[Chunks], values: Sequence[int]) -> list[Chunk]:
         """Those of some chunks whose checksums, in the same order, are not as expected."""
-        return [
-            chunk
-            for chunk, value in zip(chunks, values, strict=True)
-            if self.algorithm.packed(value) != chunk.expected
-        ]
+        if self.algorithm.packed_all(values) == b"".join(each.sums for each in chunks):
+            return []
+        each = itertools.chain.from_iterable(one.each() for one in chunks)
+        pairs = zip(each, values, strict=True)
+        return [chunk for chunk, value in pairs if self.algorithm.packed(value) != chunk.expected]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +219,7 @@ class Expected:
     """Consecutive chunks of an item that are about to be read."""
 
     checks: Checks
-    chunks: Sequence[Chunk]
+    chunks: Sequence[Chunks]
     tell: Callable[[list[Chunk]], None]
     """Called once all have been read, with those that are damaged."""
 

@@ -315,7 +315,7 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
     if checks is None:
         return extent
     start, stop = extent.begin - info.offset, extent.end - info.offset
-    chunks = checks.covering(*checks.with_framing(start, stop))
+    chunks = checks.chunks(*checks.with_framing(start, stop))
     if not chunks:
         return extent
     return Extent(  # dataclasses.replace costs more than all else here

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.checksum import Chunk, Expected
+from cloudckpt.backends.checksum import Chunk, Chunks, Expected
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
@@ -172,7 +172,7 @@ class _Reading:
             if checks is None:
                 self.unverified += 1
                 continue
-            for chunks in _grouped(checks.covering(0, info.length), most):
+            for chunks in _grouped(checks.chunks(0, info.length), most):
                 start, size = info.offset + chunks[0].start, chunks[-1].stop - chunks[0].start
                 tell = functools.partial(self._note, index.fqn, info, size)
                 expected = Expected(checks, chunks, tell)
@@ -197,12 +197,21 @@ class _Reading:
             self._observer(info.relative_path, size)
 
 
-def _grouped(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
-    group: list[Chunk] = []
-    for chunk in chunks:
-        if group and chunk.stop - group[0].start > most:
-            yield group
-            group = []
-        group.append(chunk)
+def _grouped(chunks: Sequence[Chunks], most: int) -> Iterator[list[Chunks]]:
+    """Chunks in the same order, in groups of about so many bytes."""
+    group: list[Chunks] = []
+    for one in chunks:
+        left: Chunks | None = one
+        while left is not None:
+            began = group[0].start if group else left.start
+            fitting, others = left.parted(began + most - left.start)
+            if fitting is None and not group:
+                fitting, others = left.parted(left.size)  # one at least
+            if fitting is not None:
+                group.append(fitting)
+            if others is not None:
+                yield group
+                group = []
+            left = others
     if group:
         yield group

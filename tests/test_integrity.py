@@ -23,15 +23,18 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import (
     ALGORITHMS,
+    CRC32C,
     CRC64NVME,
     LARGEST_CHUNK,
     SMALLEST_CHUNK,
     Algorithm,
     Checks,
     Chunk,
+    Chunks,
     Expected,
     Fragment,
     chunk_size,
+    count_chunks,
     joined,
 )
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
@@ -42,7 +45,7 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.tally import Tally
 from cloudckpt.backends.target import Target
-from cloudckpt.backends.verify import Damage, verify
+from cloudckpt.backends.verify import Damage, _grouped, verify
 from support.places import new_place
 from support.servers import S3Server
 
@@ -296,16 +299,30 @@ def test_checksums_of_parts_add_up_whatever_the_parts(
         wanted = checks.covering(first, last)
         assert wanted == [chunk for chunk in chunks if chunk.start < last and chunk.stop > first]
         read = blob[wanted[0].start : wanted[-1].stop]
-        assert _found_damaged(checks, wanted, read, data) == []
+        together = checks.chunks(first, last)
+        assert _found_damaged(checks, together, read, data) == []
         changed = bytearray(read)
         where = data.draw(st.integers(0, len(changed) - 1))
         changed[where] ^= 1
         hit = [chunk for chunk in wanted if chunk.start <= wanted[0].start + where < chunk.stop]
-        assert _found_damaged(checks, wanted, memoryview(changed), data) == hit
+        assert _found_damaged(checks, together, memoryview(changed), data) == hit
+
+
+@given(spans=st.lists(sizes, min_size=1, max_size=4), most=st.integers(1, 3 << 20))
+def test_verify_reads_all_chunks_once_in_groups_no_larger_than_allowed(spans: list[int], most: int) -> None:
+    sums = random.Random(most).randbytes(count_chunks(spans) * CRC32C.width)
+    checks = Checks(CRC32C, tuple(spans), sums)
+    groups = list(_grouped(checks.chunks(0, sum(spans)), most))
+    each = [[chunk for one in group for chunk in one.each()] for group in groups]
+    assert list(itertools.chain.from_iterable(each)) == checks.covering(0, sum(spans))
+    for group, its in zip(groups, each, strict=True):
+        assert len(its) == 1 or group[-1].stop - group[0].start <= most
+    for one, other in itertools.pairwise(each):
+        assert other[0].stop - one[0].start > most, "it would have fitted into the group before"
 
 
 def _found_damaged(
-    checks: Checks, chunks: Sequence[Chunk], blob: memoryview, data: st.DataObject
+    checks: Checks, chunks: Sequence[Chunks], blob: memoryview, data: st.DataObject
 ) -> list[Chunk]:
     """Have the bytes arrive in some steps, with a start over, into some buffers, not all of them told of."""
     start = data.draw(st.integers(0, 100))

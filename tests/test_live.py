@@ -51,6 +51,7 @@ def counting(moto: S3Server) -> Iterator[Proxy]:
         yield proxy
 
 
+@pytest.mark.soak
 def test_a_choice_on_an_s3_server(moto: S3Server) -> None:
     bucket = moto.new_bucket()
     ran = make_live(f"s3://{bucket}/mine", "--only", "conformance", **moto.environment)

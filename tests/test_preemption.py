@@ -155,6 +155,7 @@ def test_torchrun_told_to_end_has_its_workers_commit_a_last_step(tmp_path: Path)
     loaded(run, int(first))
 
 
+@pytest.mark.soak
 def test_a_signal_to_every_process_of_a_job_is_the_trainers_to_act_on(tmp_path: Path) -> None:
     """Slurm tells the checkpoint processes, too."""
     with job(tmp_path) as (ranks, run):

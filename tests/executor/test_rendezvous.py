@@ -200,7 +200,8 @@ def test_a_job_that_torchrun_started_saves_in_the_agents_store(tmp_path: Path) -
     assert (tmp_path / "step-1" / ".metadata").exists()
 
 
-@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("late", [0, 1])
 def test_a_missing_rank_fails_the_ranks_that_wait_and_is_welcome_later(tmp_path: Path, late: int) -> None:
     with ExitStack() as stack:
         trainers = start(stack, tmp_path, f"file://{tmp_path}/meeting", start_timeout=20.0, save_timeout=60.0)

@@ -43,7 +43,7 @@ def expected_of(piece: int) -> Expected:
         if damaged:
             raise IntegrityError(f"piece {piece} is damaged")
 
-    return Expected(checks, checks.covering(0, PIECE), tell)
+    return Expected(checks, checks.chunks(0, PIECE), tell)
 
 
 class CountingStore(LocalStore):

@@ -36,7 +36,7 @@ from support.turnstile import (
 )
 
 POOLS = tuple(
-    f"cloudckpt.backends.{module}.ThreadPoolExecutor" for module in ("commit", "download", "upload")
+    f"cloudckpt.backends.{module}.ThreadPoolExecutor" for module in ("side_by_side", "download", "upload")
 )
 OPENERS = tuple(f"cloudckpt.backends.{module}.open_store" for module in ("addressed", "delete", "gc"))
 T = TypeVar("T")
