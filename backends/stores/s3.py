@@ -254,7 +254,7 @@ class S3Store(ObjectStore):
 
         size = sum(part.size for part in parts)
         with self._requests.explained(upload.name):
-            outcome = self._requests.outcome(complete, patient=True)
+            outcome = self._requests.outcome(complete, patient=True, on_behalf=True)
             # An earlier try may have been carried out, and the upload have ended with it.
             ended = outcome.attempts > 1 and _is_gone(outcome.error)
             if not ended:

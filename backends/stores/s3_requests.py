@@ -45,15 +45,18 @@ class Requests:
         with self.explained(name):
             return self.outcome(act).result()
 
-    def outcome(self, act: Callable[[Clients], _T], *, patient: bool = False) -> Outcome[_T]:
-        """Return how it ended, for a caller to which it matters; ``patient`` where ``act`` is so.
+    def outcome(
+        self, act: Callable[[Clients], _T], *, patient: bool = False, on_behalf: bool = False
+    ) -> Outcome[_T]:
+        """Return how it ended, for a caller to which it matters.
 
-        ``act`` must not make another request through here. The error is the client's own: see ``explained``.
+        ``patient`` says that ``act`` is so, and ``on_behalf`` that it is one of many for other ranks. ``act``
+        must not make another request through here. The error is the client's own: see ``explained``.
         """
         options, used = self._target.options, self._shared.get()
         retries = Retries(
             judge,
-            used.paces.on_behalf if patient else used.paces.transfers,
+            used.paces.on_behalf if on_behalf else used.paces.transfers,
             f"{used.endpoint}/{self._target.bucket}",
             retries=options.retries,
             seconds=max(_LEAST_SECONDS, options.timeout * (_PATIENT_TIMEOUTS if patient else _TIMEOUTS)),
