@@ -145,9 +145,13 @@ class Chunks:
     def __len__(self) -> int:
         return (self.stop - self.start + self.size - 1) // self.size
 
+    @property
+    def _width(self) -> int:
+        return len(self.sums) // len(self)
+
     def each(self) -> Iterator[Chunk]:
         """Every one of them."""
-        width = len(self.sums) // len(self)
+        width = self._width
         for index, start in enumerate(range(self.start, self.stop, self.size)):
             own = self.sums[index * width : (index + 1) * width]
             yield Chunk(start, min(self.stop, start + self.size), own)
@@ -157,8 +161,8 @@ class Chunks:
         count = len(self) if self.stop - self.start <= room else max(0, room) // self.size
         if count in (0, len(self)):
             return (None, self) if not count else (self, None)
-        width, border = len(self.sums) // len(self), self.start + count * self.size
-        first, last = self.sums[: count * width], self.sums[count * width :]
+        cut, border = count * self._width, self.start + count * self.size
+        first, last = self.sums[:cut], self.sums[cut:]
         kind = type(self)
         return kind(self.start, border, self.size, first), kind(border, self.stop, self.size, last)
 

@@ -52,18 +52,18 @@ def estimated_size(item: WriteItem) -> int:
     return math.prod(item.tensor_data.chunk.sizes) * itemsize + _FRAMING
 
 
-def part_size_for(items: Sequence[WriteItem], options: Options, limits: PartLimits) -> int:
-    """The configured part size, or what keeps a huge object within the store's number of parts.
+def part_size_for(nbytes: int, options: Options, limits: PartLimits) -> int:
+    """The configured part size, or what keeps an object of estimated size within the store's number of parts.
 
     Twice the room is left, for values whose size is not known before they are serialised.
     """
-    return fitting_part_size(2 * sum(map(estimated_size, items)), options, limits)
+    return fitting_part_size(2 * nbytes, usual_part_size(options), limits)
 
 
-def fitting_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
-    """The usual part size, or what keeps an object of so many bytes within the store's number of parts."""
-    needed = math.ceil(nbytes / limits.max_count)
-    return math.ceil(max(usual_part_size(options), needed) / limits.multiple) * limits.multiple
+def fitting_part_size(nbytes: int, usual: int, limits: PartLimits) -> int:
+    """The usual part size, or what the store takes for an object of so many bytes."""
+    least = max(usual, limits.min_size, math.ceil(nbytes / limits.max_count))
+    return math.ceil(least / limits.multiple) * limits.multiple
 
 
 def usual_part_size(options: Options) -> int:

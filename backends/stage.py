@@ -92,17 +92,18 @@ def laid_out(
     call = uuid.uuid4().hex
     # Every object costs requests to begin and to complete.
     most = options.concurrency if store.wants_several_objects else 1
-    longest = layout.longest_part_size(sum(map(layout.estimated_size, items)), options, store.part_limits)
     buckets = layout.distribute(items, layout.usual_part_size(options), most)
+    sizes = [sum(map(layout.estimated_size, bucket)) for bucket in buckets]
+    longest = layout.longest_part_size(sum(sizes), options, store.part_limits)
     return [
         PlannedObject(
             f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",
-            usual := layout.part_size_for(bucket, options, store.part_limits),
+            usual := layout.part_size_for(size, options, store.part_limits),
             max(usual, longest),
             bucket,
             planner,
         )
-        for index, bucket in enumerate(buckets)
+        for index, (bucket, size) in enumerate(zip(buckets, sizes, strict=True))
     ]
 
 

@@ -203,15 +203,12 @@ def _grouped(chunks: Sequence[Chunks], most: int) -> Iterator[list[Chunks]]:
     for one in chunks:
         left: Chunks | None = one
         while left is not None:
-            began = group[0].start if group else left.start
-            fitting, others = left.parted(began + most - left.start)
-            if fitting is None and not group:
-                fitting, others = left.parted(left.size)  # one at least
+            room = group[0].start + most - left.start if group else max(most, left.size)  # for one at least
+            fitting, left = left.parted(room)
             if fitting is not None:
                 group.append(fitting)
-            if others is not None:
+            if left is not None:
                 yield group
                 group = []
-            left = others
     if group:
         yield group

@@ -279,7 +279,7 @@ class Slow(MemoryStore):
         with self._lock:
             self.now += 1
             self.most = max(self.most, self.now)
-        time.sleep(0.05)
+        time.sleep(0.05)  # a store that takes its time is what is tested
         with self._lock:
             self.now -= 1
         return super().complete_upload(upload, parts, confirm=confirm)

@@ -101,7 +101,7 @@ def begun(store: ObjectStore, original: Original, options: Options) -> Moving:
         StorageError: the store could not.
     """
     size = original.info.size
-    part_size = layout.fitting_part_size(size, options, store.part_limits)
+    part_size = layout.fitting_part_size(size, layout.usual_part_size(options), store.part_limits)
     upload = store.begin_upload(original.info.name)
     return Moving(original, upload, part_size, deque(range(1, _count(size, part_size) + 1)))
 

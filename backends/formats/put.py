@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,10 +114,8 @@ class Putting:
             raise
 
     def _part_size(self, one: Planned) -> int:
-        limits = self.store.part_limits
         usual = min(layout.usual_part_size(self.options), self.memory_limit)
-        least = max(usual, limits.min_size, math.ceil(one.size / limits.max_count))
-        return math.ceil(least / limits.multiple) * limits.multiple
+        return layout.fitting_part_size(one.size, usual, self.store.part_limits)
 
     def _withdraw(self, uploader: Uploader, visible: Sequence[str]) -> None:
         """Take back what was put, the index first; what can't be is logged, for the failure matters more."""
