@@ -19,6 +19,8 @@ _CONNECTIONS: int = Options.model_fields["concurrency"].default
 _AT_ONCE = 512
 """Views in one call: the kernel takes 1024."""
 _HEAD = 16 << 10
+_WOKEN_FOR = 512 << 10
+"""Bytes for which the kernel wakes a reader, but for the last of an answer: the cheapest way known."""
 
 
 class WireError(Exception):
@@ -71,7 +73,10 @@ class Wire:
         with socket.create_connection(self._address) as connection:
             connection.sendall(self._head("GET", key, ""))
             _answer_of(connection)
-            _move(share, lambda views: connection.recvmsg_into(views)[0])
+            early, last = _parted(share, _WOKEN_FOR)
+            for part, woken_for in ((early, _WOKEN_FOR), (last, 1)):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, woken_for)
+                _move(part, lambda views: connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0])
 
     def _head(self, method: str, key: str, more: str) -> bytes:
         host, port = self._address
@@ -95,6 +100,18 @@ def _move(share: Sequence[memoryview], some: Callable[[Sequence[memoryview]], in
                 left.append(view[moved:])
                 break
             moved -= view.nbytes
+
+
+def _parted(share: Sequence[memoryview], last: int) -> tuple[list[memoryview], list[memoryview]]:
+    """All but so many bytes, and these."""
+    left = sum(view.nbytes for view in share) - last
+    early, late = [], []
+    for view in share:
+        cut = min(max(left, 0), view.nbytes)
+        early += [view[:cut]] if cut else []
+        late += [view[cut:]] if cut < view.nbytes else []
+        left -= view.nbytes
+    return early, late
 
 
 def _answer_of(connection: socket.socket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import resource
 import socket
 import threading
 import time
@@ -22,7 +23,9 @@ class _Exchange:
     """An answer whose headers have been read, and the server's end of its connection."""
 
     def __init__(self, timeout: float | None, start: bytes) -> None:
-        self.server, self.client = socket.socketpair()
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self.client = socket.create_connection(listening.getsockname())
+            self.server, _ = listening.accept()
         self.client.settimeout(timeout)
         self.server.sendall(start)
         self.response = HTTPResponse(self.client)
@@ -75,6 +78,60 @@ def test_a_large_buffer_is_filled_by_one_call_however_often_data_come() -> None:
         assert exchange.response.readinto(data) == len(_BODY)
         assert data == _BODY
         sending.join()
+
+
+def test_a_reader_sleeps_until_much_has_come() -> None:
+    sent = 1 << 14
+    with _exchanged(30, _HEADERS % len(_BODY)) as exchange:
+        assert read_blocking(exchange.response)
+
+        def trickle() -> None:
+            for at in range(0, len(_BODY), sent):
+                exchange.server.sendall(_BODY[at : at + sent])
+                time.sleep(0.001)  # enough for a reader to wake, and sleep again
+
+        sending = threading.Thread(target=trickle)
+        data = bytearray(len(_BODY))
+        sending.start()
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+        assert exchange.response.readinto(data) == len(_BODY)
+        woken = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
+        sending.join()
+        assert data == _BODY
+        assert woken < len(_BODY) // sent / 2
+
+
+@pytest.mark.parametrize("last", [1, 1000, 600_000])
+def test_the_last_bytes_of_a_body_are_not_waited_for_in_vain(last: int) -> None:
+    data = bytearray(len(_BODY))
+    with _exchanged(None, _HEADERS % len(_BODY)) as exchange:
+        assert read_blocking(exchange.response)
+        reading = threading.Thread(target=exchange.response.readinto, args=(data,))
+        reading.start()
+        exchange.server.sendall(_BODY[:-last])
+        time.sleep(0.1)  # the reader has taken what there was
+        exchange.server.sendall(_BODY[-last:])
+        reading.join(10)
+        waits = reading.is_alive()
+        exchange.server.shutdown(socket.SHUT_WR)
+        reading.join()
+        assert not waits
+        assert data == _BODY
+
+
+@pytest.mark.parametrize("read", [1 << 20, len(_BODY)])
+def test_a_connection_is_given_back_as_it_was(read: int) -> None:
+    with _exchanged(30, _HEADERS % len(_BODY)) as exchange:
+        assert read_blocking(exchange.response)
+        sending = threading.Thread(target=exchange.server.sendall, args=(_BODY,))
+        sending.start()
+        assert exchange.response.readinto(bytearray(read)) == read
+        exchange.response.close()
+        assert exchange.client.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1
+        assert exchange.client.gettimeout() == pytest.approx(30)
+        while sending.is_alive():
+            exchange.client.recv(1 << 20)
+            sending.join(0.01)
 
 
 def test_the_timeout_holds_and_comes_back_with_the_connection() -> None:
