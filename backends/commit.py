@@ -123,7 +123,7 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     one_by_one = len(staged) <= _ASKED_ONE_BY_ONE
     held = lanes(store.uri, "commit", concurrency, _COMPLETED_AT_FIRST)
     tasks = [functools.partial(_complete, store, held, one, confirm=one_by_one) for one in staged]
-    visible = {info.name: info for info in run_all(tasks, concurrency)}
+    visible = {info.name: info for info in run_all(tasks, concurrency, lambda: held.limit)}
     if not one_by_one:
         listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
         for one in staged:

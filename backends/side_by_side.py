@@ -2,28 +2,85 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
+Task = Callable[[], _T]
 
-def run_all(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T]:
+
+def run_all(tasks: Sequence[Task[_T]], most: int, limit: Callable[[], int] | None = None) -> list[_T]:
     """Run all tasks to their end; results in order, or the first one's exception."""
     results: list[_T] = []
-    for outcome in outcomes_of(tasks, concurrency):
+    for outcome in outcomes_of(tasks, most, limit):
         if isinstance(outcome, BaseException):
             raise outcome
         results.append(outcome)
     return results
 
 
-def outcomes_of(tasks: Sequence[Callable[[], _T]], concurrency: int) -> list[_T | BaseException]:
-    """Run all tasks to their end; results or exceptions in order."""
+def outcomes_of(
+    tasks: Sequence[Task[_T]], most: int, limit: Callable[[], int] | None = None
+) -> list[_T | BaseException]:
+    """Run all tasks to their end, ``most`` at once; results or exceptions in order.
+
+    ``limit`` says how many at once, up to ``most``, are worth while at the moment.
+    """
     if not tasks:
         return []
-    with ThreadPoolExecutor(min(concurrency, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
-        futures = [pool.submit(task) for task in tasks]
-        wait(futures)
-    return [future.exception() or future.result() for future in futures]
+    with ThreadPoolExecutor(min(most, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
+        return _Crew(tasks, pool, limit or (lambda: most)).work_off()
+
+
+class _Crew(Generic[_T]):
+    """Workers that go on from one task to the next by themselves.
+
+    A task that is handed to another thread has that one find its memory cold, and both take turns at the
+    interpreter's lock. So there are no more workers than tasks that may run.
+    """
+
+    def __init__(self, tasks: Sequence[Task[_T]], pool: ThreadPoolExecutor, limit: Callable[[], int]) -> None:
+        self._coming = deque(enumerate(tasks))
+        self._outcomes: dict[int, _T | BaseException] = {}
+        self._pool = pool
+        self._limit = limit
+        self._working = 0
+        self._changed = threading.Condition()
+
+    def work_off(self) -> list[_T | BaseException]:
+        """Run all tasks to their end."""
+        with self._changed:
+            try:
+                self._hire()
+                self._changed.wait_for(lambda: not self._working)
+            finally:
+                self._coming.clear()  # after Ctrl-C: what has not begun never will
+        return [self._outcomes[index] for index in range(len(self._outcomes))]
+
+    def _hire(self) -> None:
+        """Have as many workers as are allowed, and not more than there are tasks."""
+        for _ in range(min(self._limit() - self._working, len(self._coming))):
+            self._working += 1
+            self._pool.submit(self._work)
+
+    def _work(self) -> None:
+        while (coming := self._next()) is not None:
+            index, task = coming
+            try:
+                self._outcomes[index] = task()
+            except BaseException as error:  # noqa: BLE001 - for whoever asked for the outcomes to raise
+                self._outcomes[index] = error
+
+    def _next(self) -> tuple[int, Task[_T]] | None:
+        """Take a task, or go: where there is none, and where others are enough."""
+        with self._changed:
+            if self._coming and self._working <= self._limit():
+                self._hire()
+                return self._coming.popleft()
+            self._working -= 1
+            self._changed.notify_all()
+            return None
