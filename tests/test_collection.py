@@ -23,9 +23,13 @@ def _are_in(made: list[list[int]], generation: int) -> bool:
 
 
 def test_nothing_is_collected_until_the_end_whatever_happens() -> None:
-    with pytest.raises(ValueError, match="x"), no_collection():
-        assert not gc.isenabled()
-        raise ValueError("x")
+    def fail() -> None:
+        with no_collection():
+            assert not gc.isenabled()
+            raise ValueError("x")
+
+    with pytest.raises(ValueError, match="x"):
+        fail()
     assert gc.isenabled()
 
 
