@@ -141,7 +141,7 @@ class S3Store(ObjectStore):
         def read(clients: Clients) -> int | None:
             return read_range(clients, self._of(clients, "get_object", name), offset, buffers, arrived)
 
-        return self._requests.ask(read, name)
+        return self._requests.ask(read, name, nbytes=sum(buffer.nbytes for buffer in buffers))
 
     def stat(self, name: str) -> ObjectInfo:
         def head(clients: Clients) -> ObjectInfo:
@@ -238,7 +238,7 @@ class S3Store(ObjectStore):
                 raise not_s3(clients.endpoint)
             return Part(number, len(body), answer["ETag"], checksum)
 
-        return self._requests.ask(send, upload.name)
+        return self._requests.ask(send, upload.name, nbytes=sum(buffer.nbytes for buffer in buffers))
 
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         listed = [

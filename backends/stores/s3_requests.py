@@ -20,6 +20,9 @@ _TIMEOUTS: Final = 5
 """Budget of a request, in timeouts."""
 _LEAST_SECONDS: Final = 30.0
 """What the budget is at least: back-off alone may take that long."""
+_SLOWEST: Final = 256 << 10
+"""Bytes a second: so long as a request takes to carry its bytes at this pace, so much longer is its budget.
+One of 128 MiB may take all of five timeouts on a slow line, and has a second try even so."""
 _PATIENT_TIMEOUTS: Final = 15
 """That of CompleteMultipartUpload, one attempt of which may take ten."""
 
@@ -36,17 +39,24 @@ class Requests:
         """The clients of the moment, for what is not a request."""
         return self._shared.get()
 
-    def ask(self, act: Callable[[Clients], _T], name: str | None = None) -> _T:
+    def ask(self, act: Callable[[Clients], _T], name: str | None = None, *, nbytes: int = 0) -> _T:
         """Return what ``act`` does with the clients, which may take several attempts.
+
+        It carries ``nbytes`` one way or the other.
 
         Raises:
             StorageError: with the object's ``name``, where there is one.
         """
         with self.explained(name):
-            return self.outcome(act).result()
+            return self.outcome(act, nbytes=nbytes).result()
 
     def outcome(
-        self, act: Callable[[Clients], _T], *, patient: bool = False, on_behalf: bool = False
+        self,
+        act: Callable[[Clients], _T],
+        *,
+        patient: bool = False,
+        on_behalf: bool = False,
+        nbytes: int = 0,
     ) -> Outcome[_T]:
         """Return how it ended, for a caller to which it matters.
 
@@ -54,12 +64,13 @@ class Requests:
         must not make another request through here. The error is the client's own: see ``explained``.
         """
         options, used = self._target.options, self._shared.get()
+        usual = options.timeout * (_PATIENT_TIMEOUTS if patient else _TIMEOUTS)
         retries = Retries(
             judge,
             used.paces.on_behalf if on_behalf else used.paces.transfers,
             f"{used.endpoint}/{self._target.bucket}",
             retries=options.retries,
-            seconds=max(_LEAST_SECONDS, options.timeout * (_PATIENT_TIMEOUTS if patient else _TIMEOUTS)),
+            seconds=max(_LEAST_SECONDS, usual) + nbytes / _SLOWEST,
         )
 
         def attempt() -> _T:

@@ -13,7 +13,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.backends.stores import s3_probe
+from cloudckpt.backends.stores import s3_probe, s3_requests
 from cloudckpt.backends.stores.s3 import S3Store
 from support.buckets import (
     OPERATIONS,
@@ -277,3 +277,27 @@ def test_retries_below_ours_are_refused(proxy: Proxy, bucket: Bucket) -> None:
         pytest.raises(ConfigurationError, match="Use the option retries"),
     ):
         store.stat("name")
+
+
+@pytest.mark.parametrize("operation", ["UploadPart", "GetObject"])
+def test_a_request_of_many_bytes_has_time_for_another_try(
+    stores: Stores, proxy: Proxy, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    monkeypatch.setattr(s3_requests, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(s3_requests, "_TIMEOUTS", 0)
+    monkeypatch.setattr(s3_requests, "_SLOWEST", 1 << 16)
+    store = stores(retries=3)
+    data = random_bytes(6 << 20)
+    bucket.hold(data)
+
+    def carry(size: int) -> None:
+        if operation == "UploadPart":
+            store.upload_part(store.begin_upload("name"), 1, 0, [memoryview(data)[:size]])
+        else:
+            store.read_into("name", 0, [memoryview(bytearray(size))])
+
+    proxy.spoil(operation, [Answer(500, "InternalError")] * 2)
+    with pytest.raises(StorageError):
+        carry(10)
+    carry(len(data))
+    assert len(proxy.seen(operation)) == 3
