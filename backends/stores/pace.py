@@ -17,6 +17,8 @@ from typing import Final
 ON_BEHALF: Final = 64
 """Requests without a body that a process may have in flight where it acts for many ranks, each of which could
 have its own: a store takes a tenth of a second or more to complete an upload, and most of that is waiting."""
+_FEW: Final = 8
+"""Requests in flight that tell nothing of a limit above them."""
 _ROUNDS: Final = 8
 """Times that as many requests as are allowed must succeed before one more is."""
 
@@ -31,6 +33,8 @@ class Pace:
         self._most = most
         self._limit = float(most)
         self._in_flight = 0
+        self._peak = 0
+        """Requests that were in flight at once, since the limit was halved."""
         self._events = 0
         self._changed = threading.Condition()
 
@@ -46,6 +50,7 @@ class Pace:
         with self._changed:
             self._changed.wait_for(lambda: self._in_flight < int(self._limit))
             self._in_flight += 1
+            self._peak = max(self._peak, self._in_flight)
             events = self._events
         try:
             yield events
@@ -55,11 +60,15 @@ class Pace:
                 self._changed.notify()
 
     def throttled(self, events: int) -> None:
-        """Halve the limit, unless it was halved since the request was let in after so many ``events``."""
+        """Halve the limit, unless it was halved since the request was let in after so many ``events``.
+
+        Where it was far above what was in flight, that is what is halved: it was too much already.
+        """
         with self._changed:
             if events == self._events:
                 self._events += 1
-                self._limit = max(1.0, self._limit / 2)
+                self._limit = max(1.0, min(self._limit, max(self._peak, _FEW)) / 2)
+                self._peak = self._in_flight
 
     def succeeded(self) -> None:
         """Let a little more in, up to where it began."""

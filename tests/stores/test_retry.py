@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -214,6 +215,17 @@ def test_the_pace_is_halved_once_for_all_requests_that_were_in_flight() -> None:
     with pace.admitted() as events:
         pace.throttled(events)
     assert pace.limit == 2
+
+
+@pytest.mark.parametrize(("in_flight", "limit"), [(1, 4), (8, 4), (32, 16), (64, 32)])
+def test_what_was_in_flight_is_halved_where_the_limit_is_far_above(in_flight: int, limit: int) -> None:
+    pace = Pace(64)
+    with contextlib.ExitStack() as others:
+        for _ in range(in_flight - 1):
+            others.enter_context(pace.admitted())
+        with pace.admitted() as events:
+            pace.throttled(events)
+    assert pace.limit == limit
 
 
 def test_the_pace_never_falls_below_one_and_comes_back_with_success() -> None:
