@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,6 +45,7 @@ class _Crew(Generic[_T]):
     """
 
     def __init__(self, tasks: Sequence[Task[_T]], pool: ThreadPoolExecutor, limit: Callable[[], int]) -> None:
+        self._count = len(tasks)
         self._coming = deque(enumerate(tasks))
         self._outcomes: dict[int, _T | BaseException] = {}
         self._pool = pool
@@ -56,31 +58,43 @@ class _Crew(Generic[_T]):
         with self._changed:
             try:
                 self._hire()
-                self._changed.wait_for(lambda: not self._working)
+                self._changed.wait_for(lambda: len(self._outcomes) == self._count)
             finally:
                 self._coming.clear()  # after Ctrl-C: what has not begun never will
-        return [self._outcomes[index] for index in range(len(self._outcomes))]
+        return [self._outcomes[index] for index in range(self._count)]
 
     def _hire(self) -> None:
-        """Have as many workers as are allowed, and not more than there are tasks."""
+        """Have as many workers as are allowed, and not more than there are tasks.
+
+        Raises:
+            RuntimeError: there can't be as many threads.
+        """
         for _ in range(min(self._limit() - self._working, len(self._coming))):
             self._working += 1
-            self._pool.submit(self._work)
+            try:
+                self._pool.submit(self._work)
+            except RuntimeError:
+                self._working -= 1
+                raise
 
     def _work(self) -> None:
         while (coming := self._next()) is not None:
             index, task = coming
             try:
-                self._outcomes[index] = task()
+                outcome: _T | BaseException = task()
             except BaseException as error:  # noqa: BLE001 - for whoever asked for the outcomes to raise
-                self._outcomes[index] = error
+                outcome = error
+            with self._changed:
+                self._outcomes[index] = outcome
+                if len(self._outcomes) == self._count:
+                    self._changed.notify_all()
 
     def _next(self) -> tuple[int, Task[_T]] | None:
         """Take a task, or go: where there is none, and where others are enough."""
         with self._changed:
-            if self._coming and self._working <= self._limit():
+            with contextlib.suppress(RuntimeError):  # those that there are go on
                 self._hire()
+            if self._coming and self._working <= max(1, self._limit()):
                 return self._coming.popleft()
             self._working -= 1
-            self._changed.notify_all()
             return None

@@ -95,11 +95,45 @@ def test_there_are_fewer_as_soon_as_fewer_are_worth_while() -> None:
     assert len(late.threads) <= 2
 
 
+def test_where_no_more_threads_can_be_started_those_there_are_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, 0
+
+    def start_some(thread: threading.Thread) -> None:
+        nonlocal started
+        if started == 2:
+            raise RuntimeError("can't start new thread")
+        started += 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    gauge = _Gauge()
+    run_all([gauge.task] * 50, 16, lambda: 1 if gauge.done < 10 else 8)
+    assert gauge.done == 50
+    assert len(gauge.threads) == 2
+
+
+def test_where_no_thread_can_be_started_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_none(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start_none)
+    with pytest.raises(RuntimeError, match="can't start"):
+        run_all([_Gauge().task] * 5, 4)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_one_always_goes_on(limit: int) -> None:
+    gauge = _Gauge()
+    run_all([gauge.task] * 10, 4, lambda: 1 if not gauge.done else limit)
+    assert gauge.done == 10
+
+
 def test_what_has_not_begun_when_the_wait_is_interrupted_never_does() -> None:
     gauge = _Gauge()
     main = threading.get_ident()
 
     def interrupt() -> None:
+        time.sleep(0.1)  # until the main thread waits: a signal on the way there is heard of only later
         signal.pthread_kill(main, signal.SIGINT)
         time.sleep(0.1)  # until the main thread has heard of it
 
