@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import enum
 import io
 import pickle
 from collections.abc import Callable
@@ -42,20 +43,44 @@ class MetadataUnpickler(pickle.Unpickler):
         self._uri, self._name = uri, name
         self._stand_ins: dict[type, type] = {}
         self._made: list[tuple[object, type]] = []
+        self._enumerations: dict[int, tuple[object, type[enum.Enum]]] = {}
+        """What is called for one, and that, by the identity of the former."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (real := _CLASSES.get((module, name))) is not None:
             return self._stand_in(real)
         if (function := _FUNCTIONS.get((module, name))) is not None:
-            return lambda *args: function(*args)  # noqa: PLW0108 - a pickle may set attributes on it
+            return self._called(function)
+        if (module, name) == ("builtins", "getattr"):
+            return self._called(self._member)
         if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
             return value
-        raise UnsafeCheckpointError(
-            f"the checkpoint's metadata asks for {module}.{name}, which DCP's own metadata never needs",
+        raise self._unsafe(f"{module}.{name}")
+
+    def _unsafe(self, what: str) -> UnsafeCheckpointError:
+        return UnsafeCheckpointError(
+            f"the checkpoint's metadata asks for {what}, which DCP's own metadata never needs",
             uri=self._uri,
             object_name=self._name,
             hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
         )
+
+    def _called(self, function: Callable[..., object]) -> Callable[..., object]:
+        """Return something that calls the function: a pickle may set attributes on it."""
+
+        def call(*args: object) -> object:
+            return function(*args)
+
+        if isinstance(function, type) and issubclass(function, enum.Enum):
+            self._enumerations[id(call)] = call, function
+        return call
+
+    def _member(self, of: object, name: object) -> object:
+        """What ``getattr`` finds in an enumeration of DCP's: early Pythons 3.11 pickle members so."""
+        _, real = self._enumerations.get(id(of), (None, None))
+        if real is not None and isinstance(name, str) and name in real.__members__:
+            return real[name]
+        raise self._unsafe("builtins.getattr of something else than an enumeration's member")
 
     def settled(self) -> object:
         """Load, and turn the instances of stand-ins into instances of the real classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import os
 import pickle
@@ -13,7 +14,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
@@ -44,6 +50,42 @@ def test_stock_metadata_is_read_as_pickle_reads_it(stock: bytes) -> None:
     assert type(mine) is Metadata
     assert {type(index) for index in mine.storage_data} == {MetadataIndex}
     assert {type(info) for info in mine.storage_data.values()} == {_StorageInfo}
+
+
+class _AsIn3112(pickle.Pickler):
+    """Early releases of Python 3.11, such as 3.11.2, pickle an enumeration's members by their names."""
+
+    def reducer_override(self, one: object) -> Any:
+        return (getattr, (type(one), one.name)) if isinstance(one, enum.Enum) else NotImplemented
+
+
+def test_members_of_enumerations_are_read_as_any_python_pickles_them(stock: bytes) -> None:
+    theirs, sink = pickle.loads(stock), io.BytesIO()
+    _AsIn3112(sink).dump(theirs)
+    assert b"getattr" in sink.getvalue()
+    mine = md.load(sink.getvalue(), uri="memory://x")
+    assert mine.state_dict_metadata == theirs.state_dict_metadata
+    assert mine.storage_data == theirs.storage_data
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (_MEM_FORMAT_ENCODING, 0),
+        (Metadata, "TORCH_CHANNELS_LAST"),
+        (getattr, "__self__"),
+        ("text", "format"),
+    ],
+)
+def test_nothing_else_is_got_by_getattr(of: object, name: object) -> None:
+    class Got:
+        def __reduce__(self) -> Any:
+            return getattr, (of, name)
+
+    with pytest.raises(UnsafeCheckpointError, match="getattr"):
+        md.load(pickle.dumps(Got()), uri="memory://x")
 
 
 def test_what_was_read_pickles_again_for_the_other_ranks(stock: bytes) -> None:
