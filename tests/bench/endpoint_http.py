@@ -55,10 +55,10 @@ class Reader:
             self._begin += early
             self._skip(count - early)
             return
-        for view in _taken(views, early):
+        for view in taken(views, early):
             view[:] = memoryview(self._memory)[self._begin : self._begin + len(view)]
             self._begin += len(view)
-        self._receive(deque(_taken(views, count - early)))
+        self._receive(deque(taken(views, count - early)))
 
     def _receive(self, views: deque[memoryview]) -> None:
         # One call for as much as it takes: the thread sleeps until all of that is there.
@@ -67,7 +67,7 @@ class Reader:
             came = self._socket.recvmsg_into(several, 0, socket.MSG_WAITALL)[0]
             if not came:
                 raise _cut_off()
-            _taken(views, came)
+            taken(views, came)
 
     def _skip(self, count: int) -> None:
         # Truncated, it isn't even copied.
@@ -253,11 +253,11 @@ def send(connection: socket.socket, answer: Answer, *, head_only: bool, number: 
             sent = connection.sendmsg(itertools.islice(waiting, _VIEWS))
         except ConnectionError:
             return sum(map(len, waiting))
-        _taken(waiting, sent)
+        taken(waiting, sent)
     return 0
 
 
-def _taken(views: deque[memoryview], count: int) -> list[memoryview]:
+def taken(views: deque[memoryview], count: int) -> list[memoryview]:
     """Take so many bytes off the front of the views; none of these is empty."""
     taken: list[memoryview] = []
     while count:

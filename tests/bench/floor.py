@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
+from bench.endpoint_http import taken
 from bench.states import State, tensors_of
 from cloudckpt.backends.options import Options
 
@@ -73,7 +75,8 @@ class Wire:
         with socket.create_connection(self._address) as connection:
             connection.sendall(self._head("GET", key, ""))
             _answer_of(connection)
-            early, last = _parted(share, _WOKEN_FOR)
+            last = deque(share)
+            early = taken(last, max(0, sum(view.nbytes for view in share) - _WOKEN_FOR))
             for part, woken_for in ((early, _WOKEN_FOR), (last, 1)):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, woken_for)
                 _move(part, lambda views: connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0])
@@ -86,32 +89,14 @@ class Wire:
         )
 
 
-def _move(share: Sequence[memoryview], some: Callable[[Sequence[memoryview]], int]) -> None:
+def _move(share: Iterable[memoryview], some: Callable[[Sequence[memoryview]], int]) -> None:
     """Go on until all views went through, however few bytes one call moves."""
-    left = list(reversed(share))
+    left = deque(share)
     while left:
-        views = left[: -_AT_ONCE - 1 : -1]
-        moved = some(views)
+        moved = some(list(itertools.islice(left, _AT_ONCE)))
         if not moved:
             raise WireError("the server hung up")
-        for view in views:
-            left.pop()
-            if moved < view.nbytes:
-                left.append(view[moved:])
-                break
-            moved -= view.nbytes
-
-
-def _parted(share: Sequence[memoryview], last: int) -> tuple[list[memoryview], list[memoryview]]:
-    """All but so many bytes, and these."""
-    left = sum(view.nbytes for view in share) - last
-    early, late = [], []
-    for view in share:
-        cut = min(max(left, 0), view.nbytes)
-        early += [view[:cut]] if cut else []
-        late += [view[cut:]] if cut < view.nbytes else []
-        left -= view.nbytes
-    return early, late
+        taken(left, moved)
 
 
 def _answer_of(connection: socket.socket) -> None:
