@@ -63,13 +63,16 @@ class _Crew(Generic[_T]):
                 self._coming.clear()  # after Ctrl-C: what has not begun never will
         return [self._outcomes[index] for index in range(self._count)]
 
+    def _allowed(self) -> int:
+        return max(1, self._limit())
+
     def _hire(self) -> None:
         """Have as many workers as are allowed, and not more than there are tasks.
 
         Raises:
             RuntimeError: there can't be as many threads.
         """
-        for _ in range(min(self._limit() - self._working, len(self._coming))):
+        for _ in range(min(self._allowed() - self._working, len(self._coming))):
             self._working += 1
             try:
                 self._pool.submit(self._work)
@@ -94,7 +97,7 @@ class _Crew(Generic[_T]):
         with self._changed:
             with contextlib.suppress(RuntimeError):  # those that there are go on
                 self._hire()
-            if self._coming and self._working <= max(1, self._limit()):
+            if self._coming and self._working <= self._allowed():
                 return self._coming.popleft()
             self._working -= 1
             return None

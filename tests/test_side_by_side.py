@@ -121,10 +121,11 @@ def test_where_no_thread_can_be_started_nothing_is_waited_for(monkeypatch: pytes
         run_all([_Gauge().task] * 5, 4)
 
 
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("limit", [0, -1])
-def test_one_always_goes_on(limit: int) -> None:
+def test_one_always_goes_on(limit: int, first: int) -> None:
     gauge = _Gauge()
-    run_all([gauge.task] * 10, 4, lambda: 1 if not gauge.done else limit)
+    run_all([gauge.task] * 10, 4, lambda: first if not gauge.done else limit)
     assert gauge.done == 10
 
 
