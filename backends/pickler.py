@@ -34,7 +34,7 @@ def _plain(one: object) -> tuple[Any, ...]:
 
 def _info(one: _StorageInfo) -> tuple[Any, ...]:
     state = one.__dict__
-    if None in state.values():  # which it leaves out; else there is no need to ask it
+    if "transform_descriptors" in state:  # None, most likely, which it leaves out; else it need not be asked
         state = one.__getstate__()  # type: ignore[no-untyped-call]
     return _NEW, (type(one),), state
 
