@@ -166,17 +166,23 @@ def least_sizes(metadata: Metadata) -> dict[str, int]:
 
 def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> MetadataIndex | None:
     """An item that the plan has and ``items`` lacks; None where all are there."""
-    return next((index for index, _ in planned(metadata) if index not in items), None)
+    return next((index for index in planned(metadata) if index not in items), None)
 
 
-def planned(metadata: Metadata) -> Iterator[tuple[MetadataIndex, ChunkStorageMetadata | None]]:
-    """Every item that the plan has, with its chunk where it is of a tensor."""
+def planned(metadata: Metadata) -> Iterator[MetadataIndex]:
+    """Every item that the plan has."""
+    for fqn, chunk in planned_chunks(metadata):
+        yield MetadataIndex(fqn, None if chunk is None else chunk.offsets)
+
+
+def planned_chunks(metadata: Metadata) -> Iterator[tuple[str, ChunkStorageMetadata | None]]:
+    """The name of every item that the plan has, with its chunk where it is of a tensor."""
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
-                yield MetadataIndex(fqn, chunk.offsets), chunk
+                yield fqn, chunk
         else:
-            yield MetadataIndex(fqn), None
+            yield fqn, None
 
 
 def sizes_of(metadata: Metadata) -> dict[str, int]:

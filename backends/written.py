@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -51,16 +51,23 @@ def shared(metadata: Metadata, items: Mapping[Place, _StorageInfo]) -> dict[Meta
     sizes: dict[torch.Size, torch.Size] = {}
     spans: dict[object, object] = {}
     found: dict[MetadataIndex, _StorageInfo] = {}
-    for index, chunk in md.planned(metadata):
-        info = items.get((index.fqn, index.offset))
+    for fqn, chunk in md.planned_chunks(metadata):
+        index, offsets = MetadataIndex(fqn), None
+        if chunk is not None:
+            chunk.sizes = _one(sizes, chunk.sizes)
+            chunk.offsets = offsets = _one(sizes, chunk.offsets)
+            index.__dict__["offset"] = offsets  # its constructor would make another copy
+        info = items.get((fqn, offsets))
         if info is None:
             raise MissingItemError(index)
-        if chunk is not None and index.offset is not None:
-            chunk.offsets = index.offset
-            size = torch.Size(chunk.sizes)
-            chunk.sizes = sizes.setdefault(size, size)
         noted = info.__dict__
         if (its := noted.get("spans")) is not None:
             noted["spans"] = spans.setdefault(its, its)
         found[index] = info
     return found
+
+
+def _one(sizes: dict[torch.Size, torch.Size], size: Sequence[int]) -> torch.Size:
+    """Return the first of all sizes that are equal to this one."""
+    its = size if isinstance(size, torch.Size) else torch.Size(size)
+    return sizes.setdefault(its, its)

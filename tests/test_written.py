@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from cloudckpt.backends import metadata as md
 from cloudckpt.backends import written
 from cloudckpt.backends.commit import RankReport
 
@@ -74,6 +75,18 @@ def test_what_is_alike_is_made_one() -> None:
     for index, chunk in zip(found, tensor.chunks, strict=False):
         assert index.offset is chunk.offsets
     assert len({id(info.__dict__["spans"]) for info in found.values()}) == 1
+
+
+def test_tensors_cut_alike_share_the_offsets_of_their_shards() -> None:
+    metadata = _planned()
+    metadata.state_dict_metadata["moment"] = _planned().state_dict_metadata["t"]
+    results = _results()
+    results[0] += [_result(MetadataIndex("moment", (row, 0)), 0) for row in (0, 2)]
+    found = written.shared(metadata, written.gathered(results)[0])
+    assert list(found) == list(md.planned(metadata))
+    offsets = [index.offset for index in found if index.offset is not None]
+    assert offsets == [(0, 0), (2, 0)] * 2
+    assert len(set(map(id, offsets))) == 2
 
 
 def test_an_item_of_the_plan_that_no_rank_wrote_is_named() -> None:
