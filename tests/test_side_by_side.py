@@ -87,10 +87,12 @@ def test_there_are_more_as_soon_as_more_are_worth_while() -> None:
 
 
 def test_there_are_fewer_as_soon_as_fewer_are_worth_while() -> None:
-    early, late = _Gauge(), _Gauge()
-    tasks = [early.task] * 20 + [late.task] * 50
-    run_all(tasks, 16, lambda: 8 if early.done < 10 else 2)
-    assert early.most == 8
+    early, late, all_eight = _Gauge(), _Gauge(), threading.Barrier(8)
+
+    def meet() -> None:
+        all_eight.wait(30)
+
+    run_all([meet] * 8 + [early.task] * 20 + [late.task] * 50, 16, lambda: 8 if early.done < 10 else 2)
     assert late.done == 50
     assert len(late.threads) <= 2
 
