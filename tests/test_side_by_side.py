@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
 import time
@@ -22,12 +23,13 @@ class _Gauge:
         self.threads: set[int] = set()
         self.done = 0
 
-    def task(self) -> None:
+    def task(self, meanwhile: Callable[[], object] = lambda: time.sleep(0.001)) -> None:
+        """Run, and by default for so long that the others have their turn."""
         with self._lock:
             self._running += 1
             self.most = max(self.most, self._running)
             self.threads.add(threading.get_ident())
-        time.sleep(0.001)  # the others have their turn
+        meanwhile()
         with self._lock:
             self._running -= 1
             self.done += 1
@@ -88,11 +90,10 @@ def test_there_are_more_as_soon_as_more_are_worth_while() -> None:
 
 def test_there_are_fewer_as_soon_as_fewer_are_worth_while() -> None:
     early, late, all_eight = _Gauge(), _Gauge(), threading.Barrier(8)
-
-    def meet() -> None:
-        all_eight.wait(30)
-
-    run_all([meet] * 8 + [early.task] * 20 + [late.task] * 50, 16, lambda: 8 if early.done < 10 else 2)
+    meeting = functools.partial(early.task, functools.partial(all_eight.wait, 30))
+    tasks = [meeting] * 8 + [early.task] * 12 + [late.task] * 50
+    run_all(tasks, 16, lambda: 8 if early.done < 10 else 2)
+    assert early.most == 8
     assert late.done == 50
     assert len(late.threads) <= 2
 
