@@ -171,18 +171,12 @@ def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> Metadat
 
 def planned(metadata: Metadata) -> Iterator[MetadataIndex]:
     """Every item that the plan has."""
-    for fqn, chunk in planned_chunks(metadata):
-        yield MetadataIndex(fqn, None if chunk is None else chunk.offsets)
-
-
-def planned_chunks(metadata: Metadata) -> Iterator[tuple[str, ChunkStorageMetadata | None]]:
-    """The name of every item that the plan has, with its chunk where it is of a tensor."""
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
-                yield fqn, chunk
+                yield MetadataIndex(fqn, chunk.offsets)
         else:
-            yield fqn, None
+            yield MetadataIndex(fqn)
 
 
 def sizes_of(metadata: Metadata) -> dict[str, int]:

@@ -194,15 +194,13 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             UncertainCommitError: no answer tells whether the commit happened.
             CheckpointExistsError: another save committed here in the meantime.
         """
-        with no_collection():
-            items, reports = written.gathered(results)
+        reports = written.reports_in(results)
         staged = [one for report in reports for one in report.staged]
         self._uploader = None
         with self._opened() as store:
             try:
                 _raise_failures(reports)
-                stored = _stored(metadata, items, store.uri)
-                del items  # the collector would go over it during the requests
+                stored = _stored(metadata, results, store.uri)
                 objects = commit.publish(store, staged, commit.at_once(self._target.options, len(reports)))
                 data = self._described(metadata, stored, objects)
                 if self._marker is not None:
@@ -353,12 +351,12 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
 
 
 def _stored(
-    metadata: Metadata, items: dict[written.Place, _StorageInfo], uri: str
+    metadata: Metadata, results: list[list[WriteResult]], uri: str
 ) -> dict[MetadataIndex, _StorageInfo]:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
     try:
         with no_collection():
-            return written.shared(metadata, items)
+            return written.shared(metadata, results)
     except written.MissingItemError as missing:
         fqn, offsets = missing.index.fqn, missing.index.offset
         raise CommitError(
