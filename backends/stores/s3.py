@@ -249,8 +249,7 @@ class S3Store(ObjectStore):
 
         def complete(clients: Clients) -> dict[str, Any]:
             arguments = self._of(clients, "complete_multipart_upload", upload.name, **own)
-            answer: dict[str, Any] = clients.patient.complete_multipart_upload(**arguments)
-            return answer
+            return clients.completion(**arguments)
 
         size = sum(part.size for part in parts)
         with self._requests.explained(upload.name):

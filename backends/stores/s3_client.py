@@ -28,6 +28,8 @@ from s3fs.utils import ParamKwargsHelper
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
+from cloudckpt.backends.stores.s3_completion import Completion
+from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -56,6 +58,7 @@ class Clients:
         self._session = _prepared(botocore.session.Session(**self.fs.kwargs))
         self._lock = threading.Lock()
         self._patient: Any = None
+        self._completion: Completion | None = None
         self.data: Any = _client(self._session, self.fs, self.fs.config_kwargs)
         """botocore's S3 client, whose methods are generated at run time."""
         self.endpoint = _without_secrets(str(self.data.meta.endpoint_url))
@@ -64,7 +67,7 @@ class Clients:
 
     @property
     def patient(self) -> Any:
-        """The same with more time for an answer: for CompleteMultipartUpload, which assembles the object."""
+        """The same with more time for an answer: for copies, and for what assembles an object."""
         with self._lock:
             if self._patient is None:
                 given = self.fs.config_kwargs
@@ -73,6 +76,16 @@ class Clients:
                 own = {"read_timeout": seconds, "max_pool_connections": connections}
                 self._patient = _client(self._session, self.fs, {**given, **own})
             return self._patient
+
+    @property
+    def completion(self) -> Completion:
+        """CompleteMultipartUpload by the patient client."""
+        client = self.patient
+        with self._lock:
+            if self._completion is None:
+                verify = self.fs.client_kwargs.get("verify", self.ca_bundle)
+                self._completion = Completion(client, Connections(client.meta.config, verify))
+            return self._completion
 
     @property
     def renewable(self) -> bool:
@@ -113,6 +126,8 @@ class Clients:
         with self._lock:
             if self._patient is not None:
                 self._patient.close()
+            if self._completion is not None:
+                self._completion.close()
 
 
 def _file_system(options: Options) -> s3fs.S3FileSystem:

@@ -52,7 +52,7 @@ _BAD_CREDENTIALS = EXPIRED | {
     "UnrecognizedClientException",
     "AuthFailure",
 }
-_WRONG_REGION = frozenset(
+WRONG_REGION = frozenset(
     {
         "PermanentRedirect",
         "TemporaryRedirect",
@@ -171,7 +171,7 @@ def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> Ch
         return not_s3(endpoint)
     if code in _BAD_CREDENTIALS:
         return AccessDeniedError(f"{endpoint} refused the credentials ({code})", hint=_LOGIN_HINT)
-    if code in _WRONG_REGION or status_of(error) == HTTPStatus.MOVED_PERMANENTLY:
+    if code in WRONG_REGION or status_of(error) == HTTPStatus.MOVED_PERMANENTLY:
         hint = f"Set the option region{_actual_region(error)}"
         return StorageError(f"the bucket {target.bucket!r} is in another region ({code})", hint=hint)
     if code == "NoSuchUpload":

@@ -1,0 +1,152 @@
+"""Connections to an S3 server for small requests by the thousand: http.client's.
+
+Those of botocore, which carry everything else, take as long for such a request as all the rest of it. What
+they offer beyond (proxies, client certificates, unverified TLS) is left to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import ssl
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+from urllib.parse import urlsplit
+
+from botocore import exceptions as boto
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+from urllib3.util import wait_for_read
+
+_Idle: TypeAlias = "defaultdict[tuple[str, str], deque[http.client.HTTPConnection]]"
+"""By scheme and network location."""
+_LEFT_TO_BOTOCORE: Final = ("proxies", "client_cert", "tcp_keepalive")
+"""Settings of a client that these connections do without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server answered."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class Connections:
+    """Keeps connections and lends each to one thread at a time.
+
+    Args:
+        config: botocore's, of the client in whose stead they are used.
+        verify: what botocore calls so: a file or folder of authorities, or None for the usual ones.
+    """
+
+    def __init__(self, config: Any, verify: bool | str | None) -> None:
+        self._config = config
+        if verify is None:
+            verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        self._authorities = get_cert_path(True) if verify is True else verify or None
+        self._tls: ssl.SSLContext | None = None
+        self._idle: _Idle = defaultdict(deque)
+        weakref.finalize(self, _close, self._idle)
+
+    def reach(self, url: str) -> bool:
+        """Whether the settings allow to ask this URL's host here, instead of by botocore."""
+        parts = urlsplit(url)
+        by_proxy = parts.scheme in get_environ_proxies(url)
+        unusual = by_proxy or "@" in parts.netloc or any(getattr(self._config, s) for s in _LEFT_TO_BOTOCORE)
+        return not unusual and (parts.scheme == "http" or self._authorities is not None)
+
+    def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Send one request and read its answer whole.
+
+        Raises:
+            HTTPClientError: botocore's, as its own connections raise them.
+        """
+        parts = urlsplit(url)
+        connection = self._borrowed(parts.scheme, parts.netloc, url)
+        whole = False
+        try:
+            with _as_botocores(url):
+                connection.request("POST", f"{parts.path}?{parts.query}", body, headers)
+                response = connection.getresponse()
+                answer = Answer(response.status, response.headers, response.read())
+            whole = not response.will_close
+        finally:
+            self._give_back((parts.scheme, parts.netloc), connection, whole=whole)
+        return answer
+
+    def close(self) -> None:
+        """Close those that nobody uses; there are new ones as soon as they are needed."""
+        _close(self._idle)
+
+    def _borrowed(self, scheme: str, netloc: str, url: str) -> http.client.HTTPConnection:
+        idle = self._idle[scheme, netloc]
+        with contextlib.suppress(IndexError):
+            while True:
+                connection = idle.pop()
+                # What can be read now is no answer: the server has closed it.
+                if not wait_for_read(connection.sock, timeout=0.0):
+                    return connection
+                connection.close()
+        return self._connected(scheme, netloc, url)
+
+    def _connected(self, scheme: str, netloc: str, url: str) -> http.client.HTTPConnection:
+        seconds = self._config.connect_timeout
+        try:
+            if scheme == "https":
+                self._tls = self._tls or _tls(str(self._authorities))
+                connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                    netloc, timeout=seconds, context=self._tls
+                )
+            else:
+                connection = http.client.HTTPConnection(netloc, timeout=seconds)
+            connection.connect()
+            connection.sock.settimeout(self._config.read_timeout)
+        except ssl.SSLError as error:
+            raise boto.SSLError(endpoint_url=url, error=error) from error
+        except TimeoutError as error:
+            raise boto.ConnectTimeoutError(endpoint_url=url, error=error) from error
+        except OSError as error:
+            raise boto.EndpointConnectionError(endpoint_url=url, error=error) from error
+        return connection
+
+    def _give_back(
+        self, place: tuple[str, str], connection: http.client.HTTPConnection, *, whole: bool
+    ) -> None:
+        idle = self._idle[place]
+        if whole and len(idle) < self._config.max_pool_connections:
+            idle.append(connection)
+        else:
+            connection.close()
+
+
+def _close(idle: _Idle) -> None:
+    for connections in list(idle.values()):
+        with contextlib.suppress(IndexError):
+            while True:
+                connections.pop().close()
+
+
+def _tls(authorities: str) -> ssl.SSLContext:
+    if Path(authorities).is_dir():
+        return ssl.create_default_context(capath=authorities)
+    return ssl.create_default_context(cafile=authorities)
+
+
+@contextlib.contextmanager
+def _as_botocores(url: str) -> Iterator[None]:
+    """Raise what botocore would, of a request that went out."""
+    try:
+        yield
+    except ssl.SSLError as error:
+        raise boto.SSLError(endpoint_url=url, error=error) from error
+    except TimeoutError as error:
+        raise boto.ReadTimeoutError(endpoint_url=url, error=error) from error
+    except (http.client.HTTPException, OSError) as error:
+        raise boto.ConnectionClosedError(endpoint_url=url, error=error) from error
