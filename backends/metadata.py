@@ -188,7 +188,7 @@ def dump(metadata: Metadata) -> bytes:
     """Serialise as stock DCP does, and add a checksum of that."""
     with no_collection():
         data = pickler.dumps(metadata)
-    return data + _SEAL + f"{CRC64NVME.of(data):016x}".encode()
+    return b"".join((data, _SEAL, f"{CRC64NVME.of(data):016x}".encode()))  # copied once
 
 
 def _is_damaged(data: bytes) -> bool:

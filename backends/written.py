@@ -81,20 +81,34 @@ def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict
 
 def _planned(metadata: Metadata) -> dict[str, tuple[str, _Offsets]]:
     """The plan's own name of every entry, with its offsets. Equal chunks become one, also in ``metadata``."""
-    sizes: dict[torch.Size, torch.Size] = {}
-    alike: dict[tuple[torch.Size, torch.Size], ChunkStorageMetadata] = {}
-    cuts: dict[tuple[int, ...], _Offsets] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
     planned: dict[str, tuple[str, _Offsets]] = {}
     for fqn, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            planned[fqn] = fqn, _WHOLE
-            continue
-        entry.chunks = [_one(chunk, alike, sizes) for chunk in entry.chunks]
+        planned[fqn] = fqn, _WHOLE
+        if isinstance(entry, TensorStorageMetadata):
+            tensors[fqn] = entry
+    _share_chunks(tensors.values())
+    cuts: dict[tuple[int, ...], _Offsets] = {}
+    for fqn, entry in tensors.items():
         cut = tuple(map(id, entry.chunks))
         if cut not in cuts:
             cuts[cut] = {chunk.offsets: chunk.offsets for chunk in entry.chunks}
         planned[fqn] = fqn, cuts[cut]
     return planned
+
+
+def _share_chunks(tensors: Iterable[TensorStorageMetadata]) -> None:
+    """Make equal chunks one, rank by rank again: tensors of as many chunks side by side."""
+    sizes: dict[torch.Size, torch.Size] = {}
+    alike: dict[tuple[torch.Size, torch.Size], ChunkStorageMetadata] = {}
+    of_count: dict[int, list[list[ChunkStorageMetadata]]] = {}
+    for tensor in tensors:
+        tensor.chunks = [*tensor.chunks]
+        of_count.setdefault(len(tensor.chunks), []).append(tensor.chunks)
+    for count, side_by_side in of_count.items():
+        for place in range(count):
+            for chunks in side_by_side:
+                chunks[place] = _one(chunks[place], alike, sizes)
 
 
 def _one(
