@@ -132,7 +132,7 @@ class Completion:
     def _pattern(self, arguments: Mapping[str, Any]) -> _Pattern | None:
         """Have botocore put a request together and not send it."""
         with self._seizing() as seized:
-            own = {"Key": _KEY, "UploadId": _UPLOAD}
+            own = {"Key": _KEY, "UploadId": _UPLOAD, "MultipartUpload": {"Parts": []}}
             self._client.complete_multipart_upload(**{**arguments, **own})
         pattern = _Pattern.of(seized[0]) if seized else None
         return pattern if pattern is not None and self._connections.reach(pattern.url) else None

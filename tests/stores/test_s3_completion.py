@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import re
 import shutil
 import ssl
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,57 @@ def test_a_completion_is_the_request_that_botocore_makes(
     said, theirs = (dict(error.value.response) for error in (ours, refused))
     assert said["Error"] == theirs["Error"]
     assert status_of(ours.value) == 403
+
+
+class _Sent(Exception):
+    """Raised instead of sending."""
+
+
+@pytest.mark.parametrize(
+    ("bucket", "endpoint", "of_s3"),
+    [
+        ("bucket", None, {}),
+        ("bucket.with.dots", None, {}),
+        ("bucket", None, {"use_accelerate_endpoint": True}),
+        ("bucket", None, {"use_dualstack_endpoint": True}),
+        ("bucket", "https://storage.example:8443", {"addressing_style": "virtual"}),
+        ("bucket", "https://storage.example/below", {"addressing_style": "path"}),
+        ("arn:aws:s3:us-west-2:111122223333:accesspoint/mine", None, {}),
+    ],
+)
+def test_the_signature_is_that_of_botocore_wherever_a_bucket_is(
+    monkeypatch: pytest.MonkeyPatch, bucket: str, endpoint: str | None, of_s3: dict[str, Any]
+) -> None:
+    sent: list[tuple[str, dict[str, str]]] = []
+
+    def note(url: str, headers: Mapping[str, Any]) -> None:
+        text = {name.lower(): v.decode() if isinstance(v, bytes) else v for name, v in headers.items()}
+        sent.append((url, text))
+        raise _Sent
+
+    monkeypatch.setattr(Connections, "post", lambda _, url, headers, __: note(url, headers))
+    options: dict[str, Any] = {"key": "k", "secret": "s", "config_kwargs": {"s3": of_s3}}
+    target = Target.parse("s3://any", region="us-east-1", endpoint_url=endpoint, storage_options=options)
+    listed = {"Parts": [{"PartNumber": 1, "ETag": "plain"}]}
+    arguments = {"Bucket": bucket, "Key": f"run/{_NAME}", "UploadId": "id", "MultipartUpload": listed}
+    with S3Store(target) as store:
+        clients = store._requests.clients
+        clients.patient.meta.events.register(
+            "before-send", lambda request, **_: note(request.url, request.headers)
+        )
+        for complete in [clients.completion, clients.patient.complete_multipart_upload] * 10:
+            with pytest.raises(_Sent):
+                complete(**arguments)
+    # A signature holds the second in which it was made.
+    pairs = [
+        (ours, theirs)
+        for ours, theirs in itertools.pairwise(sent)
+        if ours[1]["x-amz-date"] == theirs[1]["x-amz-date"]
+    ]
+    assert pairs
+    for (url, headers), (their_url, their_headers) in pairs:
+        assert url == their_url
+        assert headers["authorization"] == their_headers["authorization"]
 
 
 def test_botocore_answers_as_it_would(s3_server: S3Server) -> None:
