@@ -83,7 +83,8 @@ class Clients:
         client = self.patient
         with self._lock:
             if self._completion is None:
-                verify = self.fs.client_kwargs.get("verify", self.ca_bundle)
+                verify = self.fs.client_kwargs.get("verify")
+                verify = self.ca_bundle if verify is None else verify
                 self._completion = Completion(client, Connections(client.meta.config, verify))
             return self._completion
 

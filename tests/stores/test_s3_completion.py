@@ -295,6 +295,27 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(
         by_environment.close()
 
 
+@pytest.mark.parametrize("given", [{}, {"verify": None}], ids=["nothing", "none"])
+def test_the_authorities_of_the_environment_are_trusted(
+    moto: S3Server,
+    trusted: tuple[ssl.SSLContext, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+) -> None:
+    context, certificate = trusted
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    bucket, options = Bucket.new(moto), {"key": "test", "secret": "testtest", "client_kwargs": given}
+    with (
+        proxied(moto.endpoint, context) as proxy,
+        open_in(proxy, bucket, storage_options=options) as store,
+    ):
+        counted = _requests_put_together(store)
+        send(store)
+        send(store, b"again")
+        assert counted == {_OPERATION: 1}
+    assert bucket.found() == b"again"
+
+
 def test_without_verification_botocore_completes(
     moto: S3Server, trusted: tuple[ssl.SSLContext, Path], recwarn: pytest.WarningsRecorder
 ) -> None:
