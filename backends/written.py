@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
 import torch
@@ -21,6 +22,7 @@ from cloudckpt.backends.commit import RankReport
 
 _Offsets: TypeAlias = Mapping[torch.Size | None, torch.Size | None]
 """Those of an entry's shards, each as the one object that stands for all that are equal."""
+_DATA: Final = operator.attrgetter("storage_data")
 _WHOLE: Final[_Offsets] = {None: None}
 """Of an entry that is no tensor: it is not cut."""
 
@@ -33,13 +35,10 @@ class MissingItemError(Exception):
         self.index = index
 
 
-def reports_in(results: Iterable[Sequence[WriteResult]]) -> list[RankReport]:
-    """The reports of the ranks, each of which stands among or behind its rank's items."""
-    reports: list[RankReport] = []
-    for of_rank in results:
-        data = (result.storage_data for result in reversed(of_rank))  # where ours puts it last
-        reports += itertools.islice((report for report in data if isinstance(report, RankReport)), 1)
-    return reports
+def reports_in(results: Iterable[Iterable[WriteResult]]) -> list[RankReport]:
+    """The reports of the ranks, which stand among their items."""
+    everything = map(_DATA, itertools.chain.from_iterable(results))
+    return [data for data in everything if isinstance(data, RankReport)]
 
 
 def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict[MetadataIndex, _StorageInfo]:
