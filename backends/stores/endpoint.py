@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from cloudckpt.backends.finding import Finding
+from cloudckpt.backends.stores.tls import context as tls_context
 
 _SECONDS: Final = 5.0
 _PORTS: Final = {"http": 80, "https": 443}
@@ -93,7 +94,7 @@ def _connected(host: str, port: int, tls: bool, verify: bool | str, through: str
         with socket.create_connection((host, port), timeout=_SECONDS) as connection:
             if not tls:
                 return Finding("connection", "ok", f"{at} takes connections{through}")
-            with _context(verify).wrap_socket(connection, server_hostname=host) as wrapped:
+            with tls_context(verify).wrap_socket(connection, server_hostname=host) as wrapped:
                 return Finding("connection", "ok", f"{at} takes connections, by {wrapped.version()}")
     except ssl.SSLCertVerificationError as error:
         what = f"the certificate of {at} is not to be trusted: {error.verify_message}"
@@ -116,14 +117,6 @@ def _connected(host: str, port: int, tls: bool, verify: bool | str, through: str
             f"{at} takes no connection{through}: {why}",
             "Check endpoint_url, the firewall, the routes and the proxy settings (HTTPS_PROXY, NO_PROXY)",
         )
-
-
-def _context(verify: bool | str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
-    if verify is False:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
 
 
 def _time(seconds: float) -> str:

@@ -11,6 +11,7 @@ it repeats a listing once where the connection is lost, which no option turns of
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
@@ -23,6 +24,7 @@ import s3fs
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.credentials import RefreshableCredentials
+from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.errors import ConfigurationError
@@ -83,9 +85,7 @@ class Clients:
         client = self.patient
         with self._lock:
             if self._completion is None:
-                verify = self.fs.client_kwargs.get("verify")
-                verify = self.ca_bundle if verify is None else verify
-                self._completion = Completion(client, Connections(client.meta.config, verify))
+                self._completion = Completion(client, Connections(client.meta.config, self.verify))
             return self._completion
 
     @property
@@ -106,10 +106,14 @@ class Clients:
         return isinstance(found, RefreshableCredentials) and bool(found.refresh_needed(refresh_in=0))
 
     @property
-    def ca_bundle(self) -> str | None:
-        """The file of authorities that the environment or the profile names."""
-        named: str | None = self._session.get_config_variable("ca_bundle")
-        return named
+    def verify(self) -> bool | str:
+        """Whom botocore trusts to vouch for a server: a file or folder of authorities; False for anybody."""
+        given = self.fs.client_kwargs.get("verify")
+        if given is None:
+            given = self._session.get_config_variable("ca_bundle")  # of the environment or the profile
+        if given is None:
+            given = os.environ.get("REQUESTS_CA_BUNDLE") or True
+        return given if isinstance(given, str) or given is False else str(get_cert_path(verify=True))
 
     @property
     def is_aws(self) -> bool:

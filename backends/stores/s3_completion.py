@@ -7,9 +7,8 @@ pattern for all of them; it signs each, and reads the answers.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -18,6 +17,7 @@ from xml.sax.saxutils import escape
 import botocore.parsers
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.compat import HTTPHeaders
+from botocore.exceptions import ClientError
 from botocore.utils import percent_encode
 
 from cloudckpt.backends.stores.s3_connections import Answer, Connections
@@ -76,10 +76,10 @@ class Completion:
         self._client = client
         self._connections = connections
         self._patterns: dict[str, _Pattern | None] = {}
-        self._wanted = threading.local()
+        self._unsent = threading.local()
         self._model = client.meta.service_model.operation_model(_OPERATION)
         self._parser = botocore.parsers.create_parser("rest-xml")
-        client.meta.events.register_last("before-call", self._seize)
+        client.meta.events.register_last("before-call", self._answer_unsent)
 
     def __call__(self, **arguments: Any) -> dict[str, Any]:
         """Complete one upload."""
@@ -95,13 +95,13 @@ class Completion:
         event = f"request-created.s3.{_OPERATION}"
         self._client.meta.events.emit(event, request=request, operation_name=_OPERATION)  # which signs it
         url, headers = str(request.url), dict(request.headers.items())
-        answer, error = self._read(self._connections.post(url, headers, body))
-        if error is None:
-            return answer
-        if status_of(error) < HTTPStatus.BAD_REQUEST or code_of(error) in WRONG_REGION:
-            self._patterns.pop(bucket, None)
-            return self._by_botocore(arguments)  # which goes where it is sent
-        raise error
+        try:
+            return self._read(self._connections.post(url, headers, body))
+        except ClientError as error:
+            if status_of(error) >= HTTPStatus.BAD_REQUEST and code_of(error) not in WRONG_REGION:
+                raise
+        self._patterns.pop(bucket, None)
+        return self._by_botocore(arguments)  # which goes where it is sent
 
     def close(self) -> None:
         """Let idle connections go."""
@@ -111,8 +111,8 @@ class Completion:
         answer: dict[str, Any] = self._client.complete_multipart_upload(**arguments)
         return answer
 
-    def _read(self, answer: Answer) -> tuple[dict[str, Any], Any]:
-        """Return the answer as botocore's client does, and the error that it would raise."""
+    def _read(self, answer: Answer) -> dict[str, Any]:
+        """Return or raise what botocore's client would."""
         response: dict[str, Any] = {
             "headers": answer.headers,
             "status_code": answer.status,
@@ -124,35 +124,26 @@ class Completion:
         given = {"response_dict": response, "customized_response_dict": {}}
         self._client.meta.events.emit(event, operation_model=model, **given)
         parsed: dict[str, Any] = self._parser.parse(response, model.output_shape)
-        if response["status_code"] < HTTPStatus.MULTIPLE_CHOICES:
-            return parsed, None
-        kind = self._client.exceptions.from_code(parsed.get("Error", {}).get("Code"))
-        return parsed, kind(parsed, _OPERATION)
+        if response["status_code"] >= HTTPStatus.MULTIPLE_CHOICES:
+            raise self._client.exceptions.from_code(parsed.get("Error", {}).get("Code"))(parsed, _OPERATION)
+        return parsed
 
     def _pattern(self, arguments: Mapping[str, Any]) -> _Pattern | None:
         """Have botocore put a request together and not send it."""
-        with self._seizing() as seized:
-            own = {"Key": _KEY, "UploadId": _UPLOAD, "MultipartUpload": {"Parts": []}}
-            self._client.complete_multipart_upload(**{**arguments, **own})
-        pattern = _Pattern.of(seized[0]) if seized else None
+        own = {"Key": _KEY, "UploadId": _UPLOAD, "MultipartUpload": {"Parts": []}}
+        self._unsent.wanted = True
+        try:
+            params = self._client.complete_multipart_upload(**{**arguments, **own})
+        finally:
+            self._unsent.wanted = False
+        pattern = _Pattern.of(params)
         return pattern if pattern is not None and self._connections.reach(pattern.url) else None
 
-    @contextlib.contextmanager
-    def _seizing(self) -> Iterator[list[dict[str, Any]]]:
-        """Keep this thread's requests in the block from being sent; they are in the list."""
-        seized: list[dict[str, Any]] = []
-        self._wanted.seized = seized
-        try:
-            yield seized
-        finally:
-            del self._wanted.seized
-
-    def _seize(self, params: dict[str, Any], **_: Any) -> tuple[AWSResponse, dict[str, Any]] | None:
-        seized: list[dict[str, Any]] | None = getattr(self._wanted, "seized", None)
-        if seized is None:
+    def _answer_unsent(self, params: dict[str, Any], **_: Any) -> tuple[AWSResponse, dict[str, Any]] | None:
+        """Answer a request before it is sent, by itself, where this thread wants that."""
+        if not getattr(self._unsent, "wanted", False):
             return None
-        seized.append(params)
-        return AWSResponse(params["url"], HTTPStatus.OK, HTTPHeaders(), None), {}
+        return AWSResponse(params["url"], HTTPStatus.OK, HTTPHeaders(), None), params
 
 
 def _body(parts: list[dict[str, Any]]) -> bytes:

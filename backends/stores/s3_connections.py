@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import os
 import ssl
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
-from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 from urllib3.util import wait_for_read
+
+from cloudckpt.backends.stores.tls import context as tls_context
 
 _Idle: TypeAlias = "defaultdict[tuple[str, str], deque[_Connection]]"
 """By scheme and network location."""
@@ -64,14 +63,12 @@ class Connections:
 
     Args:
         config: botocore's, of the client in whose stead they are used.
-        verify: what botocore calls so: a file or folder of authorities, or None for the usual ones.
+        verify: what botocore calls so: a file or folder of authorities, or True for the host's own.
     """
 
-    def __init__(self, config: Any, verify: bool | str | None) -> None:
+    def __init__(self, config: Any, verify: bool | str) -> None:
         self._config = config
-        if verify is None:
-            verify = os.environ.get("REQUESTS_CA_BUNDLE") or True
-        self._authorities = get_cert_path(True) if verify is True else verify or None
+        self._verify = verify
         self._tls: ssl.SSLContext | None = None
         self._idle: _Idle = defaultdict(deque)
         weakref.finalize(self, _close, self._idle)
@@ -81,7 +78,7 @@ class Connections:
         parts = urlsplit(url)
         by_proxy = parts.scheme in get_environ_proxies(url)
         unusual = by_proxy or "@" in parts.netloc or any(getattr(self._config, s) for s in _LEFT_TO_BOTOCORE)
-        return not unusual and (parts.scheme == "http" or self._authorities is not None)
+        return not unusual and (parts.scheme == "http" or self._verify is not False)
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Send one request and read its answer whole.
@@ -122,7 +119,7 @@ class Connections:
         seconds = self._config.connect_timeout
         try:
             if scheme == "https":
-                self._tls = self._tls or _tls(str(self._authorities))
+                self._tls = self._tls or tls_context(self._verify)
                 connection: _Connection = _TLSConnection(netloc, timeout=seconds, context=self._tls)
             else:
                 connection = _Connection(netloc, timeout=seconds)
@@ -149,12 +146,6 @@ def _close(idle: _Idle) -> None:
         with contextlib.suppress(IndexError):
             while True:
                 connections.pop().close()
-
-
-def _tls(authorities: str) -> ssl.SSLContext:
-    if Path(authorities).is_dir():
-        return ssl.create_default_context(capath=authorities)
-    return ssl.create_default_context(cafile=authorities)
 
 
 @contextlib.contextmanager

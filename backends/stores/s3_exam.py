@@ -8,7 +8,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from botocore.exceptions import ClientError
-from botocore.httpsession import get_cert_path
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
@@ -46,7 +45,7 @@ class S3Exam:
     def reach(self) -> Generator[Finding, None, bool]:
         with self._requests.explained():
             clients = self._requests.clients
-        there = yield from endpoint.reached(clients.endpoint, _verify(clients))
+        there = yield from endpoint.reached(clients.endpoint, clients.verify)
         if not there:
             return False
         found = self._credentials(clients)
@@ -196,13 +195,6 @@ def _temporary(where: str, ends: datetime | None) -> Finding:
     if left <= timedelta(0):
         return Finding("credentials", "failed", f"temporary ones, found by {where}, have expired", advice)
     return Finding("credentials", "warning" if left < _SOON else "ok", what, advice if left < _SOON else "")
-
-
-def _verify(clients: Clients) -> bool | str:
-    given = clients.fs.client_kwargs.get("verify")
-    if given is None:
-        given = clients.ca_bundle
-    return given if isinstance(given, str) or given is False else str(get_cert_path(verify=True))
 
 
 def _headers(answer: Mapping[str, Any]) -> Mapping[str, str]:

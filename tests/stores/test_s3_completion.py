@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import itertools
 import re
@@ -26,6 +27,7 @@ from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.stores.s3_errors import status_of
 from cloudckpt.backends.target import Target
+from support.answers import serving
 from support.as_aws import elsewhere, in_region
 from support.buckets import Bucket, open_in, send
 from support.certificate import self_signed
@@ -239,7 +241,6 @@ def test_many_threads_complete_at_once(moto: S3Server) -> None:
 def test_through_a_proxy_botocore_completes(
     proxy: Proxy, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy.rule(lambda request: None)
     monkeypatch.setenv("http_proxy", proxy.endpoint)
     monkeypatch.setenv("no_proxy", "localhost")
     behind = S3Store(
@@ -266,14 +267,14 @@ _URL = "/bucket/name?uploadId=1"
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(
-    moto: S3Server, trusted: tuple[ssl.SSLContext, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moto: S3Server, trusted: tuple[ssl.SSLContext, Path], tmp_path: Path
 ) -> None:
     context, certificate = trusted
     folder = tmp_path / "authorities"
     folder.mkdir()
     with proxied(moto.endpoint, context) as proxy:
         url = f"{proxy.endpoint}{_URL}"
-        for careful in (Connections(_USUAL, None), Connections(_USUAL, str(folder))):
+        for careful in (Connections(_USUAL, True), Connections(_USUAL, str(folder))):
             with pytest.raises(boto.SSLError):
                 careful.post(url, {}, b"")
         assert not proxy.all()
@@ -289,21 +290,19 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(
             trusting = Connections(_USUAL, verify)
             assert trusting.post(url, {}, b"").status >= 400
             trusting.close()
-        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        by_environment = Connections(_USUAL, None)
-        assert by_environment.post(url, {}, b"").status >= 400
-        by_environment.close()
 
 
+@pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"])
 @pytest.mark.parametrize("given", [{}, {"verify": None}], ids=["nothing", "none"])
 def test_the_authorities_of_the_environment_are_trusted(
     moto: S3Server,
     trusted: tuple[ssl.SSLContext, Path],
     monkeypatch: pytest.MonkeyPatch,
     given: dict[str, Any],
+    variable: str,
 ) -> None:
     context, certificate = trusted
-    monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+    monkeypatch.setenv(variable, str(certificate))
     bucket, options = Bucket.new(moto), {"key": "test", "secret": "testtest", "client_kwargs": given}
     with (
         proxied(moto.endpoint, context) as proxy,
@@ -360,30 +359,21 @@ class _Closing(http.server.BaseHTTPRequestHandler):
 
 def test_a_connection_is_kept_until_the_server_closes_it() -> None:
     _Closing.connections, _Closing.closed = 0, threading.Event()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Closing) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            connections = Connections(_USUAL, None)
-            url = f"http://127.0.0.1:{server.server_port}{_URL}"
-            assert connections.post(url, {}, b"body").status == 200
-            assert _Closing.closed.wait(10)
-            for _ in range(3):
-                assert connections.post(url, {}, b"body").status == 200
-            assert _Closing.connections == 2
-            connections.close()
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(_Closing) as endpoint, contextlib.closing(Connections(_USUAL, True)) as connections:
+        assert connections.post(f"{endpoint}{_URL}", {}, b"body").status == 200
+        assert _Closing.closed.wait(10)
+        for _ in range(3):
+            assert connections.post(f"{endpoint}{_URL}", {}, b"body").status == 200
+        assert _Closing.connections == 2
 
 
 def test_where_nothing_listens_the_endpoint_cannot_be_reached() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), _Closing) as server:
         free = server.server_port
     with pytest.raises(boto.EndpointConnectionError):
-        Connections(_USUAL, None).post(f"http://127.0.0.1:{free}{_URL}", {}, b"")
+        Connections(_USUAL, True).post(f"http://127.0.0.1:{free}{_URL}", {}, b"")
     with pytest.raises(boto.EndpointConnectionError):
-        Connections(_USUAL, None).post(f"http://nowhere.invalid{_URL}", {}, b"")
+        Connections(_USUAL, True).post(f"http://nowhere.invalid{_URL}", {}, b"")
 
 
 @pytest.mark.parametrize(
@@ -412,14 +402,8 @@ def test_what_a_connection_does_is_raised_as_botocore_would(
                 self.wfile.write(said)
 
     Odd.closed = threading.Event()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            with pytest.raises(error) as caught:
-                Connections(impatient, None).post(f"http://127.0.0.1:{server.server_port}{_URL}", {}, b"body")
-            assert type(caught.value) is error
-        finally:
-            answered.set()
-            server.shutdown()
-            thread.join()
+    with serving(Odd) as endpoint:
+        with pytest.raises(error) as caught:
+            Connections(impatient, True).post(f"{endpoint}{_URL}", {}, b"body")
+        assert type(caught.value) is error
+        answered.set()
