@@ -270,9 +270,11 @@ def test_tls_that_is_not_spoken_not_trusted_and_trusted(
         _, found = doctor(place)
         assert_only(found, "connection")
         assert "certificate" in found["connection"]["what"]
-        monkeypatch.setenv("AWS_CA_BUNDLE", str(trusted))
-        status, found = doctor(place)
-    assert status == 0 and "TLS" in found["connection"]["what"]
+        for variable in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+            with monkeypatch.context() as environment:
+                environment.setenv(variable, str(trusted))
+                status, found = doctor(place)
+            assert status == 0 and "TLS" in found["connection"]["what"]
 
 
 def test_rules_that_are_not_told_stop_nothing(on_moto: Place, proxy: Proxy) -> None:
