@@ -10,12 +10,10 @@ import urllib3
 FAULTS: Mapping[str, Mapping[str, str]] = {
     "moto": {
         "test_pending_uploads_are_listed_until_they_end": "dates every upload to 2010",
-        "test_another_version_is_not_copied": "ignores the condition of a copy",
     },
     "ministack": {},
     "rclone": {
         "test_a_part_may_be_sent_again": "answers 501 to a part number that it has",
-        "test_another_version_is_not_copied": "ignores the condition of a copy",
     },
 }
 RACES: Mapping[str, Mapping[str, str]] = {
