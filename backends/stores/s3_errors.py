@@ -97,7 +97,7 @@ def not_s3(endpoint: str) -> StorageError:
 
 def without_etag(endpoint: str, operation: str, answer: Mapping[str, Any]) -> StorageError:
     """Return the error for an answer to ``operation`` that lacks the ETag, which names the version."""
-    if _is_page(answer):
+    if is_page(answer):
         return not_s3(endpoint)
     return StorageError(
         f"{endpoint} answered {operation} without an ETag header",
@@ -212,10 +212,10 @@ def _is_not_s3(error: boto.ClientError) -> bool:
     """Tell an error page from S3's error document. A HEAD has no body: there the headers have to tell."""
     if error.operation_name not in ("HeadObject", "HeadBucket"):
         return code_of(error).isdigit() and status_of(error) < HTTPStatus.INTERNAL_SERVER_ERROR
-    return _is_page(error.response)
+    return is_page(error.response)
 
 
-def _is_page(answer: Mapping[str, Any]) -> bool:
+def is_page(answer: Mapping[str, Any]) -> bool:
     """Tell a web page from an answer of S3, by the headers."""
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     named = "x-amz-request-id" in headers or "x-amzn-requestid" in headers
