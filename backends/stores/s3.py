@@ -42,6 +42,7 @@ from cloudckpt.backends.stores.s3_checksum import contradicted, given_or_of, par
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_copy import Copying, Original
 from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
+from cloudckpt.backends.stores.s3_missing import read_object
 from cloudckpt.backends.stores.s3_probe import Honoured, what_is_honoured
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
@@ -125,10 +126,9 @@ class S3Store(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         def read(clients: Clients) -> tuple[bytes, ObjectInfo]:
             data, answer = read_whole(clients, self._of(clients, "get_object", name))
-            info = ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
-            return data, info
+            return data, ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
 
-        return self._requests.ask(read, name)
+        return read_object(self._requests, self._target, name, read)
 
     def read_into(
         self,
@@ -141,7 +141,7 @@ class S3Store(ObjectStore):
         def read(clients: Clients) -> int | None:
             return read_range(clients, self._of(clients, "get_object", name), offset, buffers, arrived)
 
-        return self._requests.ask(read, name, nbytes=sum(buffer.nbytes for buffer in buffers))
+        return read_object(self._requests, self._target, name, read, nbytes=sum(b.nbytes for b in buffers))
 
     def stat(self, name: str) -> ObjectInfo:
         def head(clients: Clients) -> ObjectInfo:
@@ -149,7 +149,7 @@ class S3Store(ObjectStore):
             version = _version(answer, clients)
             return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
 
-        return self._requests.ask(head, name)
+        return read_object(self._requests, self._target, name, head)
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         objects: list[ObjectInfo] = []
