@@ -99,6 +99,21 @@ _OF_CALLERS: Final[Mapping[str, Meaning]] = {
         "AuthFailure InvalidSecurity MissingSecurityHeader CredentialsNotSupported",
         Meaning(AccessDeniedError, "{endpoint} refused the credentials", _LOG_IN, True),
     ),
+    **_each(
+        "InvalidIdentityToken IDPRejectedClaim IDPCommunicationError",
+        Meaning(
+            AccessDeniedError,
+            "STS refused the web identity token",
+            "Check the file that AWS_WEB_IDENTITY_TOKEN_FILE names, and the role's trust policy",
+            True,
+        ),
+    ),
+    "RegionDisabledException": Meaning(
+        AccessDeniedError,
+        "STS is not enabled in this region for the account",
+        "Enable the region in the account, or set AWS_REGION to one that is",
+        True,
+    ),
     "AccountProblem": Meaning(
         AccessDeniedError,
         "the account has a problem that stops its requests",

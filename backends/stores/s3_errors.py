@@ -39,6 +39,8 @@ _ACTIONS: Mapping[str, str] = {
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
     "DeleteObjects": "s3:DeleteObject",
+    "AssumeRole": "sts:AssumeRole",
+    "AssumeRoleWithWebIdentity": "sts:AssumeRoleWithWebIdentity",
     "GetBucketLifecycleConfiguration": "s3:GetLifecycleConfiguration",
     "GetBucketVersioning": "s3:GetBucketVersioning",
 }
@@ -149,7 +151,11 @@ def _error_before_answer(error: BaseException, target: Target, endpoint: str) ->
             hint = "Check the option profile and the files ~/.aws/config and ~/.aws/credentials"
             return ConfigurationError("the AWS profile does not exist", hint=hint)
         case boto.NoRegionError() | boto.InvalidRegionError():
-            return ConfigurationError("the AWS region is missing or misspelt", hint="Set the option region")
+            hint = "Set the option region, or the environment variable AWS_REGION"
+            return ConfigurationError("the AWS region is missing or misspelt", hint=hint)
+        case boto.InvalidConfigError() | boto.ConfigParseError() | boto.ConfigNotFound():
+            hint = "Check the files ~/.aws/config and ~/.aws/credentials"
+            return ConfigurationError(f"the AWS configuration can't be used: {error}", hint=hint)
         case boto.ParamValidationError():
             return ConfigurationError(f"the client refuses the request: {error}")
         case boto.ReadTimeoutError():

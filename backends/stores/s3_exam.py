@@ -170,7 +170,7 @@ class S3Exam:
                 "region",
                 "warning",
                 f"wrong region: the bucket is in {actual}, and requests go to {given}, which sends them on",
-                f"Set the option region={actual}",
+                f"Set the option region={actual}, or AWS_REGION={actual}",
             )
 
 

@@ -102,6 +102,11 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
+class DenyMissing:
+    """Let the server act, and answer 403 in place of its 404, as S3 does to a caller that may not list."""
+
+
+@dataclass(frozen=True, slots=True)
 class FlipBit:
     """Change one bit of the request's body on its way."""
 
@@ -117,6 +122,7 @@ Spoiling = (
     | StallAnswer
     | Stall
     | Delay
+    | DenyMissing
     | FlipBit
     | None
 )
@@ -330,6 +336,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if answer and self.command != "HEAD":
                     self._send(status, headers, answer, after=len(answer) // 2)
                 self.close_connection = True
+            case DenyMissing() if status == HTTPStatus.NOT_FOUND:
+                self._send(HTTPStatus.FORBIDDEN, {}, _document(Answer(403, "AccessDenied")))
             case EditAnswer(old, new):
                 self._send(status, headers, answer.replace(old, new))
             case AddHeaders(more):
