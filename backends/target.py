@@ -50,7 +50,7 @@ class Target:
     protocol: str
     """``s3``, ``gs``, ``file``, ``memory``, or any other protocol of fsspec."""
     bucket: str
-    """Of ``s3`` and ``gs``; otherwise empty. For an S3 access point, its ARN: botocore takes it as a bucket."""
+    """Of ``s3`` and ``gs``; otherwise empty. An S3 access point's ARN, which botocore takes as a bucket."""
     path: str
     """``s3``, ``gs``: the key prefix. ``file``: the absolute path. Others: what fsspec calls the path."""
     options: Options

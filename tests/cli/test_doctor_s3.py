@@ -29,8 +29,8 @@ def on_moto(moto: S3Server) -> Place:
 
 @pytest.fixture(scope="module")
 def law() -> Iterator[Policed]:
-    with moto_server() as server:
-        yield policed(server)
+    with moto_server() as server, proxied(server.endpoint) as proxy:
+        yield policed(server, proxy)
 
 
 @pytest.fixture(scope="module")
