@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pydantic
 from pydantic import ByteSize, Field, SecretStr
 
+from cloudckpt.backends.endpoint_url import fault_of, may_hold_secret
 from cloudckpt.backends.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "CLOUDCKPT_"
@@ -143,10 +144,8 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
     @pydantic.field_validator("endpoint_url")
     @classmethod
     def _is_endpoint(cls, value: str | None) -> str | None:
-        if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname or _may_hold_secret(value):
-                raise ValueError("not an endpoint")
+        if value is not None and fault_of(value) is not None:
+            raise ValueError("not an endpoint")
         return value
 
     @pydantic.field_validator("storage_options")
@@ -155,7 +154,7 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
         # An endpoint is named in errors, wherever it was given.
         client = value.get("client_kwargs")
         endpoints = [value.get("endpoint_url"), isinstance(client, dict) and client.get("endpoint_url")]
-        if any(isinstance(endpoint, str) and _may_hold_secret(endpoint) for endpoint in endpoints):
+        if any(isinstance(endpoint, str) and may_hold_secret(endpoint) for endpoint in endpoints):
             raise ValueError("a secret in an endpoint")
         return value
 
@@ -297,11 +296,11 @@ class Layers:
                 f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}",
                 self.environment[name],
             )
-        # An endpoint that is refused may be so for the password in it.
-        secret = name in ("token", "storage_options") or (
-            name == "endpoint_url" and _may_hold_secret(str(value))
-        )
-        shown = "has a value that" if secret else f"is {value!r}, which"
+        fault = fault_of(value) if name == "endpoint_url" and isinstance(value, str) and value else None
+        if fault is not None:
+            shown = "" if fault.secret else f"is {value!r}, which "
+            return ConfigurationError(f"{source} {shown}{fault.what}", hint=fault.cure)
+        shown = "has a value that" if name in ("token", "storage_options") else f"is {value!r}, which"
         return ConfigurationError(f"{source} {shown} is not allowed", hint=f"Allowed: {_ALLOWED[name]}")
 
 
@@ -346,11 +345,6 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
         name: ENVIRONMENT_PREFIX + name.upper() for name in Options.model_fields if name != "storage_options"
     }
     return {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
-
-
-def _may_hold_secret(endpoint: str) -> bool:
-    """Whether an endpoint has a user and password, or a query, which may be signed."""
-    return any(character in endpoint for character in "@?#")
 
 
 def _is_secret(name: str) -> bool:

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import fsspec
 
+from cloudckpt.backends import arn
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.options import (
     Layers,
@@ -49,7 +50,7 @@ class Target:
     protocol: str
     """``s3``, ``gs``, ``file``, ``memory``, or any other protocol of fsspec."""
     bucket: str
-    """Of ``s3`` and ``gs``; otherwise empty."""
+    """Of ``s3`` and ``gs``; otherwise empty. An S3 access point's ARN, which botocore takes as a bucket."""
     path: str
     """``s3``, ``gs``: the key prefix. ``file``: the absolute path. Others: what fsspec calls the path."""
     options: Options
@@ -205,7 +206,8 @@ class _Place:
 
     @classmethod
     def _of_bucket(cls, protocol: str, rest: str, query: str) -> _Place:
-        bucket, _, prefix = rest.partition("/")
+        is_arn = protocol == "s3" and arn.is_arn(rest)
+        bucket, prefix = arn.parted(rest) if is_arn else rest.split("/", 1) if "/" in rest else (rest, "")
         uri = f"{protocol}://{rest}"
         if not bucket:
             raise ConfigurationError(
@@ -213,7 +215,7 @@ class _Place:
                 uri=uri,
                 hint=f"Write it like {_EXAMPLES[protocol]}",
             )
-        if not _BUCKET.fullmatch(bucket):
+        if not is_arn and not _BUCKET.fullmatch(bucket):
             raise ConfigurationError(
                 f"{bucket!r} is not a bucket's name",
                 uri=uri,
@@ -276,6 +278,10 @@ def _refuse_broken_protocol(text: str) -> None:
             f"{protocol}: is followed by two slashes in a URI",
             uri=text.partition("?")[0],
             hint=f"Write {right}{rest}, as text: a pathlib.Path drops a slash",
+        )
+    if arn.is_arn(text):
+        raise ConfigurationError(
+            "an ARN alone is not a checkpoint's URI", hint=f"Write s3://{text}, if it is an access point's"
         )
     if "://" in text:
         raise ConfigurationError(

@@ -109,6 +109,18 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
+class DenyMissing:
+    """Let the server act, and answer 403 in place of its 404, as S3 does to a caller that may not list."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendAs:
+    """Let the server act on another path and query, under its own name as the host."""
+
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class FlipBit:
     """Change one bit of the request's body on its way."""
 
@@ -125,6 +137,8 @@ Spoiling = (
     | StallAnswer
     | Stall
     | Delay
+    | DenyMissing
+    | SendAs
     | FlipBit
     | None
 )
@@ -330,6 +344,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = bytearray(request.body)
             body[len(body) // 2] ^= 1
             request = Request(request.method, request.target, request.headers, bytes(body))
+        if isinstance(spoiling, SendAs):
+            headers = {name: value for name, value in request.headers.items() if name != "host"}
+            request = Request(request.method, spoiling.target, headers, request.body)
         status, headers, answer = self._ask(request)
         match spoiling:
             case LoseAnswer():
@@ -338,6 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if answer and self.command != "HEAD":
                     self._send(status, headers, answer, after=len(answer) // 2)
                 self.close_connection = True
+            case DenyMissing() if status == HTTPStatus.NOT_FOUND:
+                self._send(HTTPStatus.FORBIDDEN, {}, _document(Answer(403, "AccessDenied")))
             case EditAnswer(old, new):
                 self._send(status, headers, answer.replace(old, new))
             case AddHeaders(more):
