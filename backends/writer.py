@@ -36,6 +36,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
@@ -286,7 +287,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         if isinstance(error, CheckpointError):
             error.located(uri=self._target.uri, rank=self._rank)
         else:
-            error.add_note(f"while saving {self._target.uri} on rank {self._rank}")
+            error.add_note(f"while saving {one_line(self._target.uri)} on rank {self._rank}")
         error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - made on the line itself
@@ -346,7 +347,7 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
     if failures:
         _, first = failures[0]
         for rank, failure in failures[1:]:
-            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {failure}")
+            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {one_line(failure)}")
         raise first
 
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 
@@ -39,7 +40,7 @@ def table(entries: Sequence[Entry], name: str = "") -> Table:
     made = output.table("step", "state", "size", "objects", "age", right=("step", "size", "objects", "age"))
     for one in entries:
         made.add_row(
-            output.one_line(one.name or name) if one.step is None else str(one.step),
+            one_line(one.name or name) if one.step is None else str(one.step),
             Text(f"{one.state}, pinned" if one.pinned else one.state, _STYLES[one.state]),
             output.size(one.size),
             f"{one.objects:,}",
