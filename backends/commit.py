@@ -32,6 +32,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.lanes import Lanes, lanes
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
@@ -116,7 +117,9 @@ def committed(store: ObjectStore, name: str, missing: str, hint: str = "Check th
     try:
         return store.get(name)[0]
     except ObjectNotFoundError as error:
-        raise CheckpointNotFoundError(missing, uri=store.uri, object_name=name, hint=hint) from error
+        raise CheckpointNotFoundError(
+            missing, uri=store.uri, object_name=name, hint=advice(store.uri, hint)
+        ) from error
 
 
 def at_once(options: Options, ranks: int) -> int:

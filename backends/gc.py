@@ -87,7 +87,7 @@ def collect_garbage(
         StorageError: the store could not list or delete.
     """
     age, silence = _age("older_than", older_than), _age("silent_for", silent_for)
-    with open_store(Target.parse(uri, **options)) as store:
+    with open_store(Target.given("collect_garbage", uri, options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
         pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]

@@ -24,6 +24,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
@@ -188,7 +189,7 @@ class Run:
             raise CheckpointNotFoundError(
                 "there is no committed checkpoint here, and no run with one",
                 uri=self.target.uri,
-                hint="Check the URI; `cloudckpt ls` shows what is below it",
+                hint=advice(self.target.uri, "Check the URI; `cloudckpt ls` shows what is below it"),
             )
         return self.at(newest)
 

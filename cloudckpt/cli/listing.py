@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
@@ -27,7 +28,9 @@ def ls(run: Run, *, as_json: bool) -> None:
     found = run.listed()
     if not found:
         raise CheckpointNotFoundError(
-            "there is no checkpoint here, and nothing of one", uri=run.target.uri, hint="Check the URI"
+            "there is no checkpoint here, and nothing of one",
+            uri=run.target.uri,
+            hint=advice(run.target.uri, "Check the URI"),
         )
     if as_json:
         output.say_json({"uri": run.target.uri, "checkpoints": [as_dict(one) for one in found]})

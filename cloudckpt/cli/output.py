@@ -63,20 +63,25 @@ def report(error: CheckpointError, *, debug: bool = False) -> None:
         console.print(Text(lines(note)))  # may hold a traceback
 
 
+def can_ask() -> bool:
+    """Return True if there is a terminal to ask on."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def ensure_can_ask(*, yes: bool) -> None:
     """Make sure that there is somebody to ask, or that nothing needs to be.
 
     Raises:
         ConfigurationError: there is no terminal.
     """
-    if not (yes or (sys.stdin.isatty() and sys.stderr.isatty())):
+    if not (yes or can_ask()):
         raise ConfigurationError(
             "this deletes, and there is no terminal to ask on", hint="Say --yes, or look first with --dry-run"
         )
 
 
-def agreed(question: str, *, yes: bool) -> bool:
-    """Ask on the terminal; only a yes is one."""
+def agreed(question: str, *, yes: bool, otherwise: str = "nothing was deleted") -> bool:
+    """Ask on the terminal, and return True for a yes alone; print ``otherwise`` without one."""
     if yes:
         return True
     try:
@@ -84,7 +89,7 @@ def agreed(question: str, *, yes: bool) -> bool:
     except EOFError:
         agreement = False
     if not agreement:
-        say("nothing was deleted", console=aside())
+        say(otherwise, console=aside())
     return agreement
 
 
