@@ -13,6 +13,7 @@ from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import FRAMED, Algorithm, Checks, count_chunks
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
@@ -178,5 +179,5 @@ def _absence(store: ObjectStore) -> CheckpointNotFoundError:
         object_name=md.METADATA_NAME,
         hint="`cloudckpt verify` reads each rank's own"
         if alone
-        else "Check the URI; a save that never committed leaves none",
+        else advice(store.uri, "Check the URI; a save that never committed leaves none"),
     )

@@ -7,7 +7,6 @@ the environment. :mod:`cloudckpt.backends.target` joins them to a URI.
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import pickle
@@ -22,6 +21,7 @@ from pydantic import ByteSize, Field, SecretStr
 
 from cloudckpt.backends.endpoint_url import fault_of, may_hold_secret
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.keywords import check_known, is_secret, warn_of_variables
 
 ENVIRONMENT_PREFIX = "CLOUDCKPT_"
 
@@ -205,17 +205,6 @@ _WHERE_CREDENTIALS_BELONG: Mapping[str, str] = {
     "gs": "Credentials belong in Application Default Credentials, or in the keyword token or storage_options",
 }
 _WHERE_OTHER_CREDENTIALS_BELONG = "Credentials belong in the keyword storage_options"
-_SECRET_WORDS = (
-    "secret",
-    "password",
-    "passwd",
-    "token",
-    "access_key",
-    "account_key",
-    "credential",
-    "signature",
-)
-_SECRET_NAMES = frozenset({"key", "api_key", "user", "username", "sas", "sig"})
 
 
 def honours(protocol: str, name: str) -> bool:
@@ -260,7 +249,7 @@ class Layers:
                 so what a protocol can't honour in it does not apply.
         """
         for name in self.keywords:
-            _check_known(name, "keyword", Options.model_fields)
+            check_known(name, "keyword", Options.model_fields)
         asked = {**self.query, **self.keywords}
         honoured = _HONOURED.get(protocol, _HONOURED_BY_OTHERS)
         for name, value in asked.items():
@@ -318,7 +307,7 @@ def parse_query(query: str, protocol: str) -> dict[str, str]:
     for item in filter(None, query.split("&")):
         raw_name, _, raw_value = item.partition("=")
         name, value = unquote(raw_name), unquote(raw_value)
-        if _is_secret(name):
+        if is_secret(name):
             raise ConfigurationError(
                 f"{name!r} is a credential, and credentials never go in a URI",
                 hint=where_credentials_belong(protocol),
@@ -328,7 +317,7 @@ def parse_query(query: str, protocol: str) -> dict[str, str]:
                 "option 'storage_options' is a keyword only",
                 hint="Pass it to the call, not in the URI",
             )
-        _check_known(name, "option in the query", Options.model_fields)
+        check_known(name, "option in the query", Options.model_fields)
         if not value:
             raise ConfigurationError(
                 f"option {name!r} in the query has no value",
@@ -344,25 +333,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     variables = {
         name: ENVIRONMENT_PREFIX + name.upper() for name in Options.model_fields if name != "storage_options"
     }
+    warn_of_variables(environment, ENVIRONMENT_PREFIX, Options.model_fields)
     return {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
-
-
-def _is_secret(name: str) -> bool:
-    plain = name.lower().replace("-", "_")
-    return plain in _SECRET_NAMES or any(word in plain for word in _SECRET_WORDS)
-
-
-def _check_known(name: str, source: str, known: Iterable[str]) -> None:
-    names = sorted(known)
-    if name in names:
-        return
-    if _is_secret(name):
-        hint = "Pass what is meant for the fsspec file system in storage_options"
-    elif near := difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.6):
-        hint = f"Did you mean {near[0]!r}?"
-    else:
-        hint = f"Known: {_enumerate(names)}"
-    raise ConfigurationError(f"unknown {source} {name!r}", hint=hint)
 
 
 def _enumerate(names: Iterable[str]) -> str:

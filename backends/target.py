@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 from urllib.parse import unquote
@@ -20,6 +21,8 @@ import fsspec
 
 from cloudckpt.backends import arn
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.keywords import check_known
+from cloudckpt.backends.mistaken import refuse_address
 from cloudckpt.backends.options import (
     Layers,
     Options,
@@ -55,6 +58,28 @@ class Target:
     """``s3``, ``gs``: the key prefix. ``file``: the absolute path. Others: what fsspec calls the path."""
     options: Options
     layers: Layers = field(default_factory=Layers, repr=False, compare=False)
+    typed: str = field(default="", repr=False, compare=False)
+    """The path as it was given, where it is a plain one."""
+
+    @classmethod
+    def given(cls, taker: str, uri: str | os.PathLike[str] | Target, keywords: Mapping[str, Any]) -> Target:
+        """Read what a class or function was called with, as ``parse`` does.
+
+        Args:
+            taker: its name, one of ``keywords.OWN``, whose own keywords are suggested for an unknown one.
+            uri: as in ``parse``.
+            keywords: those that are not its own.
+
+        Raises:
+            ConfigurationError: the URI can't be read, or an option can't be used.
+        """
+        if not isinstance(uri, Target):
+            try:
+                for name in keywords:
+                    check_known(name, "keyword", Options.model_fields, taker)
+            except ConfigurationError as error:
+                raise error.located(uri=_Place.read(uri).uri) from None
+        return cls.parse(uri, **keywords)
 
     @classmethod
     def parse(cls, uri: str | os.PathLike[str] | Target, /, **keywords: Any) -> Target:
@@ -129,6 +154,7 @@ class Target:
             path=place.path if place.protocol in _EXAMPLES else _path_for_fsspec(place.protocol, place.uri),
             options=layers.joined(place.protocol),
             layers=layers,
+            typed=place.typed,
         )
 
 
@@ -157,6 +183,7 @@ class _Place:
     bucket: str
     path: str
     query: str
+    typed: str = ""
 
     @classmethod
     def read(cls, given: str | os.PathLike[str]) -> _Place:
@@ -168,8 +195,10 @@ class _Place:
         match = _WITH_PROTOCOL.fullmatch(text)
         if match is None:
             _refuse_broken_protocol(text)
+            refuse_address(text)
             # Not Path.expanduser, which raises for a user that is not there: it is a folder called so.
-            return cls._of_path(os.path.expanduser(text), query="")  # noqa: PTH111
+            return replace(cls._of_path(os.path.expanduser(text), query=""), typed=text)  # noqa: PTH111
+        refuse_address(text)
         protocol = match["protocol"].lower()
         protocol = _ALIASES.get(protocol, protocol)
         rest, _, query = match["rest"].partition("?")

@@ -291,7 +291,7 @@ class _Copy:
                 give_up(self._destination, upload)
             return False
         error.add_note(
-            f"What has arrived at {self._destination.uri} stays there, invisible: "
+            "What has arrived at the destination stays there, invisible: "
             "the same copy goes on from it, and gc removes it"
         )
         return True

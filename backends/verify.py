@@ -85,7 +85,7 @@ def verify(
         UnsafeCheckpointError: reading its metadata would run code.
         StorageError: the store could not be read.
     """
-    with open_store(target := Target.parse(uri, **options)) as store:
+    with open_store(target := Target.given("verify", uri, options)) as store:
         found = [_verified(store, name, target, observer, begun) for name in commit.chosen_metadata(store)]
     return Verification(
         store.uri,
