@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import live
+from support.fake_gcs import FakeGCS, shared_fake_gcs_server
 from support.gcs import GCSServer, shared_gcs_server
 from support.places import USUAL, Place, new_place
 from support.ranks import rank_pool
@@ -90,3 +91,9 @@ def folder(tmp_path: Path) -> Place:
 def gcs() -> GCSServer:
     """The GCS server of this project's own, which keeps GCS's rules."""
     return shared_gcs_server()
+
+
+@pytest.fixture(scope="session")
+def fake_gcs() -> FakeGCS:
+    """fake-gcs-server, which keeps conditions and takes a question about a session for its end."""
+    return shared_fake_gcs_server()
