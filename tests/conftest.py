@@ -12,7 +12,7 @@ import pytest
 from support import live
 from support.fake_gcs import FakeGCS, shared_fake_gcs_server
 from support.gcs import GCSServer, shared_gcs_server
-from support.places import USUAL, Place, new_place
+from support.places import SOAKED, USUAL, Place, new_place
 from support.ranks import rank_pool
 from support.servers import SERVERS, S3Server
 
@@ -73,7 +73,7 @@ def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
     return s3_server_named("rclone")
 
 
-@pytest.fixture(params=USUAL)
+@pytest.fixture(params=[*USUAL, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAKED)])
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> Place:

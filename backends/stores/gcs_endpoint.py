@@ -6,6 +6,9 @@ import os
 from typing import Final
 from urllib.parse import urlsplit
 
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
+
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 
@@ -49,8 +52,7 @@ def is_google(endpoint: str) -> bool:
 
 def _is_endpoint(url: str) -> bool:
     try:
-        parts = urlsplit(url)
-        _ = parts.port  # which is parsed when it is asked for
-    except ValueError:
+        parts = parse_url(url)
+    except LocationParseError:
         return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
+    return parts.scheme in ("http", "https") and bool(parts.host) and not parts.query

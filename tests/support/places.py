@@ -26,6 +26,8 @@ PLACES = (LIVE,) if live.uri() else (FOLDER, "moto", "ministack", "rclone", GCS,
 """Every kind of place there is to try."""
 USUAL = (LIVE,) if live.uri() else (FOLDER, "moto", GCS)
 """One of each kind of store; where a user has named a place, nothing but that."""
+SOAKED = () if live.uri() else (FAKE_GCS,)
+"""Kinds that `make soak` alone tries beside the usual ones."""
 S3_PART_SIZE = 5 << 20
 """Bytes; the least that S3 allows, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
@@ -70,6 +72,10 @@ class Place:
             return replace(cls.in_folder(Path(uri.removeprefix("file://"))), name=LIVE)
         part_size = S3_PART_SIZE if store.is_s3 else FOLDER_PART_SIZE
         return cls(LIVE, uri.rstrip("/"), store, {**dict(store.options), "part_size": part_size})
+
+    @property
+    def is_gcs(self) -> bool:
+        return self.uri.startswith("gs://")
 
     def child(self, name: str) -> Self:
         """The same place, one level down."""
