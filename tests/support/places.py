@@ -22,12 +22,12 @@ FOLDER = "folder"
 GCS = "gcs"
 FAKE_GCS = fake_gcs.NAME
 LIVE = "live"
-PLACES = (LIVE,) if live.uri() else (FOLDER, "moto", "ministack", "rclone", GCS, FAKE_GCS)
-"""Every kind of place there is to try."""
+PLACES = (LIVE,) if live.uri() else (FOLDER, "moto", "ministack", "rclone", GCS)
+"""Every kind of place that is always tried."""
 USUAL = (LIVE,) if live.uri() else (FOLDER, "moto", GCS)
 """One of each kind of store; where a user has named a place, nothing but that."""
 SOAKED = () if live.uri() else (FAKE_GCS,)
-"""Kinds that `make soak` alone tries beside the usual ones."""
+"""Kinds of place that `make soak` alone tries beside the others."""
 S3_PART_SIZE = 5 << 20
 """Bytes; the least that S3 allows, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
