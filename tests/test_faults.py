@@ -24,7 +24,7 @@ from cloudckpt.backends.errors import (
 )
 from support import states
 from support.faults import Fault, FaultyPlanner, InjectedFault, Kind, PlannerFault, injected
-from support.places import USUAL, Place, new_place
+from support.places import SOAKED, USUAL, Place, new_place
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
 
@@ -32,7 +32,9 @@ RANKS = 2
 OPERATIONS = ("get", "stat", "list", "begin_upload", "upload_part")
 """Operations that any rank may call in a save, up to the commit."""
 
-pytestmark = pytest.mark.parametrize("place_name", USUAL)
+pytestmark = pytest.mark.parametrize(
+    "place_name", [*USUAL, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAKED)]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ def test_a_fault_at_any_call_before_the_commit_leaves_nothing(
 def test_a_request_that_was_carried_out_and_reported_as_failed_leaves_nothing(
     pool: RankPool, place: Place, operation: str, rank: int, kind: Kind
 ) -> None:
-    if place.uri.startswith("gs://") and operation == "begin_upload":
+    if place.is_gcs and operation == "begin_upload":
         pytest.skip("nobody knows the URL of such a session, and GCS lists none: it forgets it by itself")
     assert_failed_cleanly(pool(save_with_fault, place, Fault(operation, rank, 1, kind)))
 
