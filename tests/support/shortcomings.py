@@ -13,6 +13,7 @@ FAULTS: Mapping[str, Mapping[str, str]] = {
         "test_another_version_is_not_copied": "ignores the condition of a copy",
     },
     "ministack": {},
+    "juicefs": {},
     "rclone": {
         "test_a_part_may_be_sent_again": "answers 501 to a part number that it has",
         "test_another_version_is_not_copied": "ignores the condition of a copy",
