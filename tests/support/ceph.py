@@ -48,7 +48,7 @@ def _started() -> Iterator[S3Server]:
             return family.call(programs[name], "-c", settings, *arguments)
 
         keyring = folder / "keyring"
-        every = ("--cap", "mon", "allow *")
+        every: tuple[str, ...] = ("--cap", "mon", "allow *")
         family.call(programs["ceph-authtool"], "--create-keyring", keyring, "--gen-key", "-n", "mon.", *every)
         every += ("--cap", "osd", "allow *", "--cap", "mgr", "allow *")
         family.call(programs["ceph-authtool"], keyring, "--gen-key", "-n", "client.admin", *every)

@@ -35,7 +35,7 @@ def _started() -> Iterator[S3Server]:
             "gateway",
             *["--multi-buckets", "--keep-etag", "--no-banner", "--no-usage-report"],
             *["--backup-meta", "0", "--metrics", f"{HOST}:0"],
-            *["--cache-dir", folder / "cache", "--cache-size", "100M", "--log", folder / "gateway.log"],
+            *["--cache-dir", f"{folder}/cache", "--cache-size", "100M", "--log", f"{folder}/gateway.log"],
             meta,
             f"{HOST}:{port}",
             MINIO_ROOT_USER=_KEY,

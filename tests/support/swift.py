@@ -81,7 +81,7 @@ def _started() -> Iterator[S3Server]:
         for kind, own in ports.items():
             (folder / f"{kind}.conf").write_text(_storage_settings(folder, kind, own))
         (folder / "proxy.conf").write_text(_proxy_settings(folder, port))
-        run = [python, "-c", _LAUNCHER, folder / "swift.conf"]
+        run: list[str | Path] = [python, "-c", _LAUNCHER, folder / "swift.conf"]
         storage = [
             (family.start(*run, programs[f"swift-{kind}-server"], folder / f"{kind}.conf"), own)
             for kind, own in ports.items()
