@@ -189,7 +189,9 @@ def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: in
         outcomes += outcomes_of([functools.partial(store.delete, [s.upload.name for s in staged])], 1)
     for error in outcomes:
         if isinstance(error, BaseException):
-            _log.warning("a failed save could not be cleaned up, gc will: %s", error)
+            _log.warning(
+                "%s: objects or uploads of a failed save could not be removed, and stay: %s", store.uri, error
+            )
 
 
 def abandon(

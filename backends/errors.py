@@ -91,6 +91,10 @@ class PreconditionFailedError(StorageError, FileExistsError):
     """A conditional put lost: the object exists, or is no longer the version expected."""
 
 
+class UnsupportedError(StorageError):
+    """The store has no such request."""
+
+
 class UnansweredError(StorageError):
     """A request went out and no answer came: it may have been carried out, or still be."""
 

@@ -19,7 +19,12 @@ from typing import Any
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
-from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, UnsafeCheckpointError
+from cloudckpt.backends.errors import (
+    IntegrityError,
+    ObjectNotFoundError,
+    UnsafeCheckpointError,
+    UnsupportedError,
+)
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, marker_name
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
@@ -43,6 +48,8 @@ class Garbage:
     """Bytes of ``objects``."""
     traces: tuple[str, ...] = ()
     """Markers of dead saves, journals of dead copies, and probes of a store that were cut off."""
+    skipped: tuple[str, ...] = ()
+    """Work that the store does not support, each with its reason; uploads may be left then."""
 
 
 def collect_garbage(
@@ -60,13 +67,16 @@ def collect_garbage(
     times and this machine's clock. A save that wakes up after it was taken for dead fails and commits
     nothing. A folder whose ``.metadata`` can't be read is left alone.
 
+    A store that lists or aborts no uploads keeps those: the result says so in ``skipped``.
+
     Raises:
         StorageError: the store could not list or delete.
     """
+    skipped: list[str] = []
     with open_store(Target.parse(uri, **options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
-        pending = [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
+        pending = _pending(store, skipped)
         listing = store.list().objects
         now = datetime.now(UTC)
         bound = now - older_than
@@ -94,8 +104,7 @@ def collect_garbage(
             uploads = [p for p in uploads if _parent(p.upload.name) not in begun]
             unnamed = [info for info in unnamed if _parent(info.name) not in begun]
             journals = [info for info in journals if _parent(info.name) not in begun]
-            for one in uploads:
-                store.abort_upload(one.upload)
+            uploads = _aborted(store, uploads, skipped)
             store.delete(info.name for info in unnamed)
             store.delete(info.name for info in journals)  # last, for it tells what else there is
         traces += journals
@@ -104,7 +113,30 @@ def collect_garbage(
         tuple(sorted(info.name for info in unnamed)),
         sum(info.size for info in unnamed),
         tuple(sorted(info.name for info in traces)),
+        tuple(skipped),
     )
+
+
+def _pending(store: ObjectStore, skipped: list[str]) -> list[PendingUpload]:
+    """Return the pending uploads with names that this library gives."""
+    try:
+        return [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
+    except UnsupportedError as error:
+        skipped.append(f"pending uploads were not looked for: {error.message}")
+        return []
+
+
+def _aborted(store: ObjectStore, uploads: Iterable[PendingUpload], skipped: list[str]) -> list[PendingUpload]:
+    """Abort uploads, and return those that were aborted."""
+    aborted: list[PendingUpload] = []
+    for one in uploads:
+        try:
+            store.abort_upload(one.upload)
+        except UnsupportedError as error:
+            skipped.append(f"the upload of {one.upload.name} was not aborted: {error.message}")
+        else:
+            aborted.append(one)
+    return aborted
 
 
 def _copies(

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import threading
+import time
 import weakref
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -114,31 +115,30 @@ class _Kept:
         self._lock = threading.Lock()
         self._ended = False
         self._version = ""
+        self._renewed_at = time.monotonic()
 
     def put(self) -> None:
         try:
             self._version = self.store.put(self.name, self._content, Overwrite()).version or ""
+            self._renewed_at = time.monotonic()
         except BaseException:
             self.remove()  # it may be there all the same
             raise
 
     def renew(self) -> bool:
-        """Put the marker again; False once it is gone, for it must not come back."""
+        """Put the marker again; False once it is deleted, for it must not come back."""
         with self._lock:
             if self._ended:
                 return False
             try:
-                if not self.store.capabilities.conditional_update:
-                    self.store.stat(self.name)
-                    self.store.put(self.name, self._content, Overwrite())
-                    return True
-                self._version = self.store.put(self.name, self._content, Update(self._version)).version or ""
+                renewed = self._renewed_on_condition() or self._renewed_where_it_is()
             except ObjectNotFoundError:
                 return False
-            except PreconditionFailedError:  # gone; or renewed by the first try of this very put
-                return self._found_again()
             except StorageError as error:
-                _log.warning("the marker of a save could not be renewed, the next time may do: %s", error)
+                self._report(error)
+                return True
+            self._version = renewed.version or ""
+            self._renewed_at = time.monotonic()
             return True
 
     def is_there(self) -> bool:
@@ -150,16 +150,37 @@ class _Kept:
             try:
                 self.store.delete([self.name])
             except StorageError as error:
-                _log.warning("the marker of a save stays behind until gc: %s", error)
+                _log.warning("the marker of a save could not be deleted and stays: %s", error)
 
-    def _found_again(self) -> bool:
+    def _renewed_on_condition(self) -> ObjectInfo | None:
+        """Put the marker over the version last seen; None where the store refuses or lacks the condition."""
+        if not self.store.capabilities.conditional_update:
+            return None
         try:
-            self._version = self.store.stat(self.name).version or ""
-        except ObjectNotFoundError:
-            return False
-        except StorageError as error:
-            _log.warning("the marker of a save could not be looked at, the next time may do: %s", error)
-        return True
+            return self.store.put(self.name, self._content, Update(self._version))
+        except PreconditionFailedError:
+            return None
+
+    def _renewed_where_it_is(self) -> ObjectInfo:
+        """Put the marker if it is there, whatever its version: only this save puts it.
+
+        Raises:
+            ObjectNotFoundError: it was deleted.
+        """
+        self.store.stat(self.name)
+        return self.store.put(self.name, self._content, Overwrite())
+
+    def _report(self, error: StorageError) -> None:
+        """Log that a renewal failed, and what follows if none succeeds."""
+        _log.warning(
+            "the marker %s of a save at %s was last renewed %.0f s ago and could not be renewed now: %s. "
+            "Without a renewal for %.0f s, gc deletes the uploads of this save",
+            self.name,
+            self.store.uri,
+            time.monotonic() - self._renewed_at,
+            error,
+            SILENT_FOR.total_seconds(),
+        )
 
 
 def _keep_renewed(kept: _Kept, stop: threading.Event, every: float) -> None:

@@ -301,7 +301,9 @@ class _Copy:
         try:
             self._destination.delete(sorted(replaced - checkpoint.least.keys()))
         except StorageError as error:
-            _log.warning("the copy is committed; what it replaced stays behind until gc: %s", error)
+            _log.warning(
+                "the copy is committed; objects that it replaced could not be deleted, and stay: %s", error
+            )
 
     def _clear_away(self, digest: str) -> None:
         """Remove the journal of a copy that died right after its commit, and its marker."""
@@ -310,7 +312,7 @@ class _Copy:
             if found is not None and found.digest == digest:
                 self._destination.delete([JOURNAL_NAME, marker_name(found.copy)])
         except StorageError as error:
-            _log.warning("the journal of an earlier copy stays behind until gc: %s", error)
+            _log.warning("the journal of an earlier copy could not be deleted, and stays: %s", error)
 
 
 def _existing(store: ObjectStore) -> dict[str, Previous]:

@@ -270,7 +270,11 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         try:
             self._abandon()
         except StorageError as error:
-            _log.warning("what a save left pending could not be aborted, gc will: %s", error)
+            _log.warning(
+                "%s: uploads of a failed save could not be aborted, and stay pending: %s",
+                self._target.uri,
+                error,
+            )
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
@@ -334,7 +338,9 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         try:
             store.delete(sorted(self._previous.objects - current))
         except StorageError as error:
-            _log.warning("the save is committed; what it replaced stays behind until gc: %s", error)
+            _log.warning(
+                "the save is committed; objects that it replaced could not be deleted, and stay: %s", error
+            )
 
 
 _REPORT = MetadataIndex("cloudckpt.report")

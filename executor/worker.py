@@ -152,7 +152,7 @@ class Worker:
                 try:
                     writer.abort()
                 except Exception as error:  # noqa: BLE001 - the save has its error already
-                    _log.warning("what the failed save left pending could not be aborted, gc will: %s", error)
+                    _log.warning("uploads of a failed save could not be aborted, and stay pending: %s", error)
 
     def _prove(self, request: ProofRequest) -> Answer:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt.backends.gc import collect_garbage
 from support.commands import at, run
+from support.executors import until
 from support.places import S3_PART_SIZE, Place
 from support.servers import MORE_SERVERS, SERVERS, S3Server
 
@@ -61,20 +62,25 @@ def test_a_run_is_saved_retained_collected_and_examined(
 def assert_exact(place: Place, *steps: int) -> None:
     """Assert that these steps are there, and nothing but their objects."""
     visible = place.visible()
+    if place.name == "juicefs":  # its DeleteObjects leaves empty folders, which it lists as objects
+        visible = {name for name in visible if not name.endswith("/")}
     folders = {f"step-{step:010}" for step in steps}
     assert {name.partition("/")[0] for name in visible} == folders, visible
-    assert {name.rpartition("/")[2] for name in visible if not name.endswith(".distcp")} == {".metadata"}, (
-        visible
-    )
+    names = {name.rpartition("/")[2] for name in visible if not name.endswith(".distcp")}
+    assert names == {".metadata"}, visible
     assert place.pending() == set()
 
 
 def leave_an_upload_and_an_object(server: S3Server, place: Place) -> None:
-    """Leave what a job leaves that was killed while it saved step 6."""
+    """Leave what a job leaves that was killed while it saved step 6, and wait until it is in the past."""
+    client = server.client()
     bucket, _, prefix = place.uri.removeprefix("s3://").partition("/")
     key = f"{prefix}/step-0000000006/__0_0.{'0' * 32}.distcp"
-    upload = server.client().create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-    part = {"Bucket": bucket, "Key": key, "UploadId": upload, "PartNumber": 1}
-    server.client().upload_part(Body=bytes(S3_PART_SIZE), **part)  # type: ignore[arg-type]
+    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=bytes(S3_PART_SIZE))
     place.write(f"step-0000000006/__0_1.{'0' * 32}.distcp", b"left")
     assert place.pending()
+    listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/step-0000000006/")
+    newest = max(one["LastModified"] for one in listed["Contents"])
+    # Swift rounds times up to the next second.
+    until(lambda: datetime.now(UTC) > newest)

@@ -26,6 +26,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageError,
+    UnsupportedError,
 )
 from cloudckpt.backends.marker import marker_name
 from cloudckpt.backends.store import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
@@ -203,7 +204,7 @@ class CopyJournal:
             if self._lost is None and (found is None or found.copy == self._own.copy):
                 self._store.delete([JOURNAL_NAME])
         except StorageError as error:
-            _log.warning("the journal of a copy stays behind until gc: %s", error)
+            _log.warning("the journal of a copy could not be deleted, and stays: %s", error)
 
     def _stop(self) -> None:
         self._ended.set()
@@ -312,13 +313,26 @@ def left_by(store: ObjectStore, name: str) -> tuple[list[Upload], list[str]]:
         return [], []
     entries = {name: entry for name, entry in document.objects.items() if _DATA.fullmatch(name)}
     uploads = [Upload(folder + name, one.upload_id) for name, one in entries.items() if one.upload_id]
-    return [upload for upload in uploads if store.is_pending(upload)], [folder + name for name in entries]
+    return [upload for upload in uploads if may_be_pending(store, upload)], [
+        folder + name for name in entries
+    ]
+
+
+def may_be_pending(store: ObjectStore, upload: Upload) -> bool:
+    """Return False if the store says that an upload has ended, or was never its own.
+
+    A store that lists no uploads does not say. To abort an upload that has ended is no error.
+    """
+    try:
+        return store.is_pending(upload)
+    except UnsupportedError:
+        return True
 
 
 def give_up(store: ObjectStore, upload: Upload) -> None:
     """Abort an upload that a journal names, if it is one."""
     try:
-        if store.is_pending(upload):
+        if may_be_pending(store, upload):
             store.abort_upload(upload)
     except (StorageError, ConfigurationError) as error:
-        _log.warning("an upload of an earlier copy could not be aborted, gc will: %s", error)
+        _log.warning("an upload of an earlier copy could not be aborted, and stays pending: %s", error)

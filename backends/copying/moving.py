@@ -13,7 +13,7 @@ from cloudckpt.backends import layout
 from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment
 from cloudckpt.backends.copying.journal import Entry, SentPart
 from cloudckpt.backends.copying.transit import ObjectChecks
-from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError
+from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, UnsupportedError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PartLimits, Upload
 from cloudckpt.backends.upload import StagedObject
@@ -139,7 +139,7 @@ def resumed(
 def _is_pending(store: ObjectStore, upload: Upload) -> bool:
     try:
         return store.is_pending(upload)
-    except AccessDeniedError:  # to list what is pending; going on with it needs no such right
+    except (AccessDeniedError, UnsupportedError):  # to list uploads, which to resume one needs no right to
         return True
     except ConfigurationError:  # not a name, or an upload, of this store
         return False

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -13,7 +12,6 @@ from botocore.exceptions import ClientError
 
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import (
-    AccessDeniedError,
     ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
@@ -38,11 +36,13 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.stores.s3_checksum import contradicted, given_or_of, parameters
+from cloudckpt.backends.stores.s3_capabilities import PutSupport, S3Capabilities, server_of
+from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_copy import Copying, Original
-from cloudckpt.backends.stores.s3_errors import NotDeletedError, code_of, is_of_credentials, not_s3, status_of
-from cloudckpt.backends.stores.s3_probe import Honoured, what_is_honoured
+from cloudckpt.backends.stores.s3_delete import Deleter
+from cloudckpt.backends.stores.s3_errors import code_of, is_of_credentials, not_s3, status_of, without_etag
+from cloudckpt.backends.stores.s3_listing import check_supported, listed_objects, listed_uploads
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
@@ -90,30 +90,34 @@ class S3Store(ObjectStore):
         option = self._target.options.checksum
         if option != "auto":
             return None if option == "none" else option
-        if self._refuses_checksums or not self._honoured.checksum:
-            return None
-        return CRC64NVME.name
+        return None if self._refuses_checksums else self._put_support.checksum
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the server honours; asking a server other than AWS itself makes a few requests, once."""
-        honoured = self._honoured
+        """Features that the server supports; probing a server other than AWS takes a few requests, once."""
+        supported = self._put_support
         return Capabilities(
-            conditional_create=honoured.create,
-            conditional_update=honoured.update,
+            conditional_create=supported.create,
+            conditional_update=supported.update is not None,
         )
 
     @property
-    def _honoured(self) -> Honoured:
+    def _put_support(self) -> PutSupport:
         with self._requests.explained():
-            return what_is_honoured(self._requests, self._bucket, self._prefix)
+            return server_of(self._requests, self._bucket).put(self._requests, self._bucket, self._prefix)
+
+    def probe(self) -> S3Capabilities:
+        """Return all that can be found out of the server, with more requests than a save needs."""
+        with self._requests.explained():
+            return server_of(self._requests, self._bucket).all(self._requests, self._bucket, self._prefix)
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         conditional = self._condition(name, condition)
 
         def send(clients: Clients) -> str:
-            arguments = self._of(clients, "put_object", name, Body=data, **conditional)
-            return _version(clients.data.put_object(**arguments), clients)
+            own = {"Body": data, **conditional, **self._put_checksum(clients, data)}
+            answer = clients.data.put_object(**self._of(clients, "put_object", name, **own))
+            return _version(answer, clients, "PutObject")
 
         with self._requests.explained(name):
             outcome = self._requests.outcome(send)
@@ -125,8 +129,8 @@ class S3Store(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         def read(clients: Clients) -> tuple[bytes, ObjectInfo]:
             data, answer = read_whole(clients, self._of(clients, "get_object", name))
-            info = ObjectInfo(name, len(data), _version(answer, clients), answer.get("LastModified"))
-            return data, info
+            version = _version(answer, clients, "GetObject")
+            return data, ObjectInfo(name, len(data), version, answer.get("LastModified"))
 
         return self._requests.ask(read, name)
 
@@ -146,43 +150,19 @@ class S3Store(ObjectStore):
     def stat(self, name: str) -> ObjectInfo:
         def head(clients: Clients) -> ObjectInfo:
             answer = clients.data.head_object(**self._of(clients, "head_object", name))
-            version = _version(answer, clients)
+            version = _version(answer, clients, "HeadObject")
             return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
 
         return self._requests.ask(head, name)
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
-        objects: list[ObjectInfo] = []
-        prefixes: list[str] = []
-        arguments: dict[str, Any] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        if delimiter:
-            arguments["Delimiter"] = "/"
-        for page in self._pages("list_objects_v2", arguments, {"ContinuationToken": "NextContinuationToken"}):
-            for item in page.get("Contents", ()):
-                name = item["Key"].removeprefix(self._prefix)
-                # A key that ends in a slash is the folder that a web console shows, not an object of ours.
-                if name and not name.endswith("/"):
-                    etag = item["ETag"].strip('"')
-                    objects.append(ObjectInfo(name, item["Size"], etag, item.get("LastModified")))
-            prefixes += [item["Prefix"].removeprefix(self._prefix) for item in page.get("CommonPrefixes", ())]
-        return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
+        return listed_objects(self._requests, self._bucket, self._prefix, prefix, delimiter=delimiter)
 
     def delete(self, names: Iterable[str]) -> None:
-        remaining = iter(names)
-        while batch := list(itertools.islice(remaining, _DELETED_AT_ONCE)):
-            self._requests.ask(self._deletion(batch))
-
-    def _deletion(self, names: Sequence[str]) -> Callable[[Clients], None]:
-        keys = [{"Key": self._prefix + name} for name in names]
-
-        def delete(clients: Clients) -> None:
-            answer = clients.fs.call_s3(
-                "delete_objects", Bucket=self._bucket, Delete={"Objects": keys, "Quiet": True}
-            )
-            if failures := answer.get("Errors"):
-                raise self._not_deleted(failures)
-
-        return delete
+        with self._requests.explained():
+            server = server_of(self._requests, self._bucket)
+            concurrency = self._target.options.concurrency
+            Deleter(self._requests, server, self._bucket, self._prefix, concurrency).delete(names)
 
     def begin_upload(self, name: str) -> Upload:
         with self._requests.explained(name):
@@ -214,7 +194,13 @@ class S3Store(ObjectStore):
                 if pending.upload.name == ours.name and pending.upload != ours:
                     self.abort_upload(pending.upload)
         except StorageError as error:
-            _log.warning("an upload may have been begun twice, and gc will abort the other: %s", error)
+            _log.warning(
+                "%s: the answer to CreateMultipartUpload was lost, so a second upload of %s may be pending, "
+                "which could not be looked for (%s). A lifecycle rule for incomplete uploads removes it",
+                self.uri,
+                ours.name,
+                error,
+            )
 
     def upload_part(
         self,
@@ -234,8 +220,7 @@ class S3Store(ObjectStore):
             body = BuffersBody(buffers, departed)
             own = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
             answer = clients.data.upload_part(**self._of(clients, "upload_part", upload.name, **own))
-            if "ETag" not in answer:
-                raise not_s3(clients.endpoint)
+            _version(answer, clients, "UploadPart")
             return Part(number, len(body), answer["ETag"], checksum)
 
         return self._requests.ask(send, upload.name, nbytes=sum(buffer.nbytes for buffer in buffers))
@@ -289,16 +274,12 @@ class S3Store(ObjectStore):
 
         with self._requests.explained(upload.name):
             outcome = self._requests.outcome(abort)
+            check_supported(outcome.error)
             if not _is_gone(outcome.error):
                 outcome.result()
 
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
-        arguments = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
-        tokens = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-        for page in self._pages("list_multipart_uploads", arguments, tokens):
-            for item in page.get("Uploads", ()):
-                upload = Upload(item["Key"].removeprefix(self._prefix), item["UploadId"])
-                yield PendingUpload(upload, item.get("Initiated"))
+        return listed_uploads(self._requests, self._bucket, self._prefix, prefix)
 
     def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
         """By CopyObject, and part by part beyond what that takes."""
@@ -307,9 +288,15 @@ class S3Store(ObjectStore):
         theirs = source._target  # noqa: SLF001 - of this class
         if not self._target.options.reaches_as(theirs.options):
             return None
-        original = Original(info, theirs.bucket, f"{theirs.path}/{info.name}".lstrip("/"))
         with self._requests.explained(info.name):
-            return Copying(self, self._requests, functools.partial(self._of, name=info.name)).of(original)
+            server = server_of(self._requests, self._bucket)
+            form = server.copy_source(self._requests, self._bucket, self._prefix)
+            original = Original(info, theirs.bucket, f"{theirs.path}/{info.name}".lstrip("/"), form)
+            copied = Copying(self, self._requests, functools.partial(self._of, name=info.name)).of(original)
+            if copied is not None and form is None and source.stat(info.name).version != info.version:
+                self.delete([info.name])  # of another version, which the server did not refuse
+                return None
+            return copied
 
     def close(self) -> None:
         self._requests.close()
@@ -319,18 +306,30 @@ class S3Store(ObjectStore):
         return clients.arguments(method, Bucket=self._bucket, Key=self._prefix + name, **own)
 
     def _condition(self, name: str, condition: Condition) -> dict[str, str]:
-        match condition:
-            case Overwrite():
-                return {}
-            case Create():
-                honoured, parameter = self.capabilities.conditional_create, {"IfNoneMatch": "*"}
-            case Update(version):
-                honoured, parameter = self.capabilities.conditional_update, {"IfMatch": f'"{version}"'}
-        if not honoured:
-            raise ConfigurationError(
-                "the server ignores the condition of a put", uri=self.uri, object_name=name
-            )
-        return parameter
+        if isinstance(condition, Overwrite):
+            return {}
+        supported = self._put_support
+        if isinstance(condition, Create) and supported.create:
+            return {"IfNoneMatch": "*"}
+        if isinstance(condition, Update) and supported.update is not None:
+            return {"IfMatch": supported.update.of(condition.version)}
+        raise ConfigurationError(
+            "the server does not support the condition of a put", uri=self.uri, object_name=name
+        )
+
+    def _put_checksum(self, clients: Clients, data: bytes) -> dict[str, str]:
+        """Return the checksum to send with a put: a bucket with Object Lock demands one.
+
+        AWS is sent a CRC, as with parts. Every other server takes Content-MD5, which needs no probe.
+        """
+        option = self._target.options.checksum
+        if option == "none":
+            return {}
+        if not clients.is_aws:
+            return {"ContentMD5": content_md5(data)}
+        return parameters(
+            given_or_of(CRC64NVME.name if option == "auto" else option, None, [memoryview(data)])
+        )
 
     def _declaration(self) -> dict[str, str]:
         return {"ChecksumAlgorithm": wanted.upper()} if (wanted := self.part_checksum) else {}
@@ -341,47 +340,12 @@ class S3Store(ObjectStore):
         refused = status_of(error) in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_IMPLEMENTED)
         return refused and not is_of_credentials(error)
 
-    def _pages(
-        self, method: str, arguments: dict[str, Any], tokens: dict[str, str]
-    ) -> Iterator[dict[str, Any]]:
-        """Yield the pages of a listing, where ``tokens`` says which fields of a page ask for the next."""
-        following: dict[str, str] = {}
-        while True:
-            page = self._requests.ask(functools.partial(_page, method, {**arguments, **following}))
-            yield page
-            before = following
-            following = {token: page[field] for token, field in tokens.items() if page.get(field)}
-            if not page.get("IsTruncated"):
-                return
-            if following in ({}, before):
-                raise StorageError("the server's listing does not go on where it says it would", uri=self.uri)
 
-    def _not_deleted(self, failures: Sequence[dict[str, Any]]) -> StorageError:
-        first = failures[0]
-        code, key = first.get("Code", "no code"), str(first.get("Key", ""))
-        denied = code in ("AccessDenied", "AllAccessDisabled")
-        error = (AccessDeniedError if denied else NotDeletedError)(
-            f"{len(failures):,} objects were not deleted ({code})",
-            object_name=key.removeprefix(self._prefix),
-            hint="The credentials need s3:DeleteObject here" if denied else None,
-        )
-        if isinstance(error, NotDeletedError):
-            error.code = code
-        return error
-
-
-def _version(answer: dict[str, Any], clients: Clients) -> str:
+def _version(answer: dict[str, Any], clients: Clients, operation: str) -> str:
     """Return the entity tag without its quotes, which servers put in some answers and leave out of others."""
-    if "ETag" not in answer:
-        raise not_s3(clients.endpoint)
+    if not answer.get("ETag"):
+        raise without_etag(clients.endpoint, operation, answer)
     return str(answer["ETag"]).strip('"')
-
-
-def _page(method: str, arguments: dict[str, Any], clients: Clients) -> dict[str, Any]:
-    page: dict[str, Any] = clients.fs.call_s3(method, **arguments)
-    if "Name" not in page and "Bucket" not in page:
-        raise not_s3(clients.endpoint)
-    return page
 
 
 def _check_answered(outcome: Outcome[Any], what: str) -> None:

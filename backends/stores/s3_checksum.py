@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ def parameters(checksum: str | None) -> dict[str, str]:
         return {}
     algorithm, _, value = checksum.partition(":")
     return {f"Checksum{algorithm.upper()}": value}
+
+
+def content_md5(data: bytes) -> str:
+    """Return the value of a ``Content-MD5`` header (RFC 1864)."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 
 
 def combined(parts: Sequence[Part]) -> str | None:

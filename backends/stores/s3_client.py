@@ -30,6 +30,7 @@ from s3fs.utils import ParamKwargsHelper
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
+from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.target import Target
@@ -117,8 +118,8 @@ class Clients:
 
     @property
     def is_aws(self) -> bool:
-        """Whether this is S3 itself, and not another server that speaks its protocol."""
-        return (urlsplit(self.endpoint).hostname or "").endswith(_AWS_HOSTS)
+        """True if this is S3 itself, and not another server that speaks its protocol."""
+        return is_aws(self.endpoint)
 
     def arguments(self, method: str, **own: Any) -> dict[str, Any]:
         """Return ``own`` and what the options add here: encryption, storage class, requester pays."""
@@ -133,6 +134,11 @@ class Clients:
                 self._patient.close()
             if self._completion is not None:
                 self._completion.close()
+
+
+def is_aws(endpoint: str) -> bool:
+    """Return True if an endpoint is S3 itself, and not another server that speaks its protocol."""
+    return (urlsplit(endpoint).hostname or "").endswith(_AWS_HOSTS)
 
 
 def _file_system(options: Options) -> s3fs.S3FileSystem:
@@ -212,7 +218,19 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
         arguments = {key: value for key, value in arguments.items() if key not in credentials}
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
-    return session.create_client("s3", config=Config(**named), **arguments)
+    client = session.create_client("s3", config=Config(**named), **arguments)
+    if not is_aws(str(client.meta.endpoint_url)):
+        client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    return client
+
+
+def _add_content_md5(params: dict[str, Any], **_: Any) -> None:
+    """Send DeleteObjects with Content-MD5 as well.
+
+    botocore 1.36 replaced it by CRC32. MinIO of before 2025, Swift and others demand it.
+    """
+    body = params["body"]
+    params["headers"]["Content-MD5"] = content_md5(body if isinstance(body, bytes) else body.encode())
 
 
 def _without_secrets(url: str) -> str:

@@ -12,6 +12,7 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.checksum import ALGORITHMS
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Part, Upload
 from cloudckpt.backends.stores.retry import Outcome
+from cloudckpt.backends.stores.s3_capabilities import TagForm
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import not_s3, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
@@ -27,15 +28,18 @@ class Original:
     """The object that is copied."""
 
     info: ObjectInfo
-    """Of another version nothing is copied, where the server looks at that."""
     bucket: str
     key: str
+    form: TagForm | None = TagForm.QUOTED
+    """The form in which the server takes the version as a condition; None where it takes it in none."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What names it in a request."""
         named: dict[str, Any] = {"CopySource": {"Bucket": self.bucket, "Key": self.key}}
-        return named | ({"CopySourceIfMatch": f'"{self.info.version}"'} if self.info.version else {})
+        if self.form is None or not self.info.version:
+            return named
+        return named | {"CopySourceIfMatch": self.form.of(self.info.version)}
 
 
 class Copying:

@@ -95,6 +95,16 @@ def not_s3(endpoint: str) -> StorageError:
     return StorageError(f"the endpoint {endpoint} answered, but not as an S3 server does", hint=_NOT_S3_HINT)
 
 
+def without_etag(endpoint: str, operation: str, answer: Mapping[str, Any]) -> StorageError:
+    """Return the error for an answer to ``operation`` that lacks the ETag, which names the version."""
+    if _is_page(answer):
+        return not_s3(endpoint)
+    return StorageError(
+        f"{endpoint} answered {operation} without an ETag header",
+        hint="A commit needs it. Check the option endpoint_url, and whether a proxy or gateway removes it",
+    )
+
+
 def plain(error: BaseException) -> BaseException:
     """Return the client's own exception, which s3fs and fsspec hide behind an OSError or two of theirs."""
     bare: BaseException | None = error
@@ -202,7 +212,12 @@ def _is_not_s3(error: boto.ClientError) -> bool:
     """Tell an error page from S3's error document. A HEAD has no body: there the headers have to tell."""
     if error.operation_name not in ("HeadObject", "HeadBucket"):
         return code_of(error).isdigit() and status_of(error) < HTTPStatus.INTERNAL_SERVER_ERROR
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return _is_page(error.response)
+
+
+def _is_page(answer: Mapping[str, Any]) -> bool:
+    """Tell a web page from an answer of S3, by the headers."""
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     named = "x-amz-request-id" in headers or "x-amzn-requestid" in headers
     return not named and str(headers.get("content-type", "")).startswith("text/html")
 

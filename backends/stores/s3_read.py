@@ -17,15 +17,15 @@ from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.response_body import BrokenOffError, fill
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3
+from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
 
 
 def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of an object and the answer that they came with."""
     answer = clients.data.get_object(**arguments)
     with _body(answer) as body:
-        if "ETag" not in answer:
-            raise not_s3(clients.endpoint)
+        if not answer.get("ETag"):
+            raise without_etag(clients.endpoint, "GetObject", answer)
         return body.read(), answer
 
 
@@ -68,8 +68,8 @@ def _broken() -> BrokenBodyError:
 
 
 def _check(answer: dict[str, Any], offset: int, size: int, endpoint: str) -> None:
-    if "ETag" not in answer:
-        raise not_s3(endpoint)
+    if not answer.get("ETag"):
+        raise without_etag(endpoint, "GetObject", answer)
     given = answer.get("ContentRange")
     if given is None:
         if offset:

@@ -94,6 +94,7 @@ def gc(target: Target, older_than: timedelta, *, yes: bool, dry_run: bool, as_js
     if as_json:
         output.say_json({"uri": target.uri, "dry_run": dry_run, **dataclasses.asdict(found)})
         return True
+    _say_skipped(found)
     if not _names(found):
         output.say("nothing to collect")
         return True
@@ -116,6 +117,11 @@ def _say_garbage(found: Garbage, console: Console) -> None:
         if names:
             output.say(title, console=console)
             _say_names(names, console)
+
+
+def _say_skipped(found: Garbage) -> None:
+    for reason in found.skipped:
+        output.say(f"skipped: {output.one_line(reason)}", console=output.aside())
 
 
 def _say_names(names: Iterable[str], console: Console) -> None:

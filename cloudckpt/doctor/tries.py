@@ -16,6 +16,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageError,
+    UnsupportedError,
 )
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.litter import Litter
@@ -23,6 +24,7 @@ from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upl
 from cloudckpt.backends.stores.exam import Exam
 
 _DATA: Final = b"can this job checkpoint here?"
+_EXPIRE: Final = "Have the server remove incomplete uploads by itself, as by a lifecycle rule"
 
 
 @dataclass(slots=True)
@@ -104,10 +106,19 @@ class Tries:
     def _conditions(self) -> Finding:
         able = self.store.capabilities
         if not (able.conditional_create and able.conditional_update):
+            lacking = [
+                one
+                for one, supported in (
+                    ("that nothing exists", able.conditional_create),
+                    ("that a version exists", able.conditional_update),
+                )
+                if not supported
+            ]
             what = (
-                "the server ignores the condition of a put: of two jobs that save to one place, both may win"
+                f"the server does not support the condition {' or '.join(lacking)} on a put: "
+                "of two jobs that save to one place, both may win"
             )
-            advice = "Let one job alone save here, or use a server that honours them"
+            advice = "Let one job alone save here, or use a server that supports both conditions"
             return Finding("conditions", "warning", what, advice)
         name = self._there
         replaced = self.store.put(name, _DATA, Overwrite())
@@ -156,14 +167,21 @@ class Tries:
 
     def _pending(self) -> Finding:
         upload = self._sent()
-        listed = [pending.upload for pending in self.store.pending_uploads(upload.name)]
+        try:
+            listed = [pending.upload for pending in self.store.pending_uploads(upload.name)]
+        except UnsupportedError as error:
+            what = f"uploads that are not ended can't be listed, so gc finds none: {error.message}"
+            return Finding("pending", "warning", what, _EXPIRE)
         if upload in listed:
             return Finding("pending", "ok", "uploads that are not ended are listed, for gc")
         return Finding("pending", "ok", "uploads that are not ended are not listed: the store forgets them")
 
     def _abort(self) -> Finding:
         upload = self._sent()
-        self.store.abort_upload(upload)
+        try:
+            self.store.abort_upload(upload)
+        except UnsupportedError as error:
+            return Finding("abort", "warning", f"uploads can't be aborted: {error.message}", _EXPIRE)
         self.litter.ended(upload)
         with contextlib.suppress(ObjectNotFoundError, AccessDeniedError):
             self.store.stat(upload.name)

@@ -51,6 +51,13 @@ class AddHeaders:
 
 
 @dataclass(frozen=True, slots=True)
+class DropHeaders:
+    """Let the server act, and leave headers out of its answer, given in lower case."""
+
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class CutRequest:
     """Cut the connection after so many bytes of the request's body."""
 
@@ -109,6 +116,7 @@ class FlipBit:
 Spoiling = (
     Answer
     | AddHeaders
+    | DropHeaders
     | CutRequest
     | LoseAnswer
     | CutAnswer
@@ -335,6 +343,9 @@ class _Handler(BaseHTTPRequestHandler):
             case AddHeaders(more):
                 kept = {name: value for name, value in headers.items() if name.lower() not in more}
                 self._send(status, {**kept, **more}, answer)
+            case DropHeaders(names):
+                kept = {name: value for name, value in headers.items() if name.lower() not in names}
+                self._send(status, kept, answer)
             case CutAnswer(after) | StallAnswer(after):
                 self._send(status, headers, answer, after=after)
                 if isinstance(spoiling, StallAnswer):

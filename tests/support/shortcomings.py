@@ -22,18 +22,14 @@ from support.places import Place
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-_COPY = "test_another_version_is_not_copied"
 _AGAIN = "test_a_part_may_be_sent_again"
 _DATED = "test_pending_uploads_are_listed_until_they_end"
 _READER = "test_a_reader_sees_the_old_object_or_the_new_never_a_mixture"
 
 FAULTS: Mapping[str, Mapping[str, str]] = {
-    "moto": {_DATED: "dates every upload to 2010", _COPY: "ignores the condition of a copy"},
+    "moto": {_DATED: "dates every upload to 2010"},
     "ministack": {},
-    "rclone": {
-        _AGAIN: "answers 501 to a part number that it has",
-        _COPY: "ignores the condition of a copy",
-    },
+    "rclone": {_AGAIN: "answers 501 to a part number that it has"},
     "juicefs": {},
 }
 """Tests of `support.conformance` that must fail on a server."""
@@ -50,23 +46,6 @@ class Probe:
     reason: str
     shows: Callable[[S3Client, str, str], bool]
     """Return whether a server has the fault, given a client, a bucket and a key that no object has."""
-
-
-def _ignores_the_condition_of_a_copy(client: S3Client, bucket: str, key: str) -> bool:
-    client.put_object(Bucket=bucket, Key=key, Body=b"")
-    try:
-        client.copy_object(
-            Bucket=bucket,
-            Key=key,
-            CopySource={"Bucket": bucket, "Key": key},
-            CopySourceIfMatch=f'"{"0" * 32}"',
-            MetadataDirective="REPLACE",
-        )
-    except ClientError:
-        return False
-    finally:
-        client.delete_object(Bucket=bucket, Key=key)
-    return True
 
 
 @contextlib.contextmanager
@@ -107,7 +86,6 @@ def _refuses_deletions_of_botocore(client: S3Client, bucket: str, key: str) -> b
 
 _FAULTS = (
     Probe(_DATED, "dates every upload wrongly", _dates_uploads_wrongly),
-    Probe(_COPY, "ignores the condition of a copy", _ignores_the_condition_of_a_copy),
     Probe(_AGAIN, "refuses a part number that it has", _refuses_a_part_that_is_sent_again),
 )
 _RACES = (

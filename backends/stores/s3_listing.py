@@ -1,0 +1,92 @@
+"""Listing an S3 bucket: its objects, and its uploads that are neither completed nor aborted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+from cloudckpt.backends.errors import StorageError, UnsupportedError
+from cloudckpt.backends.store import Listing, ObjectInfo, PendingUpload, Upload
+from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3_errors import not_s3, plain, status_of
+from cloudckpt.backends.stores.s3_requests import Requests
+
+_UNSUPPORTED = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
+_OBJECT_TOKENS = {"ContinuationToken": "NextContinuationToken"}
+_UPLOAD_TOKENS = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+
+
+def listed_objects(
+    requests: Requests, bucket: str, prefix: str, below: str, *, delimiter: bool = False
+) -> Listing:
+    """Return the objects whose names begin with ``below``; names are without ``prefix``."""
+    objects: list[ObjectInfo] = []
+    prefixes: list[str] = []
+    arguments: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix + below}
+    if delimiter:
+        arguments["Delimiter"] = "/"
+    for page in _pages(requests, "list_objects_v2", arguments, _OBJECT_TOKENS):
+        for item in page.get("Contents", ()):
+            name = item["Key"].removeprefix(prefix)
+            # A key that ends in a slash is the folder that a web console shows, not an object of ours.
+            if name and not name.endswith("/"):
+                tag = str(item.get("ETag", "")).strip('"') or None
+                objects.append(ObjectInfo(name, item["Size"], tag, item.get("LastModified")))
+        prefixes += [item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ())]
+    return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
+
+
+def listed_uploads(requests: Requests, bucket: str, prefix: str, below: str) -> Iterator[PendingUpload]:
+    """Yield the uploads whose names begin with ``below``; names are without ``prefix``.
+
+    Raises:
+        UnsupportedError: the server has no ListMultipartUploads.
+    """
+    arguments = {"Bucket": bucket, "Prefix": prefix + below}
+    for page in _pages(requests, "list_multipart_uploads", arguments, _UPLOAD_TOKENS):
+        for item in page.get("Uploads", ()):
+            upload = Upload(item["Key"].removeprefix(prefix), item["UploadId"])
+            yield PendingUpload(upload, item.get("Initiated"))
+
+
+def check_supported(error: Exception | None) -> None:
+    """Check an error of a request for the answer of a server that has no such request.
+
+    Raises:
+        UnsupportedError: it is one.
+    """
+    answer = error and plain(error)  # s3fs raises an OSError in its place
+    if isinstance(answer, ClientError) and status_of(answer) in _UNSUPPORTED:
+        what = f"the server does not support {answer.operation_name} ({status_of(answer)})"
+        raise UnsupportedError(what) from answer
+
+
+def _pages(
+    requests: Requests, method: str, arguments: Mapping[str, Any], tokens: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the pages of a listing, where ``tokens`` says which fields of a page ask for the next."""
+    following: dict[str, str] = {}
+    while True:
+        with requests.explained():
+            outcome = requests.outcome(functools.partial(_page, method, {**arguments, **following}))
+            check_supported(outcome.error)
+            page = outcome.result()
+        yield page
+        before = following
+        following = {token: page[field] for token, field in tokens.items() if page.get(field)}
+        if not page.get("IsTruncated"):
+            return
+        if following in ({}, before):
+            with requests.explained():
+                raise StorageError(f"{method}: the server's next page begins where this one did, or nowhere")
+
+
+def _page(method: str, arguments: Mapping[str, Any], clients: Clients) -> dict[str, Any]:
+    page: dict[str, Any] = clients.fs.call_s3(method, **arguments)
+    if "Name" not in page and "Bucket" not in page:
+        raise not_s3(clients.endpoint)
+    return page

@@ -1,0 +1,69 @@
+"""Requests that a save, a load, a retention, a gc and a doctor run make on S3 itself: what they cost.
+
+The server is taken for S3 itself, so that nothing is probed. The counts are those of the release before the
+probes of other servers were added; each may grow by two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from cloudckpt import doctor
+from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.stores import s3_client
+from cloudckpt.backends.target import Target
+from cloudckpt.retention import Retention, prune
+from cloudckpt.run import Run
+from support.places import Place
+from support.proxy import Proxy, proxied
+from support.servers import S3Server
+
+BEFORE = {"save": 10, "overwrite": 11, "load": 2, "retention": 9, "gc": 6, "doctor": 33}
+MORE = 2
+
+
+@pytest.fixture
+def place(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Place, Proxy]]:
+    monkeypatch.setattr(s3_client, "_AWS_HOSTS", ("127.0.0.1",))
+    with proxied(moto.endpoint) as proxy:
+        yield Place.on_server(moto, moto.new_bucket()).behind(proxy.endpoint).child("run"), proxy
+
+
+def save(place: Place, **options: bool) -> None:
+    dcp.save({"w": torch.ones(1000)}, storage_writer=place.writer(**options))
+
+
+def test_no_operation_makes_more_than_two_requests_more_than_before(place: tuple[Place, Proxy]) -> None:
+    run, proxy = place
+    target = Target.parse(run.uri, **run.options)
+    steps = [run.child(f"step-{step:010d}") for step in range(4)]
+
+    def load() -> None:
+        dcp.load({"w": torch.zeros(1000)}, storage_reader=steps[0].reader())
+
+    def save_others() -> None:
+        for step in steps[1:]:
+            save(step)
+
+    acts: dict[str, Callable[[], object]] = {
+        "save": partial(save, steps[0]),
+        "overwrite": partial(save, steps[0], overwrite=True),
+        "load": load,
+        "other saves": save_others,
+        "retention": lambda: prune(Run(target), Retention(keep_last=2)),
+        "gc": lambda: collect_garbage(target, older_than=timedelta(0)),
+        "doctor": lambda: doctor.examine(target),
+    }
+    counts: dict[str, int] = {}
+    for name, act in acts.items():
+        proxy.forget()
+        act()
+        counts[name] = proxy.count
+    print(counts)  # noqa: T201 - for the note of a release
+    assert all(counts[name] <= BEFORE[name] + MORE for name in BEFORE), counts
