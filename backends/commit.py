@@ -384,7 +384,7 @@ def _gone(uri: str, name: str) -> CommitError:
 def _say_unconditional(place: str) -> None:
     """Say it, once for a place and process."""
     _log.warning(
-        "%s does not honour conditional puts: two jobs that commit the same checkpoint at the same moment "
+        "%s does not support conditional puts: two jobs that commit the same checkpoint at the same moment "
         "would not notice each other",
         place,
     )

@@ -167,6 +167,13 @@ class ObjectStore(abc.ABC):
     def capabilities(self) -> Capabilities:
         """What this store can honour; finding out may take a few requests, once."""
 
+    def features(self) -> str | None:
+        """Name the optional features of the server that were probed, for a person to read.
+
+        It may take more requests than a save needs. None where there is nothing to probe.
+        """
+        return None
+
     @abc.abstractmethod
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         """Make ``data`` visible under ``name`` in one step, durably.

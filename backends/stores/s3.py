@@ -36,7 +36,7 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.stores.s3_capabilities import PutSupport, S3Capabilities, server_of
+from cloudckpt.backends.stores.s3_capabilities import PutSupport, server_of
 from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_copy import Copying, Original
@@ -106,10 +106,12 @@ class S3Store(ObjectStore):
         with self._requests.explained():
             return server_of(self._requests, self._bucket).put(self._requests, self._bucket, self._prefix)
 
-    def probe(self) -> S3Capabilities:
-        """Return all that can be found out of the server, with more requests than a save needs."""
+    def features(self) -> str | None:
         with self._requests.explained():
-            return server_of(self._requests, self._bucket).all(self._requests, self._bucket, self._prefix)
+            if self._requests.clients.is_aws:
+                return None
+            server = server_of(self._requests, self._bucket)
+            return str(server.all(self._requests, self._bucket, self._prefix))
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         conditional = self._condition(name, condition)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from cloudckpt.backends.stores.s3_checksum import content_md5, parameters
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import is_of_credentials, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
+
+_log = logging.getLogger(__name__)
 
 _ANOTHER_TAG: Final = "0" * 32
 """The entity tag of no object of the probe."""
@@ -69,6 +72,24 @@ class S3Capabilities:
     """``If-None-Match: *`` on CompleteMultipartUpload."""
     copy_source: TagForm | None
     """``x-amz-copy-source-if-match`` on CopyObject."""
+
+    def __str__(self) -> str:
+        """Name the supported features, then the others."""
+        features = {
+            "If-None-Match on PUT": self.put.create,
+            "If-Match on PUT" + _without_quotes(self.put.update): self.put.update is not None,
+            "If-None-Match on CompleteMultipartUpload": self.complete_create,
+            "If-Match of a copy's source" + _without_quotes(self.copy_source): self.copy_source is not None,
+        }
+        named = {
+            "supported": [name for name, supported in features.items() if supported],
+            "not supported": [name for name, supported in features.items() if not supported],
+        }
+        return "; ".join(f"{title}: {', '.join(names)}" for title, names in named.items() if names)
+
+
+def _without_quotes(form: TagForm | None) -> str:
+    return " (entity tags without quotes)" if form is TagForm.UNQUOTED else ""
 
 
 _AWS: Final = PutSupport(create=True, update=TagForm.QUOTED, checksum=CRC64NVME.name)
@@ -152,17 +173,14 @@ class _Probe:
     def cleaned_up(self) -> Iterator[_Probe]:
         """Delete the objects of the probe when the block ends.
 
-        Raises:
-            botocore.exceptions.ClientError: the block succeeded, and an object could not be deleted.
+        An object that can't be deleted is logged: a job without that permission can save even so.
         """
         try:
             yield self
-        except BaseException:
+        finally:
             for key in self._keys:
-                self._send("delete_object", key)
-            raise
-        for key in self._keys:
-            self._send("delete_object", key).result()
+                if error := self._send("delete_object", key).error:
+                    _log.warning("s3://%s/%s: a probe could not be deleted: %s", self._bucket, key, error)
 
     def put_support(self) -> PutSupport:
         """Try the conditions and checksums of a put on one object."""
@@ -237,8 +255,9 @@ class _Probe:
         completed = self._send(
             "complete_multipart_upload", key, MultipartUpload=listed, IfNoneMatch="*", **upload
         )
-        if _is_refused(completed):
-            self._send("abort_multipart_upload", key, **upload)
+        if _is_refused(completed) and self._send("abort_multipart_upload", key, **upload).error:
+            # A job that may not abort an upload can complete it, and the object is deleted.
+            self._send("complete_multipart_upload", key, MultipartUpload=listed, **upload)
         return completed
 
     def _put(self, key: str, data: bytes | None = None, **own: Any) -> Outcome[dict[str, Any]]:

@@ -52,6 +52,8 @@ class Tries:
         yield self._tried("checksum", self._checksum, operation="upload", needs="multipart")
         yield self._tried("pending", self._pending, needs="multipart")
         yield self._tried("abort", self._abort, needs="multipart")
+        if "abort" not in self._failed:
+            yield from self._features()
 
     def deletion(self) -> Iterator[Finding]:
         """An object deleted."""
@@ -187,6 +189,16 @@ class Tries:
             self.store.stat(upload.name)
             return Finding("abort", "failed", "an upload that was given up is visible")
         return Finding("abort", "ok", "an upload can be given up, and leaves nothing")
+
+    def _features(self) -> Iterator[Finding]:
+        """Name the features of a server that had to be probed."""
+        try:
+            if features := self.store.features():
+                yield Finding("features", "ok", features)
+        except CheckpointError as error:
+            yield Finding(
+                "features", "unknown", f"they could not be probed: {error.message}", error.hint or ""
+            )
 
     def _sent(self) -> Upload:
         """An upload with a part: who may not abort it can complete it, to be rid of it."""

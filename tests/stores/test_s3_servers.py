@@ -25,7 +25,7 @@ from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.stores.s3_capabilities import TagForm
+from cloudckpt.backends.stores.s3_capabilities import TagForm, server_of
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.transfer import copy_checkpoint
@@ -99,11 +99,15 @@ def test_conditions_are_tried_where_they_hold_and_where_they_do_not(
     store: S3Store, run: Place, proxy: Proxy, rule: Rule | None, expected: tuple[bool, TagForm | None]
 ) -> None:
     proxy.rule(rule)
-    supported = store.probe().put
-    assert (supported.create, supported.update) == expected
+    bucket = run.uri.split("/")[2]
+    put = server_of(store._requests, bucket).put(store._requests, bucket, "run/")
+    assert (put.create, put.update) == expected
+    assert f"If-Match on PUT{' (entity tags without quotes)' * (rule is dialects.rgw)}" in (
+        store.features() or ""
+    )
     assert run.visible() == run.pending() == set()
     asked = proxy.count
-    opened(run).probe()
+    opened(run).features()
     assert proxy.count == asked, "a server is probed once a process and bucket"
 
 
