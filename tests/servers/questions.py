@@ -52,6 +52,16 @@ def _answer(question: Question[T], server: T) -> str:
         return "no answer"
 
 
+def yes_or_no(fact: bool) -> str:
+    """Return an answer in one word."""
+    return "yes" if fact else "no"
+
+
+def outcome_of_race(won: int) -> str:
+    """Return the answer of a race that so many requests won."""
+    return {0: "none wins", 1: "one wins"}.get(won, "several win")
+
+
 def table(topic: Topic[Any], provider: str, servers: Mapping[str, Mapping[str, str]]) -> str:
     """Return a table in Markdown: a row a question, a column a server, in bold what differs."""
     lines = [
@@ -75,18 +85,19 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def read_tables(text: str) -> dict[str, dict[str, str]]:
-    """Return the answers that a page's tables have: server, then question, then answer without bold."""
+def read_tables(text: str, topics: Sequence[Topic[Any]]) -> dict[str, dict[str, str]]:
+    """Return the answers in a page's tables of these topics: server, question, answer without bold."""
+    titles = {topic.title.lower() for topic in topics}
     found = dict[str, dict[str, str]]()
-    columns = list[str]()
+    title, columns = "", list[str]()
     for line in text.splitlines():
         if not line.startswith("| "):
-            columns = []
+            title, columns = "", []
             continue
         first, *cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         if not columns:
-            columns = cells
-        elif set(first) != {"-"}:
+            title, columns = first, cells
+        elif title in titles and set(first) != {"-"}:
             for server, cell in zip(columns, cells, strict=True):
                 found.setdefault(server, {})[first] = cell.strip("*")
     return found

@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from servers.questions import NotAskedError, Question, Topic
+from servers.questions import NotAskedError, Question, Topic, outcome_of_race, yes_or_no
 from servers.signed import Bucket, checksum, fresh_key
 
 _RACERS = 16
@@ -34,12 +34,12 @@ def _create(bucket: Bucket, *, existing: bool) -> str:
 
 def _race(bucket: Bucket) -> str:
     key = fresh_key()
+
+    def wins(racer: int) -> bool:
+        return bucket.put(key, b"%d" % racer, {"If-None-Match": "*"}).ok
+
     with ThreadPoolExecutor(_RACERS) as pool:
-        asked = [
-            pool.submit(bucket.put, key, b"%d" % racer, {"If-None-Match": "*"}) for racer in range(_RACERS)
-        ]
-        won = sum(future.result().ok for future in asked)
-    return {0: "none wins", 1: "one wins"}.get(won, "several win")
+        return outcome_of_race(sum(pool.map(wins, range(_RACERS))))
 
 
 def _update(bucket: Bucket, form: Form, *, right: bool) -> str:
@@ -62,7 +62,7 @@ def _refused_completion_keeps_upload(bucket: Bucket) -> str:
     etag = bucket.part(key, upload).needed().etag
     if bucket.complete(key, upload, {1: etag}, headers={"If-None-Match": "*"}).ok:
         raise NotAskedError
-    return _yes(bucket.complete(key, upload, {1: etag}).ok)
+    return yes_or_no(bucket.complete(key, upload, {1: etag}).ok)
 
 
 def _complete_update(bucket: Bucket, form: Form, *, right: bool) -> str:
@@ -133,7 +133,7 @@ def _full_object_named(bucket: Bucket) -> str:
     said, named = _full_object(bucket, right=True)
     if said != "200":
         raise NotAskedError
-    return _yes(named)
+    return yes_or_no(named)
 
 
 def _stored_checksum(bucket: Bucket) -> str:
@@ -141,7 +141,7 @@ def _stored_checksum(bucket: Bucket) -> str:
     header = checksum("CRC64NVME", b"body")
     bucket.put(key, b"body", header).needed()
     answer = bucket.ask("HEAD", key, headers={"x-amz-checksum-mode": "ENABLED"}).needed()
-    return _yes(answer.headers.get("x-amz-checksum-crc64nvme") == header["x-amz-checksum-crc64nvme"])
+    return yes_or_no(answer.headers.get("x-amz-checksum-crc64nvme") == header["x-amz-checksum-crc64nvme"])
 
 
 def _uploads_listed(bucket: Bucket, *, folder: bool) -> str:
@@ -151,7 +151,7 @@ def _uploads_listed(bucket: Bucket, *, folder: bool) -> str:
         bucket.begin(key)
     prefix = f"{unique}/a/" if folder else keys[0]
     answer = bucket.ask("GET", query={"uploads": "", "prefix": prefix}).needed()
-    return _yes(sorted(answer.all("Key")) == (keys if folder else keys[:1]))
+    return yes_or_no(sorted(answer.all("Key")) == (keys if folder else keys[:1]))
 
 
 def _uploads_paged(bucket: Bucket) -> str:
@@ -161,7 +161,7 @@ def _uploads_paged(bucket: Bucket) -> str:
         bucket.begin(key)
     found, marker = list[str](), dict[str, str]()
     for _ in range(len(keys) + 1):
-        query = {"uploads": "", "prefix": f"{unique}/", "max-uploads": "1", **marker}
+        query = {"uploads": "", "prefix": f"{unique}/", "max-uploads": "2", **marker}
         page = bucket.ask("GET", query=query).needed()
         found += page.all("Key")
         if page.one("IsTruncated") != "true":
@@ -170,7 +170,7 @@ def _uploads_paged(bucket: Bucket) -> str:
             "key-marker": page.one("NextKeyMarker"),
             "upload-id-marker": page.one("NextUploadIdMarker"),
         }
-    return _yes(found == keys)
+    return yes_or_no(found == keys)
 
 
 def _uploads_dated(bucket: Bucket) -> str:
@@ -180,7 +180,7 @@ def _uploads_dated(bucket: Bucket) -> str:
     if not initiated:
         raise NotAskedError
     age = datetime.now(UTC) - datetime.fromisoformat(initiated)
-    return _yes(abs(age) < timedelta(hours=1))
+    return yes_or_no(abs(age) < timedelta(hours=1))
 
 
 def _abort(bucket: Bucket, *, twice: bool) -> str:
@@ -210,7 +210,7 @@ def _invisible(bucket: Bucket) -> str:
     key = fresh_key()
     bucket.part(key, bucket.begin(key)).needed()
     listed = bucket.ask("GET", query={"list-type": "2", "prefix": key}).needed().all("Key")
-    return _yes(not listed and not bucket.exists(key))
+    return yes_or_no(not listed and not bucket.exists(key))
 
 
 def _in_parts(bucket: Bucket, *parts: tuple[int, int]) -> str:
@@ -241,7 +241,7 @@ def _list(bucket: Bucket, *, paged: bool) -> str:
         query = {"list-type": "2", "prefix": f"{unique}/", "delimiter": "/"}
         page = bucket.ask("GET", query=query).needed()
         below = page.all("Prefix")
-        return _yes(page.all("Key") == [keys[0], keys[2]] and f"{unique}/b/" in below)
+        return yes_or_no(page.all("Key") == [keys[0], keys[2]] and f"{unique}/b/" in below)
     found, token = list[str](), dict[str, str]()
     for _ in range(len(keys) + 1):
         page = bucket.ask(
@@ -251,7 +251,7 @@ def _list(bucket: Bucket, *, paged: bool) -> str:
         if page.one("IsTruncated") != "true":
             break
         token = {"continuation-token": page.one("NextContinuationToken")}
-    return _yes(found == keys)
+    return yes_or_no(found == keys)
 
 
 def _range(bucket: Bucket, wanted: str, expected: bytes | None) -> str:
@@ -276,10 +276,6 @@ def _etag_of_put(bucket: Bucket) -> str:
     answer = bucket.put(fresh_key(), b"body").needed()
     value = answer.headers.get("ETag", "")
     return "none" if not value else "quoted" if value.startswith('"') else "bare"
-
-
-def _yes(fact: bool) -> str:
-    return "yes" if fact else "no"
 
 
 _CHECKSUMS = ("Content-MD5", "CRC32C", "CRC64NVME")
