@@ -73,6 +73,11 @@ live: $(READY)  ## conformance, interoperation, faults and a benchmark on a plac
 	@test -n '$(URI)' || { echo 'live needs a place: make live URI=s3://bucket/prefix, gs://bucket/prefix or file:///folder' >&2; exit 2; }
 	@PYTHONPATH=tests $(BIN)/python -m live '$(URI)' $(if $(YES),--yes) $(if $(ONLY),--only $(ONLY)) $(if $(BENCH),--bench='$(BENCH)')
 
+# ONLY="moto Ceph" asks a choice.
+.PHONY: servers
+servers: $(READY)  ## ask every S3 and GCS server that is installed what it does: the tables of docs/servers.md
+	@PYTHONPATH=tests $(BIN)/python -m servers $(if $(ONLY),--only $(ONLY))
+
 .PHONY: pictures
 pictures: $(READY)  ## draw what commands print on a terminal, for the docs
 	@PYTHONPATH=tests $(BIN)/python -m bench.terminal

@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import CommitError, StorageError
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import MARKER
 from support.crash import RANKS, Call, Ended, Fate, Job, Moment, Zygote, committed, content_of, new_zygote
-from support.places import FOLDER, GCS, SOAKED, Place, new_place
+from support.places import FOLDER, SOAKED, USUAL, Place, new_place
 from support.servers import S3Server
 
 NOW = timedelta(0)
@@ -266,7 +266,7 @@ def is_marker(call: Call) -> bool:
 @pytest.mark.timeout(0)
 @overwriting
 @dying
-@pytest.mark.parametrize("where", [FOLDER, "moto", GCS, *SOAKED])
+@pytest.mark.parametrize("where", [*USUAL, *SOAKED])
 def test_a_save_killed_at_any_call_on_any_store_leaves_the_old_checkpoint_or_the_new_one(
     zygote: Zygote,
     new: Places,

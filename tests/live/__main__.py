@@ -104,7 +104,7 @@ def _pytest(suite: Suite) -> list[str]:
         "pytest",
         "-q",
         "-rsx",
-        "--timeout=600",
+        *(["-m", "soak", "--timeout=7200"] if suite.long else ["--timeout=600"]),
         "-k",
         "live",
         *(f"tests/{file}" for file in suite.files),

@@ -39,6 +39,8 @@ class Suite:
     """Below the folder of the tests."""
     asked: Asked
     """As counted at an S3 server; `tests/test_live.py` counts again."""
+    long: bool = False
+    """True if its tests are long forms, which `make test` leaves out."""
 
 
 SUITES: Final = (
@@ -65,6 +67,13 @@ SUITES: Final = (
         "jobs that save to one place at once",
         ("test_race.py",),
         Asked(writing=240, reading=200),
+    ),
+    Suite(
+        "crashes",
+        "saves that are killed at each of their requests",
+        ("test_crash.py",),
+        Asked(writing=1, reading=1),
+        long=True,
     ),
     Suite(
         "runs",

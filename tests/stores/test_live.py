@@ -12,9 +12,8 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from support import live
 from support.conformance import StoreConformance
-from support.live import LiveStore
 from support.places import Place
-from support.shortcomings import known_at
+from support.shortcomings import faults_of, races_of
 
 
 class TestLiveStore(StoreConformance):
@@ -23,10 +22,11 @@ class TestLiveStore(StoreConformance):
 
     @pytest.fixture
     def faults(self) -> Mapping[str, str]:
-        server = Place.named_by_the_user().server
-        if isinstance(server, LiveStore) and server.is_s3:
-            return known_at(server.client().meta.endpoint_url)
-        return {}
+        return faults_of(Place.named_by_the_user())
+
+    @pytest.fixture
+    def races(self) -> Mapping[str, str]:
+        return races_of(Place.named_by_the_user())
 
     @pytest.fixture
     def store(self) -> ObjectStore:

