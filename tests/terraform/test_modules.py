@@ -183,3 +183,17 @@ def test_a_value_that_can_not_be_meant_is_refused(
     said = complaint(ROOT / cloud, tmp_path, **{**GOOD[cloud], variable: value})
     assert "Invalid value for variable" in said
     assert f"var.{variable}" in said
+
+
+@pytest.mark.parametrize("folder", CALLERS, ids=named)
+def test_every_example_has_the_outputs_that_the_readme_reads(folder: Path) -> None:
+    assert {"uri", "environment"} <= blocks(folder, "output").keys()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=named)
+def test_the_readme_reads_outputs_that_its_own_example_has(module: Path) -> None:
+    readme = (module / "README.md").read_text()
+    read = set(re.findall(r"terraform output -\w+ (\w+)", readme))
+    (example, *_) = re.findall(r"```hcl\n(.*?)```", readme, re.DOTALL)
+    assert read == {"uri", "environment"}
+    assert read <= set(re.findall(r'^output "(\w+)"', example, re.MULTILINE))

@@ -38,6 +38,11 @@ output "uri" {
   value       = module.checkpoints.uri
 }
 
+output "environment" {
+  description = "Environment variables to set in the pods."
+  value       = module.checkpoints.environment
+}
+
 output "service_accounts" {
   description = "What to annotate the Kubernetes service accounts with: iam.gke.io/gcp-service-account."
   value       = module.checkpoints.service_accounts

@@ -24,6 +24,11 @@ output "uri" {
   value       = module.checkpoints.uri
 }
 
+output "environment" {
+  description = "Environment variables to set on the machines."
+  value       = module.checkpoints.environment
+}
+
 output "service_accounts" {
   description = "The accounts to start machines with."
   value       = module.checkpoints.service_accounts
