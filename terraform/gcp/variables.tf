@@ -24,14 +24,13 @@ variable "location" {
 }
 
 variable "name" {
-  description = "What the names of custom roles and service accounts begin with."
+  description = "What the names of custom roles and service accounts begin with; made of the bucket's name where it is null."
   type        = string
-  default     = "cloudckpt"
-  nullable    = false
+  default     = null
 
   validation {
-    condition     = can(regex("^[a-z][a-z0-9-]{0,21}$", var.name))
-    error_message = "Google allows 30 characters in a service account's name, and the role takes 8 of them: give at most 22 lower-case letters, digits and hyphens."
+    condition     = var.name == null ? true : can(regex("^[a-z]([a-z0-9-]{0,20}[a-z0-9])?$", var.name))
+    error_message = "Google allows 30 characters in a service account's name, and the role takes 8 of them: give 1 to 22 lower-case letters, digits and hyphens, a letter first and no hyphen last."
   }
 }
 
