@@ -148,9 +148,12 @@ def test_a_role_ends_at_its_prefix(role: str) -> None:
     allowed = policy(role)
     for action in granted(allowed) - {"s3:ListBucket", "s3:ListBucketMultipartUploads"}:
         assert allows(allowed, Ask(action, f"{ARN}/runs/x"))
-        for elsewhere in (f"{ARN}/runs", f"{ARN}/runs2/x", f"{ARN}/x", "arn:aws:s3:::other/runs/x"):
-            assert not allows(allowed, Ask(action, elsewhere)), (action, elsewhere)
-    for prefix, may in {"runs/": True, "runs/run/": True, "": False, "runs": False, "runs2/": False}.items():
+        for resource in (f"{ARN}/runs", f"{ARN}/runs2/x", f"{ARN}/x", "arn:aws:s3:::other/runs/x"):
+            assert not allows(allowed, Ask(action, resource)), (action, resource)
+    # A run lists what is below it, and a missing object by its very name: S3 answers 403 for it.
+    below = ("runs/", "runs/run/", "runs/run/step-1/", "runs/run/step-1/.metadata", "runs/.metadata")
+    elsewhere = ("", "runs", "runs2/", "runs2/.metadata", ".metadata", "other/runs/")
+    for prefix, may in {**dict.fromkeys(below, True), **dict.fromkeys(elsewhere, False)}.items():
         assert allows(allowed, Ask("s3:ListBucket", ARN, {"s3:prefix": prefix})) is may, prefix
     assert not allows(allowed, Ask("s3:ListBucket", ARN))
 
