@@ -100,12 +100,9 @@ def test_a_keyword_in_a_query_or_among_options_is_named_as_one(name: str) -> Non
 
 @pytest.mark.parametrize("given", ["keep", "overwite"])
 def test_a_query_and_the_command_line_suggest_options_alone(given: str) -> None:
-    for call in (
-        lambda: Target.parse(f"s3://bucket/run?{given}=3"),
-        lambda: Target.parse("s3://bucket/run", **{given: 3}),
-    ):
+    for uri, options in ((f"s3://bucket/run?{given}=3", {}), ("s3://bucket/run", {given: 3})):
         with pytest.raises(ConfigurationError) as caught:
-            call()
+            Target.parse(uri, **options)
         hint = caught.value.hint or ""
         assert not any(f"'{name}'" in hint for names in keywords.OWN.values() for name in names)
         assert hint.startswith("Known: ") or any(f"'{name}'" in hint for name in Options.model_fields)

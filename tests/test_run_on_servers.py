@@ -39,7 +39,7 @@ def test_a_run_is_saved_retained_collected_and_examined(
         for step in STEPS:
             checkpointer.save(step, {**STATE, "step": step})
         assert checkpointer.all_steps() == [4, 5]
-        loaded = {"weights": torch.zeros(1000), "epoch": 0, "step": 0}
+        loaded: dict[str, Any] = {"weights": torch.zeros(1000), "epoch": 0, "step": 0}
         assert checkpointer.load(loaded) == 5
         assert (loaded["step"], torch.equal(loaded["weights"], STATE["weights"])) == (5, True)
     assert_exact(place, 4, 5)

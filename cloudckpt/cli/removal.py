@@ -122,7 +122,7 @@ def _say_garbage(found: Garbage, console: Console) -> None:
 
 def _say_skipped(found: Garbage) -> None:
     for reason in found.skipped:
-        output.say(f"skipped: {output.one_line(reason)}", console=output.aside())
+        output.say(f"skipped: {one_line(reason)}", console=output.aside())
 
 
 def _say_names(names: Iterable[str], console: Console) -> None:

@@ -340,14 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, request: Request, spoiling: Spoiling) -> None:
         """Let the server act, and do to its answer what was asked."""
-        if isinstance(spoiling, FlipBit):
-            body = bytearray(request.body)
-            body[len(body) // 2] ^= 1
-            request = Request(request.method, request.target, request.headers, bytes(body))
-        if isinstance(spoiling, SendAs):
-            headers = {name: value for name, value in request.headers.items() if name != "host"}
-            request = Request(request.method, spoiling.target, headers, request.body)
-        status, headers, answer = self._ask(request)
+        status, headers, answer = self._ask(_changed(request, spoiling))
         match spoiling:
             case LoseAnswer():
                 self.close_connection = True
@@ -359,12 +352,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(HTTPStatus.FORBIDDEN, {}, _document(Answer(403, "AccessDenied")))
             case EditAnswer(old, new):
                 self._send(status, headers, answer.replace(old, new))
-            case AddHeaders(more):
-                kept = {name: value for name, value in headers.items() if name.lower() not in more}
-                self._send(status, {**kept, **more}, answer)
-            case DropHeaders(names):
-                kept = {name: value for name, value in headers.items() if name.lower() not in names}
-                self._send(status, kept, answer)
+            case AddHeaders() | DropHeaders():
+                self._send(status, _other_headers(headers, spoiling), answer)
             case CutAnswer(after) | StallAnswer(after):
                 self._send(status, headers, answer, after=after)
                 if isinstance(spoiling, StallAnswer):
@@ -413,6 +402,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
         """Stay silent."""
+
+
+def _changed(request: Request, spoiling: Spoiling) -> Request:
+    """Return what the server is sent in the place of a request."""
+    if isinstance(spoiling, FlipBit):
+        body = bytearray(request.body)
+        body[len(body) // 2] ^= 1
+        return Request(request.method, request.target, request.headers, bytes(body))
+    if isinstance(spoiling, SendAs):
+        headers = {name: value for name, value in request.headers.items() if name != "host"}
+        return Request(request.method, spoiling.target, headers, request.body)
+    return request
+
+
+def _other_headers(headers: Mapping[str, str], change: AddHeaders | DropHeaders) -> dict[str, str]:
+    """Return the headers of an answer with some added or left out."""
+    more = change.headers if isinstance(change, AddHeaders) else {}
+    left_out = more if isinstance(change, AddHeaders) else change.names
+    return {**{name: value for name, value in headers.items() if name.lower() not in left_out}, **more}
 
 
 def _document(answer: Answer) -> bytes:
