@@ -20,7 +20,6 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointNotFoundError,
     CommitError,
     ConfigurationError,
     IntegrityError,
@@ -32,7 +31,6 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.lanes import Lanes, lanes
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
@@ -94,32 +92,6 @@ def _log_kept(uri: str, name: str, which: str, names: Sequence[str]) -> None:
     if names:
         told = "%s of %s names %d objects %s: they stay behind, such as %s"
         _log.warning(told, name, one_line(uri), len(names), which, one_line(names[0]))
-
-
-def listed_metadata(store: ObjectStore) -> list[str]:
-    """The metadata objects that a listing shows: the one of all ranks, or those of single ranks."""
-    return [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
-
-
-def chosen_metadata(store: ObjectStore) -> list[str]:
-    """The names of the metadata that counts: that of all ranks, or without it those of single ranks."""
-    names = listed_metadata(store)
-    # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
-    return [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
-
-
-def committed(store: ObjectStore, name: str, missing: str, hint: str = "Check the URI") -> bytes:
-    """The bytes of a metadata object.
-
-    Raises:
-        CheckpointNotFoundError: it is not there, in the caller's words.
-    """
-    try:
-        return store.get(name)[0]
-    except ObjectNotFoundError as error:
-        raise CheckpointNotFoundError(
-            missing, uri=store.uri, object_name=name, hint=advice(store.uri, hint)
-        ) from error
 
 
 def at_once(options: Options, ranks: int) -> int:

@@ -9,9 +9,9 @@ from datetime import datetime
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import FRAMED, Algorithm, Checks, count_chunks
+from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
 from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectStore
@@ -170,7 +170,7 @@ def _of_payload(checks: Checks) -> bytes:
 
 
 def _absence(store: ObjectStore) -> CheckpointNotFoundError:
-    alone = commit.listed_metadata(store)
+    alone = listed_metadata(store)
     return CheckpointNotFoundError(
         "ranks saved here without each other, and there is no metadata of all of them"
         if alone

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
@@ -200,7 +200,7 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            return bool(commit.listed_metadata(store))
+            return bool(listed_metadata(store))
 
     def note(self, step: int, name: str) -> float | None:
         """A number that whoever saved a step noted in its metadata; None where nobody did, or can tell.

@@ -17,7 +17,7 @@ from support.executors import until
 from support.places import S3_PART_SIZE, Place
 from support.servers import MORE_SERVERS, SERVERS, S3Server
 
-STATE = {"weights": torch.arange(1000.0), "epoch": 1}
+STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "epoch": 1}
 STEPS = range(1, 6)
 
 
