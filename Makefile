@@ -12,6 +12,9 @@ DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.ready
 CHECKOV := .venv-checkov
 CHECKOV_READY := $(CHECKOV)/.ready
+PROVIDERS := .venv-providers
+# Nothing to set up where the check that needs it can't run.
+PROVIDERS_READY := $(if $(shell command -v terraform),$(PROVIDERS)/.ready)
 
 # CPython 3.11 first: constraints.txt was resolved on it.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.14; do \
@@ -53,9 +56,10 @@ test: $(READY)  ## every test, on real servers and real processes
 	@$(BIN)/pytest $(PYTEST)
 
 .PHONY: soak
-soak: $(READY)  ## the long forms: thousands of random states, for as long as that takes
+soak: $(READY) $(PROVIDERS_READY)  ## the long forms: thousands of random states, every version of Terraform's providers; for as long as that takes
 	@echo '==> soak'
 	@$(BIN)/pytest -m soak -n 2
+	@$(call check_providers,--long)
 
 # BENCH, STORAGE, GCS, GROWTH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; each module's `--help` lists them.
 .PHONY: bench
@@ -89,29 +93,33 @@ lint: $(READY) terraform  ## format, style, types (mypy and pyright), direction 
 	@echo '==> pyright' && $(BIN)/pyright --warnings
 	@echo '==> import-linter' && $(BIN)/lint-imports --no-cache
 
-# Nothing is fetched: `terraform -chdir=FOLDER init -backend=false` brings the providers that validate needs.
-.PHONY: terraform
-terraform: $(CHECKOV_READY)  ## the Terraform modules: format, checkov, and validity where their providers are
-	@if ! command -v terraform >/dev/null; then \
-		echo '==> terraform: not installed, so format and validity of the modules are not checked'; \
+# Validates with the schemas of the providers, from bindings that pip downloads: the providers themselves are not needed.
+define check_providers
+	if [ -z '$(PROVIDERS_READY)' ]; then \
+		echo '==> terraform: not installed, so the modules are not checked against the schemas of the providers'; \
 	else \
-		echo '==> terraform fmt' && terraform fmt -check -diff -recursive terraform || exit 1; \
-		left=''; \
-		for folder in $(sort $(dir $(wildcard terraform/*/*.tf terraform/*/test/*.tf terraform/*/examples/*/*.tf))); do \
-			if [ ! -d $$folder.terraform/providers ]; then left="$$left $$folder"; continue; fi; \
-			echo "==> terraform validate: $$folder" && terraform -chdir=$$folder validate || exit 1; \
-		done; \
-		[ -z "$$left" ] || echo "==> terraform validate: not done where the providers are not there:$$left"; \
+		echo '==> terraform and the schemas of the providers' && PYTHONPATH=tests $(PROVIDERS)/bin/python -m terraform_check $(1); \
 	fi
+endef
+
+.PHONY: terraform
+terraform: $(CHECKOV_READY) $(PROVIDERS_READY)  ## the Terraform modules: format, checkov, and validity by the schemas of their providers
+	@if ! command -v terraform >/dev/null; then \
+		echo '==> terraform: not installed, so the format of the modules is not checked'; \
+	else \
+		echo '==> terraform fmt' && terraform fmt -check -diff -recursive terraform; \
+	fi
+	@$(call check_providers)
 	@echo '==> checkov' && $(CHECKOV)/bin/checkov --directory terraform --framework terraform --compact --quiet --skip-download
 
 .PHONY: tools
-tools: $(CHECKOV_READY) $(DOCS_READY)  ## the environments of checkov and of the site, and nothing else
+tools: $(CHECKOV_READY) $(DOCS_READY) $(PROVIDERS_READY)  ## the environments of checkov, of the site and of the check of Terraform, and nothing else
 
 $(CHECKOV_READY): terraform/checkov.txt
 $(DOCS_READY): docs/requirements.txt
+$(PROVIDERS)/.ready: terraform/providers.txt
 # An environment for one tool, whose pins are its own.
-$(CHECKOV_READY) $(DOCS_READY):
+$(CHECKOV_READY) $(DOCS_READY) $(PROVIDERS)/.ready:
 	@test -n '$(PYTHON)' || { echo '$(@D) needs Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
 	@echo '==> environment: $(@D)'
 	@rm -f $@
@@ -131,5 +139,5 @@ format: $(READY)  ## rewrite the sources as ruff wants them
 
 .PHONY: clean
 clean:  ## remove the environment, caches and builds
-	@rm -rf $(VENV) $(CHECKOV) $(DOCS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(CHECKOV) $(DOCS) $(PROVIDERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
