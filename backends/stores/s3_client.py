@@ -27,12 +27,13 @@ from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
+from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
-from cloudckpt.backends.stores.s3_endpoint import check_endpoint
+from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -58,8 +59,12 @@ class Clients:
         if self.fs.config_kwargs["retries"] != _ONE_ATTEMPT:
             message = "botocore's retries are off, and storage_options turns them on"
             raise ConfigurationError(message, uri=target.uri, hint="Use the option retries instead")
-        self._session = _prepared(botocore.session.Session(**self.fs.kwargs), target.options.region)
-        check_endpoint(self.fs.endpoint_url, self._session)
+        self._session = _prepared(botocore.session.Session(**self.fs.kwargs))
+        endpoint = checked_endpoint(self.fs.endpoint_url, self._session)
+        given = self.fs.config_kwargs["s3"]
+        if endpoint and is_address(endpoint) and given.get("addressing_style") == "virtual":
+            # No bucket's name can stand before an IP address.
+            self.fs.config_kwargs["s3"] = {**given, "addressing_style": "path"}
         self._lock = threading.Lock()
         self._patient: Any = None
         self._completion: Completion | None = None
@@ -148,7 +153,7 @@ def _file_system(options: Options) -> s3fs.S3FileSystem:
     given_profile = given.pop("profile", None)
     profile = options.profile or given_profile
     core: dict[str, Any] = {"profile": profile} if profile else {}
-    session = _prepared(aiobotocore.session.AioSession(**core), options.region)
+    session = _prepared(aiobotocore.session.AioSession(**core))
     arguments: dict[str, Any] = {
         **given,
         **core,
@@ -223,20 +228,15 @@ def _without_secrets(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
-def _prepared(session: _Session, region: str | None) -> _Session:
+def _prepared(session: _Session) -> _Session:
     """Return the session with the settings that every session here has in common.
 
     botocore reads the region from AWS_DEFAULT_REGION and the profile alone. Without one, requests to STS for
-    a role go to its global endpoint, and requests to S3 to us-east-1. Other AWS SDKs read AWS_REGION.
-
-    Args:
-        session: one that has made no client yet.
-        region: the option region, for STS if nothing else names a region.
+    a role go to its global endpoint, and requests to S3 to us-east-1. Other AWS SDKs read AWS_REGION. The
+    option region is given to clients, and botocore takes it for STS as well.
     """
     if not os.environ.get("AWS_DEFAULT_REGION") and (of_environment := os.environ.get("AWS_REGION")):
         session.set_config_variable("region", of_environment)
-    elif region and session.get_config_variable("region") is None:
-        session.set_config_variable("region", region)
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session
 
