@@ -57,8 +57,8 @@ def elsewhere(region: str) -> Rule:
 def hides_missing(policy: Sequence[Statement]) -> Rule:
     """Answer 403 for objects that are not there, if the policy grants no s3:ListBucket to such a request.
 
-    S3 judges the request's own context, in which a GetObject has no s3:prefix, so a grant under a condition on
-    it does not count.
+    S3 judges the request's own context, in which a GetObject has no s3:prefix, so a grant under a condition
+    on it does not count.
     """
 
     def decide(request: Request) -> Spoiling:

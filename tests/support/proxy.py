@@ -107,6 +107,13 @@ class DenyMissing:
 
 
 @dataclass(frozen=True, slots=True)
+class SendAs:
+    """Let the server act on another path and query, under its own name as the host."""
+
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class FlipBit:
     """Change one bit of the request's body on its way."""
 
@@ -123,6 +130,7 @@ Spoiling = (
     | Stall
     | Delay
     | DenyMissing
+    | SendAs
     | FlipBit
     | None
 )
@@ -328,6 +336,9 @@ class _Handler(BaseHTTPRequestHandler):
             body = bytearray(request.body)
             body[len(body) // 2] ^= 1
             request = Request(request.method, request.target, request.headers, bytes(body))
+        if isinstance(spoiling, SendAs):
+            headers = {name: value for name, value in request.headers.items() if name != "host"}
+            request = Request(request.method, spoiling.target, headers, request.body)
         status, headers, answer = self._ask(request)
         match spoiling:
             case LoseAnswer():
