@@ -61,6 +61,15 @@ def fault_of(url: str) -> Fault | None:
     return None
 
 
+def is_address(url: str) -> bool:
+    """Return True if the host of a URL without faults is an IP address."""
+    try:
+        ipaddress.ip_address(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+    return True
+
+
 def _is_host(host: str) -> bool:
     if ":" not in host:
         return len(host) <= _LONGEST_HOST and ".." not in host and _HOST.fullmatch(host) is not None

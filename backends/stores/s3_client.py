@@ -27,13 +27,14 @@ from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
+from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
-from cloudckpt.backends.stores.s3_endpoint import check_endpoint
+from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -60,7 +61,11 @@ class Clients:
             message = "botocore's retries are off, and storage_options turns them on"
             raise ConfigurationError(message, uri=target.uri, hint="Use the option retries instead")
         self._session = _prepared(botocore.session.Session(**self.fs.kwargs))
-        check_endpoint(self.fs.endpoint_url, self._session)
+        endpoint = checked_endpoint(self.fs.endpoint_url, self._session)
+        given = self.fs.config_kwargs["s3"]
+        if endpoint and is_address(endpoint) and given.get("addressing_style") == "virtual":
+            # No bucket's name can stand before an IP address.
+            self.fs.config_kwargs["s3"] = {**given, "addressing_style": "path"}
         self._lock = threading.Lock()
         self._patient: Any = None
         self._completion: Completion | None = None

@@ -19,8 +19,8 @@ _OF_ENVIRONMENT: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _LONGEST_LABEL: Final = 63
 
 
-def check_endpoint(given: str | None, session: botocore.session.Session) -> None:
-    """Check the endpoint that is in force: the one given by options, else of the environment or the profile.
+def checked_endpoint(given: str | None, session: botocore.session.Session) -> str | None:
+    """Return the endpoint in force: of the options, else the environment or the profile. None is AWS itself.
 
     Raises:
         ConfigurationError: it is malformed; its source and the cure are named.
@@ -30,6 +30,7 @@ def check_endpoint(given: str | None, session: botocore.session.Session) -> None
     if fault is not None:
         shown = "" if fault.secret else f" {url!r}"
         raise ConfigurationError(f"the endpoint{shown} of {source} {fault.what}", hint=fault.cure)
+    return url or None
 
 
 def _candidates(given: str | None, session: botocore.session.Session) -> Iterator[tuple[str, str]]:

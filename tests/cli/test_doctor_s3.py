@@ -108,13 +108,7 @@ def test_what_may_not_be_deleted_is_named(law: Policed) -> None:
 def test_a_403_that_no_permission_cures_has_its_own_advice(  # noqa: PLR0917 - fixtures
     on_moto: Place, proxy: Proxy, operation: str, code: str, check: str, cure: str
 ) -> None:
-    def refuse(request: Request) -> Spoiling:
-        # The store's own probe of conditions ends with the deletion of its object.
-        if request.operation == operation and (operation != "PutObject" or proxy.seen("DeleteObject")):
-            return Answer(403, code)
-        return None
-
-    proxy.rule(refuse)
+    proxy.rule(lambda request: Answer(403, code) if request.operation == operation else None)
     status, found = doctor(on_moto.behind(proxy.endpoint))
     assert status == 1
     assert code in found[check]["what"] and cure in found[check]["advice"]

@@ -168,6 +168,19 @@ def test_a_malformed_endpoint_that_is_not_used_does_no_harm(
         store.close()
 
 
+@pytest.mark.parametrize("named", ["my.dotted.bucket", "plain-bucket"])
+def test_an_address_as_endpoint_gets_the_bucket_in_the_path(
+    outside: pytest.MonkeyPatch, moto: S3Server, proxy: Proxy, named: str
+) -> None:
+    moto.client().create_bucket(Bucket=named)
+    virtual = {"config_kwargs": {"s3": {"addressing_style": "virtual"}}}
+    options: dict[str, Any] = {"region": "us-east-1", "storage_options": {**moto.storage_options, **virtual}}
+    store = S3Store(Target.parse(f"s3://{named}/run", **options))
+    assert not store.holds("x") and store.list().objects == ()
+    assert all(request.target.startswith(f"/{named}") for request in proxy.all())
+    store.close()
+
+
 def test_a_run_lives_behind_an_access_point(
     outside: pytest.MonkeyPatch, moto: S3Server, proxy: Proxy
 ) -> None:
