@@ -37,7 +37,7 @@ from cloudckpt.backends.stores import open_store, s3_copy
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.stores.names import PROBE
+from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX
 from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.target import Target
 from support.copies import (
@@ -232,7 +232,7 @@ def test_within_gcs_no_byte_comes_by(places: Places) -> None:
         )
         assert result.copied_by_store == size_of(there)
         assert not proxy.seen("UploadPart")
-        calls = [one for one in proxy.seen("CopyObject") if "rewriteTo" in one.target]
+        calls = [one for one in proxy.seen("CopyObject") if PROBE_PREFIX not in one.target]
         assert len(calls) == 3
     assert_same(there, to, state)
 

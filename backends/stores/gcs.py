@@ -29,7 +29,7 @@ from cloudckpt.backends.stores.gcs_copy import copied
 from cloudckpt.backends.stores.gcs_delete import delete_objects
 from cloudckpt.backends.stores.gcs_errors import explained
 from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.gcs_session import GoneError, Session
+from cloudckpt.backends.stores.gcs_session import GoneError, Session, StatusUnknownError, WrongSizeError
 from cloudckpt.backends.target import Target
 
 _GRANULE: Final = 256 << 10
@@ -116,7 +116,11 @@ class GCSStore(ObjectStore):
         departed: Departed | None = None,
     ) -> Part:
         sending = self._session(upload).part(offset, buffers, departed)
-        self._requests.ask(sending.go_on, upload.name)
+        try:
+            self._requests.ask(sending.go_on, upload.name)
+        except StatusUnknownError:
+            self._supports_status(upload.name)
+            self._requests.ask(sending.go_on, upload.name)
         return Part(number, sending.size, sending.tail, checksum)
 
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
@@ -129,6 +133,9 @@ class GCSStore(ObjectStore):
                 info = self.stat(upload.name)
                 if info.size == sum(part.size for part in parts):
                     return info
+            if isinstance(outcome.error, WrongSizeError) and not self._supports_status(upload.name):
+                # Such a server ends a session whatever it holds. One of Google's may have ended before.
+                self._discard(upload.name, outcome.error.generation)
             return object_info(outcome.result(), self._requests.prefix, client.endpoint)
 
     def abort_upload(self, upload: Upload) -> None:
@@ -143,6 +150,8 @@ class GCSStore(ObjectStore):
         """Ask the session, if its URL is one of this bucket: nothing is sent to any other."""
         if not gcs_session.belongs(upload.upload_id, self._requests.client.endpoint, self._requests.bucket):
             return False
+        if not self._supports_status(upload.name):
+            return False  # no process can resume it
         return self._requests.ask(self._session(upload).is_open, upload.name)
 
     def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
@@ -154,7 +163,15 @@ class GCSStore(ObjectStore):
         self._requests.close()
 
     def _session(self, upload: Upload) -> Session:
-        return Session(self._requests, upload.upload_id, upload.name)
+        return Session(server_of(self._requests), upload.upload_id)
+
+    def _supports_status(self, name: str) -> bool:
+        """Return True if a session may be asked how many bytes it holds."""
+        with explained(self._target, self._requests.client.endpoint, name):
+            return server_of(self._requests).upload_status(self._requests)
+
+    def _discard(self, name: str, generation: str | None) -> None:
+        self._requests.ask(lambda client: gcs_write.delete(self._requests, client, name, generation), name)
 
     def _put_support(self, name: str | None = None) -> PutSupport:
         with explained(self._target, self._requests.client.endpoint, name):

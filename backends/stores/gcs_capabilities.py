@@ -29,15 +29,15 @@ from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)
-_TRIES: Final = 3
-"""Probes of one condition, where the first attempt of a put may have won and its answer was lost."""
+_AGAIN: Final = 2
+"""Times that a condition is tried again where an attempt before may have won, for its answer was lost."""
 _REFUSED: Final = (
     HTTPStatus.BAD_REQUEST,
     HTTPStatus.METHOD_NOT_ALLOWED,
     HTTPStatus.PRECONDITION_FAILED,
     HTTPStatus.NOT_IMPLEMENTED,
 )
-_NOT_CANCELLED: Final = (*_REFUSED, HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
+_NO_SESSION: Final = (*_REFUSED, HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,8 @@ class Server:
         self._lock = threading.Lock()
         self._put: PutSupport | None = None
         self._copy: bool | None = None
-        self._status: bool | None = None
+        self.known_upload_status: bool | None = None
+        """The last answer of ``upload_status``, None before the first. It may be read within an attempt."""
         self.deletes_in_batches = True
         """False once the server has refused a batch and taken single deletions."""
 
@@ -95,27 +96,23 @@ class Server:
                     self._copy = probe.copy_source()
             return self._copy
 
-    def upload_status(self, requests: Requests, client: Client) -> bool:
-        """Return True if a session may be asked how many bytes it holds.
+    def upload_status(self, requests: Requests) -> bool:
+        """Return True if a session may be asked how many bytes it holds; probing takes three requests, once.
 
         fake-gcs-server takes that for the end of the upload. gcp-storage-emulator says that a session without
-        bytes holds one. The probe takes three requests, once. It is part of the caller's attempt, so that it
-        may be called within one.
-
-        Raises:
-            RefusedError: a request of the probe failed.
+        bytes holds one.
         """
-        if client.is_google:
+        if requests.client.is_google:
             return True
         with self._lock:
-            if self._status is None:
-                self._status = _upload_status(requests, client)
-            return self._status
+            if self.known_upload_status is None:
+                with _Probe(requests).cleaned_up() as probe:
+                    self.known_upload_status = probe.upload_status()
+            return self.known_upload_status
 
     def all(self, requests: Requests) -> GCSCapabilities:
         """Return all of the above."""
-        status = requests.outcome(lambda client: self.upload_status(requests, client)).result()
-        return GCSCapabilities(self.put(requests), self.copy_source(requests), status)
+        return GCSCapabilities(self.put(requests), self.copy_source(requests), self.upload_status(requests))
 
 
 _servers: dict[tuple[int, str, str], Server] = {}
@@ -162,11 +159,11 @@ class _Probe:
         """Try the conditions of an insert on one object."""
         name, create = self._created()
         generation = _generation(self._put(name))
-        for _ in range(_TRIES):
-            right = self._put(name, ifGenerationMatch=generation)
-            if not (right.lost and _is_precondition(right)):
-                break
-            generation = _generation(self._put(name))
+        right = self._put(name, ifGenerationMatch=generation)
+        for _ in range(_AGAIN):
+            if right.lost and _is_precondition(right):
+                generation = _generation(self._put(name))
+                right = self._put(name, ifGenerationMatch=generation)
         if _is_refused(right):
             return PutSupport(create, update=False)
         # The generation before is that of no object now.
@@ -183,16 +180,26 @@ class _Probe:
         wrong = self._rewrite(name, copy, before)
         return _is_precondition(wrong) and not _is_refused(self._rewrite(name, copy, generation))
 
+    def upload_status(self) -> bool:
+        """Begin a session without bytes, ask it how many it holds, and cancel it."""
+        name = self._new_name()
+        url = self._requests.outcome(lambda client: begin_session(self._requests, client, name)).result()
+        status, held = self._requests.outcome(lambda client: _status_of(url, client)).result()
+        if status == _MORE:
+            self._names.remove(name)  # it never was an object
+            self._requests.outcome(lambda client: _cancel(url, client)).result()
+        return status == _MORE and not held
+
     def _created(self) -> tuple[str, bool]:
         """Return the name of an object that exists now, and whether the server supports its creation."""
-        for _ in range(_TRIES):
-            name = self._new_name()
-            created = self._put(name, ifGenerationMatch="0")
-            if not _is_refused(created):
-                return name, _is_precondition(self._put(name, ifGenerationMatch="0"))
-            if not created.lost:
-                break
-        return name, False
+        name = self._new_name()
+        created = self._put(name, ifGenerationMatch="0")
+        for _ in range(_AGAIN):
+            if created.lost and _is_precondition(created):
+                name = self._new_name()
+                created = self._put(name, ifGenerationMatch="0")
+        refused = _is_refused(created)
+        return name, not refused and _is_precondition(self._put(name, ifGenerationMatch="0"))
 
     def _put(self, name: str, **condition: str) -> Outcome[ObjectInfo]:
         requests = self._requests
@@ -220,25 +227,20 @@ class _Probe:
         return self._requests.outcome(lambda client: delete(self._requests, client, name))
 
 
-def _upload_status(requests: Requests, client: Client) -> bool:
-    """Begin a session, ask it how many bytes it holds, and remove it."""
-    name = probe_name()
-    url = begin_session(requests, client, name)
-    headers, fine = {"Content-Range": "bytes */*"}, (_MORE, *_REFUSED)
-    try:
-        answer = client.request("upload", "PUT", url, headers=headers, body=b"", fine=fine)
-        answer.drain_conn()
-        answer.release_conn()
-    except BaseException:
-        delete(requests, client, name)  # which the session may be by now
-        raise
-    if answer.status != _MORE:
-        delete(requests, client, name)
-        return False
-    cancelled = client.request("abort an upload", "DELETE", url, body=b"", fine=_NOT_CANCELLED)
-    cancelled.drain_conn()
-    cancelled.release_conn()
-    return "Range" not in answer.headers
+def _status_of(url: str, client: Client) -> tuple[int, str]:
+    """Ask a session how many bytes it holds; return the status of the answer and its range."""
+    fine = (_MORE, *_NO_SESSION)
+    headers = {"Content-Range": "bytes */*"}
+    answer = client.request("upload", "PUT", url, headers=headers, body=b"", fine=fine)
+    answer.drain_conn()
+    answer.release_conn()
+    return answer.status, answer.headers.get("Range", "")
+
+
+def _cancel(url: str, client: Client) -> None:
+    answer = client.request("abort an upload", "DELETE", url, body=b"", fine=_NO_SESSION)
+    answer.drain_conn()
+    answer.release_conn()
 
 
 def _is_refused(outcome: Outcome[Any]) -> bool:

@@ -18,10 +18,8 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
 from cloudckpt.backends.stores.gcs_answers import lacking, parsed
-from cloudckpt.backends.stores.gcs_capabilities import server_of
+from cloudckpt.backends.stores.gcs_capabilities import Server
 from cloudckpt.backends.stores.gcs_errors import CANCELLED, RefusedError, judge
-from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.gcs_write import delete
 from cloudckpt.backends.stores.retry import Reply
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
@@ -44,20 +42,28 @@ class GoneError(StorageError):
     """The session was completed or cancelled, or has expired."""
 
 
+class WrongSizeError(IntegrityError):
+    """The completed object is not as long as its parts."""
+
+    generation: str | None = None
+    """Of the object."""
+
+
+class StatusUnknownError(Exception):
+    """The server was not probed yet for whether a session may be asked how many bytes it holds."""
+
+
 class Session:
     """One session.
 
     Args:
-        requests: those of the store.
+        server: the record of the bucket's server.
         url: that of the session.
-        name: of the object.
     """
 
-    def __init__(self, requests: Requests, url: str, name: str) -> None:
-        self._requests = requests
-        self._server = server_of(requests)
+    def __init__(self, server: Server, url: str) -> None:
+        self._server = server
         self._url = url
-        self._name = name
 
     def part(self, offset: int, buffers: Sequence[memoryview], departed: Departed | None) -> Sending:
         """Return what sends the bytes in ``buffers``, the first of which is the object's at ``offset``."""
@@ -84,8 +90,9 @@ class Session:
             if resource.get("size") is None:
                 raise lacking("a size", client.endpoint)
             if int(resource["size"]) != size:
-                self._discard(client, resource)
-                raise IntegrityError(f"the object has {resource['size']} bytes, and its parts {size}")
+                error = WrongSizeError(f"the object has {resource['size']} bytes, and its parts {size}")
+                error.generation = resource.get("generation")
+                raise error
             return resource
 
         return end
@@ -104,12 +111,7 @@ class Session:
             raise UnsupportedError(f"the endpoint {client.endpoint} does not cancel uploads")
 
     def is_open(self, client: Client) -> bool:
-        """Return True if bytes can still be added.
-
-        False on a server that can't be asked: there no process resumes an upload.
-        """
-        if not self._server.upload_status(self._requests, client):
-            return False
+        """Return True if bytes can still be added. The server must support the question."""
         body, fine = b"", (_MORE, *_GONE)
         headers = {"Content-Range": "bytes */*"}
         answer = client.request("upload", "PUT", self._url, headers=headers, body=body, fine=fine)
@@ -122,8 +124,12 @@ class Session:
 
         Raises:
             UnsupportedError: the server can't be asked.
+            StatusUnknownError: nobody knows yet whether it can.
         """
-        if not self._server.upload_status(self._requests, client):
+        known = client.is_google or self._server.known_upload_status
+        if known is None:
+            raise StatusUnknownError
+        if not known:
             raise UnsupportedError(
                 f"the answer to a part was lost, and the endpoint {client.endpoint} does not say how many "
                 "bytes of an upload it holds, so that the upload can't be resumed",
@@ -150,15 +156,6 @@ class Session:
         said = answer.data
         last = answer.headers.get("Range", "").rpartition("-")[2]
         return answer.status, said, int(last) + 1 if last else 0
-
-    def _discard(self, client: Client, resource: dict[str, Any]) -> None:
-        """Delete an object of a wrong size, where this very request made it one.
-
-        A session of GCS that had ended before tells its object. A server that can't be asked for the bytes
-        held ends a session whatever it holds.
-        """
-        if not self._server.upload_status(self._requests, client):
-            delete(self._requests, client, self._name, resource.get("generation"))
 
 
 class Sending:
