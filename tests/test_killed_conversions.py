@@ -37,7 +37,7 @@ def conversions(source: str, place: Place, to: str, name: str) -> list[dict[str,
     """Kill conversions at each call until one comes through; return what is known of each."""
     program = [sys.executable, "-W", "ignore", "-m", "support.killed_conversions"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    arguments = [source, to, place.uri, name, json.dumps(place.options), "100"]
+    arguments = [source, to, place.uri, name, json.dumps(place.options)]
     ran = subprocess.run([*program, *arguments], capture_output=True, text=True, check=True, env=environment)
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     assert found[-1]["status"] == 0

@@ -51,7 +51,7 @@ def test_a_name_is_one_printable_line_and_plain_ones_stay_as_they_are(text: str)
 
 @pytest.mark.parametrize("field", ["message", "uri", "object_name", "hint"])
 def test_an_error_is_one_line_and_its_fields_are_as_they_were(field: str) -> None:
-    given = {"message": "it failed", field: EVIL}
+    given: dict[str, Any] = {"message": "it failed", field: EVIL}
     error = StorageError(given.pop("message"), **given)
     for one in (error, pickle.loads(pickle.dumps(error))):
         assert str(one).isprintable() and "all is lost" in str(one)

@@ -29,6 +29,8 @@ LATE_IMPORTS = (
     "cloudckpt.backends.stores.gcs",
 )
 """What every process would import anew: the first takes seconds."""
+MOST = 100
+"""Calls that no conversion here makes."""
 CALLS = ("put", "list", "stat", "delete", "begin_upload", "upload_part", "complete_upload", "holds")
 
 
@@ -69,7 +71,7 @@ def forked(act: Callable[[], Any]) -> tuple[int, Any]:
     return os.waitstatus_to_exitcode(ended), json.loads(said or b"null")
 
 
-def main(source: str, to: str, uri: str, name: str, given: str, most: str) -> None:
+def main(source: str, to: str, uri: str, name: str, given: str) -> None:
     options = json.loads(given)
     for module in LATE_IMPORTS:
         importlib.import_module(module)
@@ -94,7 +96,7 @@ def main(source: str, to: str, uri: str, name: str, given: str, most: str) -> No
     def collect(folder: str) -> Any:
         gc.collect_garbage(Target.parse(folder, **options), older_than=-86400, silent_for=-86400)
 
-    for moment in range(1, int(most)):
+    for moment in range(1, MOST):
         folder = f"{uri}/killed-{moment}"
         status, _ = forked(lambda: convert(folder, moment))  # noqa: B023 - called at once
         found = forked(lambda: look(folder))[1]  # noqa: B023
