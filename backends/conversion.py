@@ -16,6 +16,7 @@ import pydantic
 import torch
 from pydantic import ByteSize
 
+from cloudckpt.backends import convert_lease
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torch_writer
@@ -212,6 +213,7 @@ class _Job:
     def to_torch(self) -> Conversion:
         folder, name = self._target.parted()
         with open_store(folder) as store:
+            convert_lease.remove_dead(store)
             putting = self._putting(folder, store)
             there = _there(store, name)
             putting.ensure_free(there)
@@ -234,6 +236,7 @@ class _Job:
         else:
             shards, index = safetensors.sharded(tensors, shard_size)
         with open_store(folder) as store:
+            convert_lease.remove_dead(store)
             there = _there(store, name) if name else safetensors.written_before(store)
             putting = self._putting(folder, store)
             putting.ensure_free(there)

@@ -12,12 +12,13 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from cloudckpt.backends import convert_lease
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -95,7 +96,8 @@ def collect_garbage(
     with open_store(Target.given("collect_garbage", uri, options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
-        pending = _pending(store, skipped)
+        begun = _pending(store, skipped)
+        pending = [one for one in begun if _is_ours(one.upload.name)]
         listing = store.list().objects
         now = datetime.now(UTC)
         bound, silent = _before(now, age), _before(now, silence)
@@ -108,6 +110,7 @@ def collect_garbage(
             if _is_old(p.started, unguarded if _is_unguarded(p.upload.name) else bound)
             and _parent(p.upload.name) not in busy
         ]
+        leases, left = _conversions(store, listing, begun, unguarded)
         journals, abandoned, copied = _copies(store, listing, bound, busy)
         uploads += [PendingUpload(one) for one in abandoned if one not in {p.upload for p in uploads}]
         old = [
@@ -126,23 +129,25 @@ def collect_garbage(
         unnamed = _unnamed(store, old, listing)
         if not dry_run:
             # A copy that begins now goes on with what an earlier one left: it looks after it has a marker.
-            begun = {folder for folder in touched if _has_begun(store, folder, silent)}
-            uploads = [p for p in uploads if _parent(p.upload.name) not in begun]
-            unnamed = [info for info in unnamed if _parent(info.name) not in begun]
-            journals = [info for info in journals if _parent(info.name) not in begun]
+            saving = {folder for folder in touched if _has_begun(store, folder, silent)}
+            uploads = [p for p in uploads if _parent(p.upload.name) not in saving]
+            unnamed = [info for info in unnamed if _parent(info.name) not in saving]
+            journals = [info for info in journals if _parent(info.name) not in saving]
             uploads = _aborted(store, uploads, skipped)
             store.delete(info.name for info in unnamed)
             store.delete(info.name for info in journals)  # last, for it tells what else there is
+            convert_lease.remove(store, left, leases)
         folders = [one.name for one in store.empty_folders() if _is_left_empty(one, unguarded)]
         if not dry_run:
             for name in folders:
                 store.remove_empty_folder(name)
         traces += journals
+        unnamed += [info for info in listing if info.name in left.objects]
     return Garbage(
-        tuple(sorted(p.upload.name for p in uploads)),
+        tuple(sorted([*(p.upload.name for p in uploads), *(one.name for one in left.uploads)])),
         tuple(sorted(info.name for info in unnamed)),
         sum(info.size for info in unnamed),
-        tuple(sorted([*(info.name for info in traces), *(f"{name}/" for name in folders)])),
+        tuple(sorted([*(info.name for info in traces), *leases, *(f"{name}/" for name in folders)])),
         tuple(skipped),
     )
 
@@ -172,7 +177,7 @@ def _before(now: datetime, age: timedelta) -> datetime:
 
 def _is_unguarded(name: str) -> bool:
     """Return True for what is put where no marker says yet, or any more, that a save is in progress."""
-    return any(pattern.fullmatch(name) for pattern in (MARKER, PROBE, JOURNAL, _PIN))
+    return any(pattern.fullmatch(name) for pattern in (MARKER, PROBE, JOURNAL, _PIN, convert_lease.LEASE))
 
 
 def _is_left_empty(folder: EmptyFolder, bound: datetime) -> bool:
@@ -180,9 +185,9 @@ def _is_left_empty(folder: EmptyFolder, bound: datetime) -> bool:
 
 
 def _pending(store: ObjectStore, skipped: list[str]) -> list[PendingUpload]:
-    """Return the pending uploads with names that this library gives."""
+    """Return the pending uploads; none where the store lists none."""
     try:
-        return [p for p in store.pending_uploads() if _is_ours(p.upload.name)]
+        return list(store.pending_uploads())
     except UnsupportedError as error:
         skipped.append(f"pending uploads were not looked for: {error.message}")
         return []
@@ -212,6 +217,22 @@ def _copies(
     ]
     left = [left_by(store, info.name) for info in journals]
     return journals, [one for uploads, _ in left for one in uploads], {o for _, objs in left for o in objs}
+
+
+def _conversions(
+    store: ObjectStore, listing: Sequence[ObjectInfo], begun: Sequence[PendingUpload], bound: datetime
+) -> tuple[list[str], convert_lease.Left]:
+    """Return the leases of conversions that died, and what these left that no living one writes."""
+    found = [info for info in listing if convert_lease.LEASE.fullmatch(info.name)]
+    visible = frozenset(info.name for info in listing)
+    dead = [info.name for info in found if _is_old(info.modified, bound)]
+    left = [convert_lease.left_by(store, name, visible, begun) for name in dead]
+    living = [convert_lease.left_by(store, i.name, visible, begun) for i in found if i.name not in dead]
+    writing = {one.name for its in living for one in its.uploads} | {o for its in living for o in its.objects}
+    uploads = {one for its in left for one in its.uploads if one.name not in writing}
+    objects = {one for its in left for one in its.objects if one not in writing}
+    ordered = sorted(uploads, key=lambda one: (one.name, one.upload_id))
+    return dead, convert_lease.Left(tuple(ordered), tuple(sorted(objects)))
 
 
 def _is_ours(name: str) -> bool:

@@ -16,8 +16,9 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
@@ -50,13 +51,24 @@ class SaveMarker:
         save_id: 32 hexadecimal digits, of this save alone.
         rank: of the coordinator, for whoever reads the marker.
         every: seconds between renewals.
+        name: of the object, where it is not the marker of a save.
+        notes: more that it says, as JSON has it.
 
     Raises:
         StorageError: the marker could not be put; nothing of a save may be sent then.
     """
 
-    def __init__(self, store: ObjectStore, save_id: str, rank: int, every: float = RENEWED_EVERY) -> None:
-        self._kept = _Kept(store, marker_name(save_id), _content(save_id, rank))
+    def __init__(
+        self,
+        store: ObjectStore,
+        save_id: str,
+        rank: int,
+        every: float = RENEWED_EVERY,
+        *,
+        name: str | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._kept = _Kept(store, name or marker_name(save_id), _content(save_id, rank, notes or {}))
         self._kept.put()
         self._stop = threading.Event()
         threading.Thread(
@@ -188,7 +200,7 @@ def _keep_renewed(kept: _Kept, stop: threading.Event, every: float) -> None:
         pass
 
 
-def _content(save_id: str, rank: int) -> bytes:
+def _content(save_id: str, rank: int, notes: Mapping[str, Any]) -> bytes:
     """What a person who finds the marker wants to know."""
     return json.dumps(
         {
@@ -197,5 +209,6 @@ def _content(save_id: str, rank: int) -> bytes:
             "host": socket.gethostname(),
             "process": os.getpid(),
             "rank": rank,
+            **notes,
         }
     ).encode()

@@ -100,9 +100,10 @@ def test_a_keyword_in_a_query_or_among_options_is_named_as_one(name: str) -> Non
 
 @pytest.mark.parametrize("given", ["keep", "overwite"])
 def test_a_query_and_the_command_line_suggest_options_alone(given: str) -> None:
-    for uri, options in ((f"s3://bucket/run?{given}=3", {}), ("s3://bucket/run", {given: 3})):
+    attempts: list[tuple[str, dict[str, Any]]] = [(f"?{given}=3", {}), ("", {given: 3})]
+    for query, named in attempts:
         with pytest.raises(ConfigurationError) as caught:
-            Target.parse(uri, **options)
+            Target.parse(f"s3://bucket/run{query}", **named)
         hint = caught.value.hint or ""
         assert not any(f"'{name}'" in hint for names in keywords.OWN.values() for name in names)
         assert hint.startswith("Known: ") or any(f"'{name}'" in hint for name in Options.model_fields)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends import commit, layout
+from cloudckpt.backends import commit, convert_lease, layout
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment
@@ -88,11 +88,14 @@ class Putting:
             failed=failed,
         )
         visible: list[str] = []
+        plan = convert_lease.Plan(tuple(objects), None if index is None else index[0], tuple(replaced))
+        lease = convert_lease.take(self.store, plan)
         try:
             sent = uploader.send(
                 {name: (one.segments, self._part_size(one)) for name, one in objects.items()}
             )
             self.check()
+            lease.check()
             for names in (replaced[:1], replaced[1:]):  # an index is the first, and goes before its files
                 if names:
                     self.store.delete(names)
@@ -102,8 +105,10 @@ class Putting:
             if index is not None:
                 visible.insert(0, index[0])
                 self.store.put(*index, Overwrite())
+            lease.check()  # gc may have deleted the first files while the last ones were completed
         except BaseException as error:
             self._withdraw(uploader, visible)
+            lease.end()
             if isinstance(error, PreconditionFailedError):
                 raise CheckpointExistsError(
                     "another has put this here meanwhile",
@@ -112,6 +117,7 @@ class Putting:
                     hint="It was left as it is; convert to another URI",
                 ) from error
             raise
+        lease.end()
 
     def _part_size(self, one: Planned) -> int:
         usual = min(layout.usual_part_size(self.options), self.memory_limit)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 _LIBRARIES = ("typer", "rich", "click")
 
@@ -22,6 +25,7 @@ def main() -> None:
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
+    _unwind_at_signals()
     try:
         app(prog_name="cloudckpt")
     except Exception as error:
@@ -32,3 +36,20 @@ def main() -> None:
         said = one_line(f"unexpected {type(error).__name__}: {error}")
         sys.stderr.write(f"{said}. --debug shows where it comes from\n")
         raise SystemExit(1) from error
+
+
+def _unwind_at_signals() -> None:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what it began to write.
+
+    A second one ends it at once. A signal that is ignored, as under nohup, stays so.
+    """
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    del frame
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
