@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from live.suites import SUITES, asked_by_benchmark
 from support.gcs import GCSServer
 from support.outsiders import OnGCS, OnS3
 from support.proxy import Proxy, proxied
-from support.servers import S3Server
+from support.servers import MORE_SERVERS, SERVERS, S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = {"GetObject", "HeadObject"}
@@ -95,6 +95,17 @@ def test_everything_on_an_s3_server_asks_what_it_says(moto: S3Server, counting: 
         assert writing <= 1.3 * asked.writing + 100, counts
         assert reading <= 1.3 * asked.reading + 200, counts
     assert OnS3(moto, bucket, "").visible() == OnS3(moto, bucket, "").pending() == set()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", sorted({*SERVERS, *MORE_SERVERS} - {"moto"}))
+def test_everything_on_each_other_s3_server(s3_server_named: Callable[[str], S3Server], name: str) -> None:
+    server = s3_server_named(name)
+    bucket = server.new_bucket()
+    ran = make_live(f"s3://{bucket}/mine", "--bench", "--gib 0.2 --repeats 1", **server.environment)
+    assert_all_passed(ran, "doctor", *(suite.name for suite in SUITES), "benchmark")
+    assert {name for name in OnS3(server, bucket, "").visible() if not name.endswith("/")} == set()
 
 
 @pytest.mark.soak
