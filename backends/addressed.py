@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -13,8 +13,11 @@ from cloudckpt.backends.target import Target, is_checkpoint_uri
 class Addressed:
     """A checkpoint's URI with its options, kept over ``reset`` and pickling."""
 
+    _taker: ClassVar[str]
+    """The class whose keywords are suggested for an unknown one."""
+
     def __init__(self, uri: str | os.PathLike[str] | Target, options: dict[str, Any]) -> None:
-        self._target = Target.parse(uri, **options)
+        self._target = Target.given(self._taker, uri, options)
         self._store: ObjectStore | None = None
 
     @property

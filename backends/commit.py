@@ -20,7 +20,6 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CheckpointNotFoundError,
     CommitError,
     ConfigurationError,
     IntegrityError,
@@ -33,6 +32,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.lanes import Lanes, lanes
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
@@ -67,46 +67,31 @@ class RankReport:
 
 
 def find_previous(store: ObjectStore, name: str) -> Previous | None:
-    """Look at what is committed under a metadata name; None where nothing is."""
+    """Return the checkpoint that is committed under a metadata name; None where nothing is.
+
+    Names of objects that will not be deleted with it are logged: those in other folders, and those that are
+    not of data objects. Metadata may name any object, or itself, and is not obeyed.
+    """
     try:
         data, info = store.get(name)
     except ObjectNotFoundError:
         return None
     try:
         named = md.objects_of(md.load(data, uri=store.uri, name=name))
-        # They will be deleted, so that a metadata object that names others, or itself, is not obeyed.
         objects = frozenset(one for one in named if _DATA.fullmatch(one))
-        if others := sorted(named - objects):
-            told = "%d objects of %s lie in folders below it and stay behind, such as %s"
-            _log.warning(told, len(others), store.uri, others[0])
+        elsewhere = sorted(one for one in named - objects if _DATA.fullmatch(one.rpartition("/")[2]))
+        _log_kept(store.uri, name, "that lie in other folders", elsewhere)
+        _log_kept(store.uri, name, "that are not data objects", sorted(named - objects - {*elsewhere}))
     except (IntegrityError, UnsafeCheckpointError) as error:
         _log.warning("what is overwritten cannot be read, so its objects stay behind: %s", error)
         objects = frozenset()
     return Previous(info.version or "", objects, data)
 
 
-def listed_metadata(store: ObjectStore) -> list[str]:
-    """The metadata objects that a listing shows: the one of all ranks, or those of single ranks."""
-    return [info.name for info in store.list("", delimiter=True).objects if md.is_metadata(info.name)]
-
-
-def chosen_metadata(store: ObjectStore) -> list[str]:
-    """The names of the metadata that counts: that of all ranks, or without it those of single ranks."""
-    names = listed_metadata(store)
-    # A listing may lag behind; and a rank's own metadata only counts where there is none for all.
-    return [md.METADATA_NAME] if md.METADATA_NAME in names else names or [md.METADATA_NAME]
-
-
-def committed(store: ObjectStore, name: str, missing: str, hint: str = "Check the URI") -> bytes:
-    """The bytes of a metadata object.
-
-    Raises:
-        CheckpointNotFoundError: it is not there, in the caller's words.
-    """
-    try:
-        return store.get(name)[0]
-    except ObjectNotFoundError as error:
-        raise CheckpointNotFoundError(missing, uri=store.uri, object_name=name, hint=hint) from error
+def _log_kept(uri: str, name: str, which: str, names: Sequence[str]) -> None:
+    if names:
+        told = "%s of %s names %d objects %s: they stay behind, such as %s"
+        _log.warning(told, name, one_line(uri), len(names), which, one_line(names[0]))
 
 
 def at_once(options: Options, ranks: int) -> int:
@@ -386,5 +371,5 @@ def _say_unconditional(place: str) -> None:
     _log.warning(
         "%s does not support conditional puts: two jobs that commit the same checkpoint at the same moment "
         "would not notice each other",
-        place,
+        one_line(place),
     )

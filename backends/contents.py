@@ -9,10 +9,11 @@ from datetime import datetime
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import FRAMED, Algorithm, Checks, count_chunks
+from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
@@ -169,7 +170,7 @@ def _of_payload(checks: Checks) -> bytes:
 
 
 def _absence(store: ObjectStore) -> CheckpointNotFoundError:
-    alone = commit.listed_metadata(store)
+    alone = listed_metadata(store)
     return CheckpointNotFoundError(
         "ranks saved here without each other, and there is no metadata of all of them"
         if alone
@@ -178,5 +179,5 @@ def _absence(store: ObjectStore) -> CheckpointNotFoundError:
         object_name=md.METADATA_NAME,
         hint="`cloudckpt verify` reads each rank's own"
         if alone
-        else "Check the URI; a save that never committed leaves none",
+        else advice(store.uri, "Check the URI; a save that never committed leaves none"),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
 from cloudckpt.backends.target import Target
@@ -28,7 +29,7 @@ def delete_checkpoint(
         CheckpointNotFoundError: nothing is committed here.
         StorageError: the store could not be read, or not delete.
     """
-    with open_store(Target.parse(uri, **options)) as store:
+    with open_store(Target.given("delete_checkpoint", uri, options)) as store:
         # Ranks that saved without each other have metadata of their own.
         listed = [info.name for info in store.list("", delimiter=True).objects]
         names = [name for name in listed if md.is_metadata(name)]
@@ -38,7 +39,9 @@ def delete_checkpoint(
         there = sorted(name for name, previous in found.items() if previous is not None)
         if not there:
             raise CheckpointNotFoundError(
-                "there is no committed checkpoint to delete", uri=store.uri, hint="Check the URI"
+                "there is no committed checkpoint to delete",
+                uri=store.uri,
+                hint=advice(store.uri, "Check the URI"),
             )
         objects = sorted({one for previous in found.values() if previous for one in previous.objects})
         if not dry_run:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+from cloudckpt.backends.printable import one_line
+
 
 class CheckpointError(Exception):
     """The root of every error that cloudckpt raises.
@@ -44,13 +46,16 @@ class CheckpointError(Exception):
         return self
 
     def __str__(self) -> str:
-        """Message, place and advice: ``message (uri, object name, rank 1). Hint.``."""
+        """Render message, place and advice on one line: ``message (uri, object name, rank 1). Hint.``.
+
+        Characters that are not printable are escaped. The fields have them as they are.
+        """
         places = [self.uri, self.object_name and f"object {self.object_name}"]
         if self.rank is not None:
             places.append(f"rank {self.rank}")
         where = ", ".join(place for place in places if place)
         text = f"{self.message} ({where})" if where else self.message
-        return f"{text}. {self.hint}" if self.hint else text
+        return one_line(f"{text}. {self.hint}" if self.hint else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by message and fields; OSError's own protocol would drop them."""

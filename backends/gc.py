@@ -8,6 +8,7 @@ names that this library gives are ever touched.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections import defaultdict
@@ -20,20 +21,23 @@ from typing import Any
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
+    ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
     UnsafeCheckpointError,
     UnsupportedError,
 )
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, marker_name
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload, Upload
+from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import PROBE
+from cloudckpt.backends.stores.names import PIN, PROBE, STEP
 from cloudckpt.backends.target import Target
 
 _log = logging.getLogger(__name__)
 
 _DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
+_FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_PIN = re.compile(rf"(?:.*/)?{re.escape(PIN)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class Garbage:
     size: int
     """Bytes of ``objects``."""
     traces: tuple[str, ...] = ()
-    """Markers of dead saves, journals of dead copies, and probes of a store that were cut off."""
+    """Markers of dead saves, journals of dead copies, probes of a store that were cut off, and empty folders
+    of steps, whose names end in ``/``."""
     skipped: tuple[str, ...] = ()
     """Work that the store does not support, each with its reason; uploads may be left then."""
 
@@ -55,33 +60,54 @@ class Garbage:
 def collect_garbage(
     uri: str | os.PathLike[str] | Target,
     *,
-    older_than: timedelta = timedelta(days=1),
-    silent_for: timedelta = SILENT_FOR,
+    older_than: timedelta | float = timedelta(days=1),
+    silent_for: timedelta | float = SILENT_FOR,
     dry_run: bool = False,
     **options: Any,
 ) -> Garbage:
-    """Remove what saves that died left below ``uri``, which may be a checkpoint or a whole run.
+    """Remove what saves that died left below ``uri``, a checkpoint or a whole run.
 
-    What is younger than ``older_than`` stays, and so does everything in a folder where a save is in progress:
-    one whose marker was renewed less than ``silent_for`` ago, as it is every minute. Both go by the store's
-    times and this machine's clock. A save that wakes up after it was taken for dead fails and commits
-    nothing. A folder whose ``.metadata`` can't be read is left alone.
+    A folder is left alone while a save is in progress in it: its marker is renewed every minute. Times are
+    the store's, compared with this machine's clock. A save that wakes up after it was taken for dead fails
+    and commits nothing. A folder whose ``.metadata`` can't be read is left alone.
 
-    A store that lists or aborts no uploads keeps those: the result says so in ``skipped``.
+    Args:
+        uri: the checkpoint or the run.
+        older_than: the age, as a timedelta or in seconds, from which on something is garbage. Zero takes
+            everything that no save in progress owns. A negative age reaches into the future, for a store
+            whose clock is ahead.
+        silent_for: the time after which a save counts as dead whose marker was not renewed. What is put
+            without a marker, such as the marker itself or a probe of the store, is never younger than this
+            when it is removed. With zero or less every save counts as dead: use it where none is running.
+        dry_run: remove nothing, and return what would be removed.
+        options: of the URI.
+
+    Returns:
+        The names of what was removed. A store that lists or aborts no uploads keeps those, and ``skipped``
+        says so.
 
     Raises:
+        ConfigurationError: an age is not a finite time.
         StorageError: the store could not list or delete.
     """
+    age, silence = _age("older_than", older_than), _age("silent_for", silent_for)
     skipped: list[str] = []
-    with open_store(Target.parse(uri, **options)) as store:
+    with open_store(Target.given("collect_garbage", uri, options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
         pending = _pending(store, skipped)
         listing = store.list().objects
         now = datetime.now(UTC)
-        bound = now - older_than
-        dead, busy = _markers(listing, now - silent_for)
-        uploads = [p for p in pending if _is_old(p.started, bound) and _parent(p.upload.name) not in busy]
+        bound, silent = _before(now, age), _before(now, silence)
+        # What is put without a marker to guard it: no save owns it, and one may be putting it right now.
+        unguarded = min(bound, silent)
+        dead, busy = _markers(listing, silent)
+        uploads = [
+            p
+            for p in pending
+            if _is_old(p.started, unguarded if _is_unguarded(p.upload.name) else bound)
+            and _parent(p.upload.name) not in busy
+        ]
         journals, abandoned, copied = _copies(store, listing, bound, busy)
         uploads += [PendingUpload(one) for one in abandoned if one not in {p.upload for p in uploads}]
         old = [
@@ -94,27 +120,63 @@ def collect_garbage(
         # A save that is only silent so far, and has nothing old, may wake up and go on.
         touched = {_parent(p.upload.name) for p in uploads} | {_parent(i.name) for i in (*old, *journals)}
         traces = [i for i in dead if _is_old(i.modified, bound) or _parent(i.name) in touched]
-        traces += [i for i in listing if PROBE.fullmatch(i.name) and _is_old(i.modified, bound)]
+        traces += [i for i in listing if PROBE.fullmatch(i.name) and _is_old(i.modified, unguarded)]
         if not dry_run:
             store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
         unnamed = _unnamed(store, old, listing)
         if not dry_run:
             # A copy that begins now goes on with what an earlier one left: it looks after it has a marker.
-            begun = {folder for folder in touched if _has_begun(store, folder, now - silent_for)}
+            begun = {folder for folder in touched if _has_begun(store, folder, silent)}
             uploads = [p for p in uploads if _parent(p.upload.name) not in begun]
             unnamed = [info for info in unnamed if _parent(info.name) not in begun]
             journals = [info for info in journals if _parent(info.name) not in begun]
             uploads = _aborted(store, uploads, skipped)
             store.delete(info.name for info in unnamed)
             store.delete(info.name for info in journals)  # last, for it tells what else there is
+        folders = [one.name for one in store.empty_folders() if _is_left_empty(one, unguarded)]
+        if not dry_run:
+            for name in folders:
+                store.remove_empty_folder(name)
         traces += journals
     return Garbage(
         tuple(sorted(p.upload.name for p in uploads)),
         tuple(sorted(info.name for info in unnamed)),
         sum(info.size for info in unnamed),
-        tuple(sorted(info.name for info in traces)),
+        tuple(sorted([*(info.name for info in traces), *(f"{name}/" for name in folders)])),
         tuple(skipped),
     )
+
+
+def _age(name: str, given: timedelta | float) -> timedelta:
+    """Read an age that was given as a timedelta or as a number of seconds."""
+    if isinstance(given, timedelta):
+        return given
+    if isinstance(given, bool) or not isinstance(given, int | float) or not math.isfinite(given):
+        raise ConfigurationError(
+            f"{name} is {given!r}",
+            hint="Give a timedelta, or a finite number of seconds",
+        )
+    try:
+        return timedelta(seconds=given)
+    except OverflowError as error:
+        raise ConfigurationError(f"{name} is {given!r}", hint="Give less than a million years") from error
+
+
+def _before(now: datetime, age: timedelta) -> datetime:
+    """Return the time so long before now, or the end of the calendar that is nearest to it."""
+    try:
+        return now - age
+    except OverflowError:
+        return _FIRST if age > timedelta(0) else _LAST
+
+
+def _is_unguarded(name: str) -> bool:
+    """Return True for what is put where no marker says yet, or any more, that a save is in progress."""
+    return any(pattern.fullmatch(name) for pattern in (MARKER, PROBE, JOURNAL, _PIN))
+
+
+def _is_left_empty(folder: EmptyFolder, bound: datetime) -> bool:
+    return STEP.fullmatch(folder.name) is not None and _is_old(folder.modified, bound)
 
 
 def _pending(store: ObjectStore, skipped: list[str]) -> list[PendingUpload]:
@@ -153,7 +215,7 @@ def _copies(
 
 
 def _is_ours(name: str) -> bool:
-    return _is_metadata(name) or any(pattern.fullmatch(name) for pattern in (_DATA, MARKER, PROBE))
+    return _is_metadata(name) or _DATA.fullmatch(name) is not None or _is_unguarded(name)
 
 
 def _is_metadata(name: str) -> bool:

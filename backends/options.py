@@ -7,7 +7,6 @@ the environment. :mod:`cloudckpt.backends.target` joins them to a URI.
 
 from __future__ import annotations
 
-import difflib
 import io
 import os
 import pickle
@@ -15,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import pydantic
 from pydantic import ByteSize, Field, SecretStr
 
+from cloudckpt.backends.endpoint_url import fault_of, may_hold_secret
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.keywords import check_known, is_secret, warn_of_variables
 
 ENVIRONMENT_PREFIX = "CLOUDCKPT_"
 
@@ -143,10 +144,8 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
     @pydantic.field_validator("endpoint_url")
     @classmethod
     def _is_endpoint(cls, value: str | None) -> str | None:
-        if value is not None:
-            parts = urlsplit(value)
-            if parts.scheme not in ("http", "https") or not parts.hostname or _may_hold_secret(value):
-                raise ValueError("not an endpoint")
+        if value is not None and fault_of(value) is not None:
+            raise ValueError("not an endpoint")
         return value
 
     @pydantic.field_validator("storage_options")
@@ -155,7 +154,7 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
         # An endpoint is named in errors, wherever it was given.
         client = value.get("client_kwargs")
         endpoints = [value.get("endpoint_url"), isinstance(client, dict) and client.get("endpoint_url")]
-        if any(isinstance(endpoint, str) and _may_hold_secret(endpoint) for endpoint in endpoints):
+        if any(isinstance(endpoint, str) and may_hold_secret(endpoint) for endpoint in endpoints):
             raise ValueError("a secret in an endpoint")
         return value
 
@@ -206,17 +205,6 @@ _WHERE_CREDENTIALS_BELONG: Mapping[str, str] = {
     "gs": "Credentials belong in Application Default Credentials, or in the keyword token or storage_options",
 }
 _WHERE_OTHER_CREDENTIALS_BELONG = "Credentials belong in the keyword storage_options"
-_SECRET_WORDS = (
-    "secret",
-    "password",
-    "passwd",
-    "token",
-    "access_key",
-    "account_key",
-    "credential",
-    "signature",
-)
-_SECRET_NAMES = frozenset({"key", "api_key", "user", "username", "sas", "sig"})
 
 
 def honours(protocol: str, name: str) -> bool:
@@ -261,7 +249,7 @@ class Layers:
                 so what a protocol can't honour in it does not apply.
         """
         for name in self.keywords:
-            _check_known(name, "keyword", Options.model_fields)
+            check_known(name, "keyword", Options.model_fields)
         asked = {**self.query, **self.keywords}
         honoured = _HONOURED.get(protocol, _HONOURED_BY_OTHERS)
         for name, value in asked.items():
@@ -297,11 +285,11 @@ class Layers:
                 f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}",
                 self.environment[name],
             )
-        # An endpoint that is refused may be so for the password in it.
-        secret = name in ("token", "storage_options") or (
-            name == "endpoint_url" and _may_hold_secret(str(value))
-        )
-        shown = "has a value that" if secret else f"is {value!r}, which"
+        fault = fault_of(value) if name == "endpoint_url" and isinstance(value, str) and value else None
+        if fault is not None:
+            shown = "" if fault.secret else f"is {value!r}, which "
+            return ConfigurationError(f"{source} {shown}{fault.what}", hint=fault.cure)
+        shown = "has a value that" if name in ("token", "storage_options") else f"is {value!r}, which"
         return ConfigurationError(f"{source} {shown} is not allowed", hint=f"Allowed: {_ALLOWED[name]}")
 
 
@@ -319,7 +307,7 @@ def parse_query(query: str, protocol: str) -> dict[str, str]:
     for item in filter(None, query.split("&")):
         raw_name, _, raw_value = item.partition("=")
         name, value = unquote(raw_name), unquote(raw_value)
-        if _is_secret(name):
+        if is_secret(name):
             raise ConfigurationError(
                 f"{name!r} is a credential, and credentials never go in a URI",
                 hint=where_credentials_belong(protocol),
@@ -329,7 +317,7 @@ def parse_query(query: str, protocol: str) -> dict[str, str]:
                 "option 'storage_options' is a keyword only",
                 hint="Pass it to the call, not in the URI",
             )
-        _check_known(name, "option in the query", Options.model_fields)
+        check_known(name, "option in the query", Options.model_fields)
         if not value:
             raise ConfigurationError(
                 f"option {name!r} in the query has no value",
@@ -345,30 +333,8 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, str]:
     variables = {
         name: ENVIRONMENT_PREFIX + name.upper() for name in Options.model_fields if name != "storage_options"
     }
+    warn_of_variables(environment, ENVIRONMENT_PREFIX, Options.model_fields)
     return {name: environment[variable] for name, variable in variables.items() if environment.get(variable)}
-
-
-def _may_hold_secret(endpoint: str) -> bool:
-    """Whether an endpoint has a user and password, or a query, which may be signed."""
-    return any(character in endpoint for character in "@?#")
-
-
-def _is_secret(name: str) -> bool:
-    plain = name.lower().replace("-", "_")
-    return plain in _SECRET_NAMES or any(word in plain for word in _SECRET_WORDS)
-
-
-def _check_known(name: str, source: str, known: Iterable[str]) -> None:
-    names = sorted(known)
-    if name in names:
-        return
-    if _is_secret(name):
-        hint = "Pass what is meant for the fsspec file system in storage_options"
-    elif near := difflib.get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.6):
-        hint = f"Did you mean {near[0]!r}?"
-    else:
-        hint = f"Known: {_enumerate(names)}"
-    raise ConfigurationError(f"unknown {source} {name!r}", hint=hint)
 
 
 def _enumerate(names: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.load import load
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
@@ -56,6 +57,8 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
     Raises:
         ConfigurationError: the URI or an option can't be used.
     """
+
+    _taker = "StorageReader"
 
     def __init__(
         self,
@@ -162,7 +165,8 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 f"there is no committed checkpoint here: {error.message}",
                 uri=self._target.uri,
                 object_name=name,
-                hint=error.hint or "Check the URI; a save that never committed leaves none",
+                hint=error.hint
+                or advice(self._target.uri, "Check the URI; a save that never committed leaves none"),
             ) from error
         return data
 

@@ -129,6 +129,16 @@ Departed = Callable[[int], None]
 again. Called on the thread that sends, while those bytes are in its cache."""
 
 
+@dataclass(frozen=True, slots=True)
+class EmptyFolder:
+    """A folder in which no object, upload or other file is."""
+
+    name: str
+    """Relative to the store's root, without a slash at its end."""
+    modified: datetime
+    """When it was made, or its last entry removed."""
+
+
 class ObjectStore(abc.ABC):
     """Objects below one root. Safe to use from several threads; pickles into another process.
 
@@ -274,6 +284,13 @@ class ObjectStore(abc.ABC):
     def is_pending(self, upload: Upload) -> bool:
         """Whether an upload that was noted somewhere, by whomever, is one of this store's and still open."""
         return any(pending.upload == upload for pending in self.pending_uploads(upload.name))
+
+    def empty_folders(self) -> Iterator[EmptyFolder]:
+        """List empty folders below the root, where the store has folders; an object store has none."""
+        return iter(())
+
+    def remove_empty_folder(self, name: str) -> None:  # noqa: B027 - most stores have no folders
+        """Remove a folder if it is empty, in one step that fails once a file is in it."""
 
     def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
         """Have the store itself copy an object of ``source``, in place of what has its name here.

@@ -12,13 +12,17 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 from urllib.parse import unquote
 
 import fsspec
 
+from cloudckpt.backends import arn
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.keywords import check_known
+from cloudckpt.backends.mistaken import refuse_address
 from cloudckpt.backends.options import (
     Layers,
     Options,
@@ -49,11 +53,33 @@ class Target:
     protocol: str
     """``s3``, ``gs``, ``file``, ``memory``, or any other protocol of fsspec."""
     bucket: str
-    """Of ``s3`` and ``gs``; otherwise empty."""
+    """Of ``s3`` and ``gs``; otherwise empty. An S3 access point's ARN, which botocore takes as a bucket."""
     path: str
     """``s3``, ``gs``: the key prefix. ``file``: the absolute path. Others: what fsspec calls the path."""
     options: Options
     layers: Layers = field(default_factory=Layers, repr=False, compare=False)
+    typed: str = field(default="", repr=False, compare=False)
+    """The path as it was given, where it is a plain one."""
+
+    @classmethod
+    def given(cls, taker: str, uri: str | os.PathLike[str] | Target, keywords: Mapping[str, Any]) -> Target:
+        """Read what a class or function was called with, as ``parse`` does.
+
+        Args:
+            taker: its name, one of ``keywords.OWN``, whose own keywords are suggested for an unknown one.
+            uri: as in ``parse``.
+            keywords: those that are not its own.
+
+        Raises:
+            ConfigurationError: the URI can't be read, or an option can't be used.
+        """
+        if not isinstance(uri, Target):
+            try:
+                for name in keywords:
+                    check_known(name, "keyword", Options.model_fields, taker)
+            except ConfigurationError as error:
+                raise error.located(uri=_Place.read(uri).uri) from None
+        return cls.parse(uri, **keywords)
 
     @classmethod
     def parse(cls, uri: str | os.PathLike[str] | Target, /, **keywords: Any) -> Target:
@@ -128,6 +154,7 @@ class Target:
             path=place.path if place.protocol in _EXAMPLES else _path_for_fsspec(place.protocol, place.uri),
             options=layers.joined(place.protocol),
             layers=layers,
+            typed=place.typed,
         )
 
 
@@ -156,6 +183,7 @@ class _Place:
     bucket: str
     path: str
     query: str
+    typed: str = ""
 
     @classmethod
     def read(cls, given: str | os.PathLike[str]) -> _Place:
@@ -167,8 +195,10 @@ class _Place:
         match = _WITH_PROTOCOL.fullmatch(text)
         if match is None:
             _refuse_broken_protocol(text)
+            refuse_address(text)
             # Not Path.expanduser, which raises for a user that is not there: it is a folder called so.
-            return cls._of_path(os.path.expanduser(text), query="")  # noqa: PTH111
+            return replace(cls._of_path(os.path.expanduser(text), query=""), typed=text)  # noqa: PTH111
+        refuse_address(text)
         protocol = match["protocol"].lower()
         protocol = _ALIASES.get(protocol, protocol)
         rest, _, query = match["rest"].partition("?")
@@ -205,7 +235,8 @@ class _Place:
 
     @classmethod
     def _of_bucket(cls, protocol: str, rest: str, query: str) -> _Place:
-        bucket, _, prefix = rest.partition("/")
+        is_arn = protocol == "s3" and arn.is_arn(rest)
+        bucket, prefix = arn.parted(rest) if is_arn else rest.split("/", 1) if "/" in rest else (rest, "")
         uri = f"{protocol}://{rest}"
         if not bucket:
             raise ConfigurationError(
@@ -213,7 +244,7 @@ class _Place:
                 uri=uri,
                 hint=f"Write it like {_EXAMPLES[protocol]}",
             )
-        if not _BUCKET.fullmatch(bucket):
+        if not is_arn and not _BUCKET.fullmatch(bucket):
             raise ConfigurationError(
                 f"{bucket!r} is not a bucket's name",
                 uri=uri,
@@ -276,6 +307,10 @@ def _refuse_broken_protocol(text: str) -> None:
             f"{protocol}: is followed by two slashes in a URI",
             uri=text.partition("?")[0],
             hint=f"Write {right}{rest}, as text: a pathlib.Path drops a slash",
+        )
+    if arn.is_arn(text):
+        raise ConfigurationError(
+            "an ARN alone is not a checkpoint's URI", hint=f"Write s3://{text}, if it is an access point's"
         )
     if "://" in text:
         raise ConfigurationError(

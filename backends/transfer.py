@@ -17,6 +17,7 @@ from typing import Any
 from cloudckpt.backends import commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
+from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.copying.journal import (
     JOURNAL_NAME,
     CopyJournal,
@@ -291,7 +292,7 @@ class _Copy:
                 give_up(self._destination, upload)
             return False
         error.add_note(
-            f"What has arrived at {self._destination.uri} stays there, invisible: "
+            "What has arrived at the destination stays there, invisible: "
             "the same copy goes on from it, and gc removes it"
         )
         return True
@@ -301,9 +302,7 @@ class _Copy:
         try:
             self._destination.delete(sorted(replaced - checkpoint.least.keys()))
         except StorageError as error:
-            _log.warning(
-                "the copy is committed; objects that it replaced could not be deleted, and stay: %s", error
-            )
+            _log.warning("the copy is committed; replaced objects could not be deleted, and stay: %s", error)
 
     def _clear_away(self, digest: str) -> None:
         """Remove the journal of a copy that died right after its commit, and its marker."""
@@ -317,7 +316,7 @@ class _Copy:
 
 def _existing(store: ObjectStore) -> dict[str, Previous]:
     """All that is committed at the destination, by the metadata's name."""
-    names = {md.METADATA_NAME, *commit.listed_metadata(store)}  # a listing may lag behind
+    names = {md.METADATA_NAME, *listed_metadata(store)}  # a listing may lag behind
     found = {name: commit.find_previous(store, name) for name in sorted(names)}
     return {name: previous for name, previous in found.items() if previous is not None}
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Chunk, Chunks, Expected
+from cloudckpt.backends.committed import chosen_metadata, committed
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
@@ -85,8 +85,8 @@ def verify(
         UnsafeCheckpointError: reading its metadata would run code.
         StorageError: the store could not be read.
     """
-    with open_store(target := Target.parse(uri, **options)) as store:
-        found = [_verified(store, name, target, observer, begun) for name in commit.chosen_metadata(store)]
+    with open_store(target := Target.given("verify", uri, options)) as store:
+        found = [_verified(store, name, target, observer, begun) for name in chosen_metadata(store)]
     return Verification(
         store.uri,
         sum(one.objects for one in found),
@@ -104,7 +104,7 @@ def _verified(
     observer: Observer | None,
     begun: Callable[[int], None] | None,
 ) -> Verification:
-    data = commit.committed(store, name, "there is no committed checkpoint here")
+    data = committed(store, name, "there is no committed checkpoint here")
     try:
         metadata = md.load(data, uri=store.uri, name=name)
     except IntegrityError as error:

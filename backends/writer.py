@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout, stage, written
+from cloudckpt.backends import commit, layout, mistaken, stage, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.collection import no_collection
@@ -36,6 +36,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
@@ -64,6 +65,8 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     Raises:
         ConfigurationError: the URI or an option can't be used.
     """
+
+    _taker = "StorageWriter"
 
     def __init__(
         self,
@@ -130,6 +133,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             store = self._opened()
             layout.check_part_size(self._target.options, store.part_limits, store.uri)
             if self._coordinator:
+                mistaken.warn_of_new_folder(self._target.typed)
                 self._previous = commit.find_previous(store, self._metadata_name)
                 if self._previous is None or self._overwrite:
                     _ = store.capabilities  # found out now, not when all bytes are sent
@@ -290,7 +294,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         if isinstance(error, CheckpointError):
             error.located(uri=self._target.uri, rank=self._rank)
         else:
-            error.add_note(f"while saving {self._target.uri} on rank {self._rank}")
+            error.add_note(f"while saving {one_line(self._target.uri)} on rank {self._rank}")
         error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - made on the line itself
@@ -352,7 +356,7 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
     if failures:
         _, first = failures[0]
         for rank, failure in failures[1:]:
-            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {failure}")
+            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {one_line(failure)}")
         raise first
 
 

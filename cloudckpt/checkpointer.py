@@ -24,6 +24,7 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
 )
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.target import Target
@@ -112,7 +113,7 @@ class Checkpointer:
         overwrite: bool = False,
         **options: Any,
     ) -> None:
-        self._run = Run(Target.parse(uri, **options))
+        self._run = Run(Target.given("Checkpointer", uri, options))
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
         if on_failure not in get_args(OnFailure):
@@ -211,7 +212,9 @@ class Checkpointer:
         chosen = agreed(self._run.newest, self._group) if step is None else step
         if chosen is None:
             raise CheckpointNotFoundError(
-                "no step of this run is committed yet", uri=self.uri, hint="Check the URI, or begin at step 0"
+                "no step of this run is committed yet",
+                uri=self.uri,
+                hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
         while True:
             try:

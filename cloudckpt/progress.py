@@ -9,6 +9,8 @@ import threading
 import time
 from typing import Any, Protocol
 
+from cloudckpt.backends.printable import one_line
+
 _TELL = 10.0
 """Seconds between two lines about one transfer, and before its first."""
 _GIB = 1 << 30
@@ -36,7 +38,7 @@ class Lines:
         now = time.monotonic()
         if now - self._told.setdefault(name, now) >= _TELL:
             self._told[name] = now
-            _log.info("%s: %s, %.2f of %.2f GiB", name, phase, done / _GIB, total / _GIB)
+            _log.info("%s: %s, %.2f of %.2f GiB", one_line(name), phase, done / _GIB, total / _GIB)
 
     def end(self, name: str) -> None:
         self._told.pop(name, None)
@@ -54,7 +56,9 @@ class Bars:
         with self._lock:
             bar = self._bars.get(name)
             if bar is None:
-                bar = self._tqdm(desc=name, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
+                bar = self._tqdm(
+                    desc=one_line(name), unit="B", unit_scale=True, unit_divisor=1024, leave=False
+                )
                 self._bars[name] = bar
             bar.total = total
             bar.update(done - bar.n)  # draws it now and then

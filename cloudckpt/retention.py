@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 
@@ -173,4 +174,4 @@ def drop(run: Run, step: int) -> None:
         delete_checkpoint(run.at(step))
     except CheckpointNotFoundError:  # another was faster
         return
-    _log.info("deleted step %d of %s", step, run.target.uri)
+    _log.info("deleted step %d of %s", step, one_line(run.target.uri))

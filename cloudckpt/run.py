@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
@@ -24,17 +24,16 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import PIN, probe_name
+from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
 from cloudckpt.backends.target import Target
 
-_PREFIX = "step-"
-_DIGITS = 10
-_FOLDER = re.compile(rf"{_PREFIX}(\d{{{_DIGITS}}})/?")
+_FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")
 _TRACE = re.compile(f"{MARKER.pattern}|{JOURNAL.pattern}")
 """What says that a save or a copy is at it, or was."""
-_LAST = 10**_DIGITS - 1
+_LAST = 10**STEP_DIGITS - 1
 
 _MOST_NOTES = 1000
 _notes: dict[tuple[str, str, str | None], dict[str, float]] = {}
@@ -87,7 +86,7 @@ class Run:
             raise ConfigurationError(
                 f"a step is a whole number from 0 to {_LAST:,}, and not {step!r}", uri=self.target.uri
             )
-        return f"{_PREFIX}{step:0{_DIGITS}}"
+        return f"{STEP_PREFIX}{step:0{STEP_DIGITS}}"
 
     def newest(self, before: int | None = None) -> int | None:
         """The highest committed step, below ``before`` where that is given; None where there is none.
@@ -98,7 +97,7 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            begun = (_step_of(name) for name in store.list(_PREFIX, delimiter=True).prefixes)
+            begun = (_step_of(name) for name in store.list(STEP_PREFIX, delimiter=True).prefixes)
             candidates = (step for step in begun if step is not None and (before is None or step < before))
             for step in sorted(candidates, reverse=True):
                 if self._is_committed(store, step):
@@ -120,7 +119,7 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            objects = store.list(_PREFIX).objects
+            objects = store.list(STEP_PREFIX).objects
         found = entries(objects, datetime.now(UTC) - SILENT_FOR, "")
         return {one.step: one for one in found if one.step is not None}
 
@@ -190,7 +189,7 @@ class Run:
             raise CheckpointNotFoundError(
                 "there is no committed checkpoint here, and no run with one",
                 uri=self.target.uri,
-                hint="Check the URI; `cloudckpt ls` shows what is below it",
+                hint=advice(self.target.uri, "Check the URI; `cloudckpt ls` shows what is below it"),
             )
         return self.at(newest)
 
@@ -201,7 +200,7 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            return bool(commit.listed_metadata(store))
+            return bool(listed_metadata(store))
 
     def note(self, step: int, name: str) -> float | None:
         """A number that whoever saved a step noted in its metadata; None where nobody did, or can tell.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import wait
 
+from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
 
@@ -77,5 +78,5 @@ class Saves:
     def _tell_unheard(self) -> None:
         for step, handle in self._saves:
             if handle.failed and not handle.heard:
-                _log.warning("the save of step %d failed: %s", step, handle.exception())
+                _log.warning("the save of step %d failed: %s", step, one_line(handle.exception()))
         self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

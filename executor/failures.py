@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.printable import one_line
 
 ANY = (Exception, CheckpointException)
 """What a save may raise, to be caught: DCP's own exception is not an ``Exception``."""
@@ -27,7 +28,7 @@ def original(error: BaseException) -> BaseException:
     (rank, (first, frames)), others = failures[0], failures[1:]
     first.add_note(f"raised on rank {rank}:\n" + "".join(traceback.format_list(frames)).rstrip())
     for other, (failure, _) in others:
-        first.add_note(f"rank {other} failed too: {type(failure).__name__}: {failure}")
+        first.add_note(f"rank {other} failed too: {type(failure).__name__}: {one_line(failure)}")
     return original(first) if isinstance(first, CheckpointException) else first
 
 

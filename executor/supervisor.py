@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures, snapshot
 from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
@@ -299,7 +300,8 @@ class Supervisor:
             return
         if isinstance(failure, CheckpointError):
             failure.located(uri=job.uri)
-        _log.error("the save of %s failed: %s: %s", job.uri or "nothing", type(failure).__name__, failure)
+        uri, said = one_line(job.uri or "nothing"), one_line(failure)
+        _log.error("the save of %s failed: %s: %s", uri, type(failure).__name__, said)
         job.delivery.failed(failure, replace(last, phase="failed"))
 
     def _progress(self, number: int) -> Progress:

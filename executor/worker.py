@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
@@ -152,7 +153,8 @@ class Worker:
                 try:
                     writer.abort()
                 except Exception as error:  # noqa: BLE001 - the save has its error already
-                    _log.warning("uploads of a failed save could not be aborted, and stay pending: %s", error)
+                    what = "uploads of a failed save could not be aborted, and stay pending: %s"
+                    _log.warning(what, one_line(error))
 
     def _prove(self, request: ProofRequest) -> Answer:
         try:

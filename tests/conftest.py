@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from support import live
+from support.fake_gcs import FakeGCS, shared_fake_gcs_server
 from support.gcs import GCSServer, shared_gcs_server
-from support.places import USUAL, Place, new_place
+from support.places import SOAKED, USUAL, Place, new_place
 from support.ranks import rank_pool
 from support.servers import MORE_SERVERS, SERVERS, NotInstalledError, S3Server
 
@@ -77,7 +78,7 @@ def rclone(s3_server_named: Callable[[str], S3Server]) -> S3Server:
     return s3_server_named("rclone")
 
 
-@pytest.fixture(params=USUAL)
+@pytest.fixture(params=[*USUAL, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAKED)])
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> Place:
@@ -95,3 +96,9 @@ def folder(tmp_path: Path) -> Place:
 def gcs() -> GCSServer:
     """The GCS server of this project's own, which keeps GCS's rules."""
     return shared_gcs_server()
+
+
+@pytest.fixture(scope="session")
+def fake_gcs() -> FakeGCS:
+    """fake-gcs-server, which keeps conditions and takes a question about a session for its end."""
+    return shared_fake_gcs_server()

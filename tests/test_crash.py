@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import CommitError, StorageError
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import MARKER
 from support.crash import RANKS, Call, Ended, Fate, Job, Moment, Zygote, committed, content_of, new_zygote
-from support.places import FOLDER, GCS, USUAL, Place, new_place
+from support.places import FOLDER, SOAKED, USUAL, Place, new_place
 from support.servers import S3Server
 
 NOW = timedelta(0)
@@ -99,7 +99,7 @@ def assert_exact(place: Place) -> None:
     On GCS nobody can list the sessions of a save that was killed: Google gives them up after a week.
     """
     assert place.visible() == committed(place)
-    assert place.name == GCS or place.pending() == set()
+    assert place.is_gcs or place.pending() == set()
 
 
 def assert_died(ended: list[Ended], job: Job) -> None:
@@ -266,7 +266,7 @@ def is_marker(call: Call) -> bool:
 @pytest.mark.timeout(0)
 @overwriting
 @dying
-@pytest.mark.parametrize("where", USUAL)
+@pytest.mark.parametrize("where", [*USUAL, *SOAKED])
 def test_a_save_killed_at_any_call_on_any_store_leaves_the_old_checkpoint_or_the_new_one(
     zygote: Zygote,
     new: Places,

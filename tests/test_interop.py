@@ -8,7 +8,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from support import states
-from support.places import LIVE, PLACES, S3_PART_SIZE, Place, new_place
+from support.places import LIVE, PLACES, S3_PART_SIZE, SOAKED, Place, new_place
 from support.ranks import RankPools
 from support.servers import S3Server
 from support.shortcomings import why_stock_cannot_write_to
@@ -57,7 +57,12 @@ def saved(
     return save
 
 
-@pytest.mark.parametrize("place_name", PLACES)
+every_place = pytest.mark.parametrize(
+    "place_name", [*PLACES, *(pytest.param(name, marks=pytest.mark.soak) for name in SOAKED)]
+)
+
+
+@every_place
 @pytest.mark.parametrize("route", ROUTES, ids=" to ".join)
 @pytest.mark.parametrize("reading_ranks", [1, 2, 3])
 def test_a_state_of_everything_is_loaded_bit_for_bit(  # noqa: PLR0917 - what pytest hands over
@@ -75,7 +80,7 @@ def test_a_state_of_everything_is_loaded_bit_for_bit(  # noqa: PLR0917 - what py
     rank_pool(reading_ranks)(load_and_compare, saved(place_name, writer), reader)
 
 
-@pytest.mark.parametrize("place_name", PLACES)
+@every_place
 @pytest.mark.parametrize("writing_ranks", [1, 3])
 def test_what_one_and_three_ranks_write_stock_reads_on_two(
     rank_pool: RankPools,
@@ -90,7 +95,7 @@ def test_what_one_and_three_ranks_write_stock_reads_on_two(
     rank_pool(2)(load_and_compare, place, OURS)
 
 
-@pytest.mark.parametrize("place_name", PLACES)
+@every_place
 def test_a_save_leaves_data_objects_and_metadata_and_nothing_else(saved: Saved, place_name: str) -> None:
     place = saved(place_name, OURS)
     names = place.visible()

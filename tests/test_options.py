@@ -188,6 +188,92 @@ def test_credentials_before_the_bucket_are_refused_and_not_repeated(uri: str) ->
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("127.0.0.1:9000", ["no scheme", "Write http://127.0.0.1:9000 or", "https://127.0.0.1:9000"]),
+        ("localhost:9000", ["no scheme", "http://localhost:9000"]),
+        ("s3.example.com", ["no scheme", "https://s3.example.com"]),
+        ("//host:1", ["no scheme", "http://host:1"]),
+        ("s3://x", ["scheme s3", "https://"]),
+        ("https://", ["no host"]),
+        ("http://:9000", ["no host"]),
+        ("http://[::1", ["malformed", "brackets"]),
+        ("http://host:99999", ["malformed", "65535"]),
+        ("http://host:port", ["malformed"]),
+        ("http://host name:9000", ["white space"]),
+        ("http://host\n:9000", ["white space"]),
+        ("http://ho$t:9000", ["'ho$t'"]),
+        ("http://a..b", ["'a..b'"]),
+    ],
+)
+@pytest.mark.parametrize("protocol", ["s3", "gs"])
+def test_a_malformed_endpoint_is_refused_with_the_way_to_write_it(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, endpoint: str, words: list[str]
+) -> None:
+    def environment() -> Target:
+        monkeypatch.setenv("CLOUDCKPT_ENDPOINT_URL", endpoint)
+        return Target.parse(f"{protocol}://bucket/x")
+
+    def keyword() -> Target:
+        return Target.parse(f"{protocol}://bucket/x", endpoint_url=endpoint)
+
+    for parse, name in ((keyword, "'endpoint_url'"), (environment, "CLOUDCKPT_ENDPOINT_URL")):
+        with pytest.raises(ConfigurationError) as caught:
+            parse()
+        for word in (*words, name):
+            assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://127.0.0.1:9000/",
+        "https://[::1]:9000",
+        "http://minio_1:9000",
+        "https://s3.example.com./storage/v1/s3",
+    ],
+)
+def test_an_endpoint_may_be_a_name_an_address_or_below_a_path(endpoint: str) -> None:
+    assert Target.parse("s3://bucket/x", endpoint_url=endpoint).options.endpoint_url == endpoint
+
+
+_POINT = "arn:aws:s3:us-east-1:123456789012:accesspoint/name"
+
+
+@pytest.mark.parametrize("arn", [_POINT, _POINT.replace("accesspoint/", "accesspoint:")])
+def test_an_access_point_s_arn_is_a_bucket(arn: str) -> None:
+    target = Target.parse(f"s3://{arn}/a/run?region=us-east-1")
+    assert (target.bucket, target.path, target.uri) == (arn, "a/run", f"s3://{arn}/a/run")
+    assert Target.parse(target.uri).bucket == arn
+    assert target.child("step-1").path == "a/run/step-1"
+    assert target.parted()[0].uri == f"s3://{arn}/a"
+    assert (Target.parse(f"s3://{arn}").bucket, Target.parse(f"s3://{arn}/").path) == (arn, "")
+    assert Target.parse("s3://name-abcdefgh123-s3alias/run").bucket == "name-abcdefgh123-s3alias"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("s3://arn:aws:s3:::bucket/run", ["Write s3://bucket/run"]),
+        ("s3://arn:aws-cn:s3:::bucket", ["Write s3://bucket"]),
+        ("s3://arn:aws:s3::123456789012:accesspoint/x.mrap/run", ["multi-region", "alias"]),
+        ("s3://arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-1/accesspoint/n/run", ["Outposts"]),
+        ("s3://arn:aws:s3-object-lambda:us-east-1:123456789012:accesspoint/n/run", ["Object Lambda"]),
+        ("s3://arn:aws:s3express:us-east-1:123456789012:bucket/b--x--x-s3", ["directory bucket"]),
+        ("s3://arn:aws:iam::123456789012:role/x", ["access point"]),
+        ("s3://arn:aws:s3:us-east-1:123456789012:accesspoint/UPPER/run", ["access point"]),
+        ("arn:aws:s3:::bucket/run", ["s3://"]),
+        ("gs://arn:aws:s3:::bucket/run", ["not a bucket's name"]),
+    ],
+)
+def test_another_arn_is_refused_by_its_kind(uri: str, words: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Target.parse(uri)
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_a_credential_in_an_endpoint_is_refused_and_not_repeated() -> None:
     endpoint = f"http://me:{SECRET}@127.0.0.1:9000"
     for uri, keywords in (

@@ -37,6 +37,7 @@ from cloudckpt.backends.stores import open_store, s3_copy
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
+from cloudckpt.backends.stores.names import PROBE
 from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.target import Target
 from support.copies import (
@@ -196,7 +197,8 @@ def test_within_s3_no_byte_comes_by(
             proxy.forget()
             to = places("moto")
             cloudckpt.copy_checkpoint(there.uri, to.uri, source_options=options, destination_options=options)
-            made = [one for one in proxy.seen(operation) if "x-amz-copy-source" in one.headers]
+            copies = [one for one in proxy.seen(operation) if "x-amz-copy-source" in one.headers]
+            made = [one for one in copies if not PROBE.search(one.target)]
             assert len(made) == (1 if operation == "PutObject" else 2)
             assert all(not one.body for one in made)
             assert not [one for one in proxy.seen("GetObject") if "range" in one.headers]

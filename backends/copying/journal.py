@@ -29,6 +29,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.marker import marker_name
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def read_journal(store: ObjectStore, name: str = JOURNAL_NAME) -> tuple[Document
     try:
         return _FORM.validate_json(data, strict=True), info.version or ""
     except pydantic.ValidationError:
-        _log.warning("%s: a journal of another form is replaced", store.uri)
+        _log.warning("%s: a journal of another form is replaced", one_line(store.uri))
         return None, info.version or ""
 
 

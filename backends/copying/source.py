@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.committed import chosen_metadata, committed
 from cloudckpt.backends.copying.transit import ObjectChecks, checks_of
 from cloudckpt.backends.errors import (
     ConfigurationError,
@@ -68,8 +68,8 @@ def read_checkpoint(store: ObjectStore) -> Checkpoint:
     """
     data: dict[str, bytes] = {}
     loaded: dict[str, Metadata] = {}
-    for name in commit.chosen_metadata(store):
-        data[name] = commit.committed(store, name, "there is no committed checkpoint to copy")
+    for name in chosen_metadata(store):
+        data[name] = committed(store, name, "there is no committed checkpoint to copy")
         loaded[name] = md.load(data[name], uri=store.uri, name=name)
     least: dict[str, int] = {}
     exact: dict[str, int] = {}

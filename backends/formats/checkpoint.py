@@ -11,8 +11,8 @@ from pydantic import ByteSize
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.committed import committed
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import encode_fetched
@@ -30,7 +30,7 @@ def open_checkpoint(store: ObjectStore, target: Target, memory_limit: int, *, tr
         UnsafeCheckpointError: reading its metadata would run code.
         IntegrityError: its metadata is damaged.
     """
-    data = commit.committed(
+    data = committed(
         store,
         md.METADATA_NAME,
         "there is no committed checkpoint here, and no file to convert",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 from collections.abc import Generator
@@ -67,25 +66,46 @@ def clock(date: str | None, asked: float, answered: float, *, refused: bool = Fa
         answered: when the answer had come.
         refused: whether the server said that the time of the request is too far off.
     """
-    told = None
-    if date is not None:
-        with contextlib.suppress(ValueError):
-            told = parsedate_to_datetime(date).timestamp()
-    if told is None:
+    off = seconds_off(date, asked, answered)
+    if off is None or (refused and not off):
         if refused:
             return Finding("clock", "failed", "the server refuses the time of this machine", _SET_IT)
         return Finding("clock", "unknown", "the server does not tell its time")
-    # A date has whole seconds: the server's time was between it and a second later.
-    behind, ahead = told - answered, asked - (told + 1)
-    off = max(behind, ahead, 0.0)
-    way = "behind" if behind > ahead else "ahead of"
-    if refused or off > _REFUSED:
-        what = f"this machine's clock is {_time(off)} {way} the server's"
+    way = "behind" if off < 0 else "ahead of"
+    if refused or abs(off) > _REFUSED:
+        what = f"this machine's clock is {duration(off)} {way} the server's"
         return Finding("clock", "failed", f"{what}{', which refuses it' if refused else ''}", _SET_IT)
-    if off > _LATE:
-        what = f"this machine's clock is {_time(off)} {way} the server's; from 15 minutes on it is refused"
+    if abs(off) > _LATE:
+        what = f"this machine's clock is {duration(off)} {way} the server's; from 15 minutes on it is refused"
         return Finding("clock", "warning", what, _SET_IT)
     return Finding("clock", "ok", "this machine's agrees with the server's")
+
+
+def seconds_off(date: str | None, asked: float, answered: float) -> float | None:
+    """Return the seconds that this machine's clock is ahead of the server's, negative if it is behind.
+
+    Args:
+        date: the ``Date`` header of an answer, in whole seconds: the time is up to a second later.
+        asked: this machine's time when the request went out, in seconds.
+        answered: this machine's time when the answer had come.
+
+    Returns:
+        0 for clocks that agree; None without a date that can be read.
+    """
+    try:
+        told = None if date is None else parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+    if told is None:
+        return None
+    behind, ahead = told - answered, asked - (told + 1)
+    return -behind if behind > max(ahead, 0.0) else max(ahead, 0.0)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in minutes, or in seconds below one minute."""
+    minutes = round(abs(seconds) / 60)
+    return f"{minutes} min" if minutes else f"{abs(seconds):.0f} s"
 
 
 def _connected(host: str, port: int, tls: bool, verify: bool | str, through: str) -> Finding:
@@ -117,8 +137,3 @@ def _connected(host: str, port: int, tls: bool, verify: bool | str, through: str
             f"{at} takes no connection{through}: {why}",
             "Check endpoint_url, the firewall, the routes and the proxy settings (HTTPS_PROXY, NO_PROXY)",
         )
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes else f"{seconds:.0f} s"

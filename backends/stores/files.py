@@ -14,6 +14,8 @@ _NOT_REMOVED = frozenset(
     {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 )
 _NOT_COPIED = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+_AS_IT_IS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags to open a file that another process made: follow no link, and wait for no writer of a FIFO."""
 _LOCKS_UNSUPPORTED = frozenset({errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -141,3 +143,50 @@ def locked(folder: Path, *, needed: bool) -> Iterator[None]:
             if needed or error.errno not in _LOCKS_UNSUPPORTED:
                 raise
         yield
+
+
+def lock(fd: int, *, shared: bool = False, wait: bool = True) -> bool:
+    """Lock an open file until its descriptor is closed, which the kernel does for a process that dies.
+
+    Returns:
+        False if another descriptor holds the lock and ``wait`` is False. A file system without locks grants
+        every lock.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _LOCKS_UNSUPPORTED:
+            raise
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if another descriptor holds the lock of a file; False if nobody can tell."""
+    try:
+        fd = os.open(path, os.O_RDONLY | _AS_IT_IS)
+    except OSError:
+        return False
+    try:
+        return not lock(fd, shared=True, wait=False)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def unused(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file for the block; yield False if another descriptor holds it."""
+    fd = None
+    for access in (os.O_RDWR, os.O_RDONLY):  # over NFS an exclusive lock takes the right to write
+        with contextlib.suppress(OSError):
+            fd = os.open(path, access | _AS_IT_IS)
+            break
+    if fd is None:  # gone, or without the right to open it, which removing it does not take
+        yield True
+        return
+    try:
+        yield lock(fd, wait=False)
+    finally:
+        os.close(fd)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import email.parser
 import email.policy
+import re
 import uuid
 from collections.abc import Sequence
+from typing import Final
 
-AT_ONCE = 100
+AT_ONCE: Final = 100
 """Requests that one batch may have."""
+_STATUS: Final = re.compile(rb"^HTTP/[0-9.]+ ([0-9]{3})[^\r\n]*\r?$", re.MULTILINE)
 
 
 def deletions(paths: Sequence[str]) -> tuple[str, bytes]:
-    """The content type and the body of a batch that deletes what lies at some paths."""
+    """Return the content type and the body of a batch that deletes the objects at some paths."""
     border = f"batch_{uuid.uuid4().hex}"
     parts = [
         f"--{border}\r\nContent-Type: application/http\r\nContent-Transfer-Encoding: binary\r\n"
@@ -24,19 +27,38 @@ def deletions(paths: Sequence[str]) -> tuple[str, bytes]:
 
 
 def answers(content_type: str, body: bytes) -> dict[int, tuple[int, bytes]]:
-    """Status and body of each answer in a batch's, by the number of the request.
+    """Return status and body of each answer in a batch's, by the number of the request.
+
+    A part without a Content-ID answers the request at its own place. gcp-storage-emulator sends none, and no
+    blank line before the status line either.
 
     Raises:
         ValueError: it is not the answer to a batch.
     """
     head = f"Content-Type: {content_type}\r\n\r\n".encode()
     document = email.parser.BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-    if not document.is_multipart():
+    boundary = document.get_boundary()
+    if document.get_content_maintype() != "multipart" or not boundary:
         raise ValueError(f"it is {content_type}")
     found: dict[int, tuple[int, bytes]] = {}
-    for part in document.iter_parts():
-        number = int(part["Content-ID"].strip("<> ").rpartition("-")[2])
-        said = bytes(part.get_payload(decode=True) or b"")
-        status, _, rest = said.partition(b"\r\n")
-        found[number] = (int(status.split()[1]), rest.partition(b"\r\n\r\n")[2])
+    for place, part in enumerate(_parts(body, boundary.encode("latin-1"))):
+        status = _STATUS.search(part)
+        if status is None:
+            raise ValueError(f"a part of it has no status: {part[:100]!r}")
+        rest = part[status.end() :]
+        end = re.search(rb"\r?\n\r?\n", rest)
+        number = _number(part[: status.start()])
+        found[place if number is None else number] = (int(status[1]), rest[end.end() :] if end else b"")
     return found
+
+
+def _parts(body: bytes, boundary: bytes) -> list[bytes]:
+    """Return the parts of a MIME document, without the line breaks around them."""
+    pieces = re.split(rb"(?:^|\r?\n)--" + re.escape(boundary), body)
+    return [piece.strip(b"\r\n") for piece in pieces[1:] if not piece.startswith(b"--")]
+
+
+def _number(head: bytes) -> int | None:
+    """Return the number in the Content-ID of a part, as in ``<response-batch+3>`` or ``response-3``."""
+    identity = re.search(rb"^Content-ID:[^\r\n]*?([0-9]+)>?[ \t]*\r?$", head, re.MULTILINE | re.IGNORECASE)
+    return int(identity[1]) if identity else None

@@ -24,6 +24,7 @@ from google.auth.transport.requests import Request
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
+from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
 from cloudckpt.backends.stores.gcs_errors import RefusedError
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -53,6 +54,11 @@ class Client:
         payer = self.fs.requester_pays
         self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
         self._pool = _pool(os.getpid(), self.endpoint, options.concurrency, options.timeout)
+
+    @property
+    def is_google(self) -> bool:
+        """True if the endpoint is Google's own."""
+        return is_google(self.endpoint)
 
     @property
     def always(self) -> str:
@@ -125,15 +131,15 @@ class Client:
 
 
 def _file_system(options: Options) -> GCSFileSystem:
-    given = dict(options.storage_options)
-    endpoint = options.endpoint_url or given.pop("endpoint_url", None)
-    given.pop("endpoint_url", None)
+    endpoint = configured_endpoint(options)
+    given = {name: value for name, value in options.storage_options.items() if name != "endpoint_url"}
     arguments: dict[str, Any] = {**given, "endpoint_url": endpoint, "use_listings_cache": False}
     if options.project:
         arguments["project"] = options.project
     if options.token is not None:
         arguments["token"] = options.token.get_secret_value()
-    if options.anon or ("token" not in arguments and _is_plain(endpoint)):
+    # Without encryption it is an emulator, to which no token of the user's should go.
+    if options.anon or ("token" not in arguments and (endpoint or "https://").startswith("http://")):
         arguments["token"] = "anon"  # noqa: S105 - the name of a method
     known = _OF_FSSPEC.union(inspect.signature(GCSFileSystem.__init__).parameters)
     if unknown := sorted(arguments.keys() - known):
@@ -147,11 +153,6 @@ def _file_system(options: Options) -> GCSFileSystem:
             f"gcsfs can't use the token or storage_options ({type(error).__name__})",
             hint=where_credentials_belong("gs"),
         ) from None
-
-
-def _is_plain(endpoint: str | None) -> bool:
-    """Whether requests are not encrypted: an emulator, to which no token of the user's should go."""
-    return (endpoint or os.environ.get("STORAGE_EMULATOR_HOST") or "https://").split("://")[0] != "https"
 
 
 @functools.lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from collections.abc import Generator, Iterator, Mapping
 from datetime import UTC
@@ -12,8 +12,11 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
+from cloudckpt.backends.stores.gcs_answers import document
+from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, server_of
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge
+from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.target import Target
 
@@ -59,6 +62,10 @@ class GCSExam:
 
     def settings(self, example: str | None) -> Iterator[Finding]:
         del example
+        yield from self._bucket_settings()
+        yield from self._server()
+
+    def _bucket_settings(self) -> Iterator[Finding]:
         assert self._held is not None  # noqa: S101 - the place was reached before
         where = f"/storage/v1/b/{quote(self._target.bucket, safe='')}"
         outcome = self._outcome(self._held, "look at the bucket", where, {})
@@ -75,6 +82,18 @@ class GCSExam:
             yield self._failure(outcome.error, "settings")
             return
         yield from settings_of(outcome.result()[0], self._target.options.kms_key_name)
+
+    def _server(self) -> Iterator[Finding]:
+        """Report the features of a server other than Google's own."""
+        assert self._held is not None  # noqa: S101 - the place was reached before
+        if self._held.is_google:
+            return
+        with contextlib.closing(Requests(self._target)) as requests:
+            try:
+                with explained(self._target, self._held.endpoint):
+                    yield features(server_of(requests).all(requests))
+            except CheckpointError as error:
+                yield Finding("server", "unknown", error.message, error.hint or "")
 
     def action(self, operation: str, error: Exception | None = None) -> str:
         del error
@@ -115,7 +134,7 @@ class GCSExam:
     ) -> Outcome[tuple[dict[str, Any], str]]:
         def ask() -> tuple[dict[str, Any], str]:
             answer = client.request(doing, "GET", where, parameters=parameters)
-            return json.loads(answer.data), answer.headers.get("Date", "")
+            return document(answer, client.endpoint), answer.headers.get("Date", "")
 
         options = self._target.options
         place = f"{client.endpoint}/{self._target.bucket}"
@@ -147,6 +166,29 @@ def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]
     )
     named = key or bucket.get("encryption", {}).get("defaultKmsKeyName")
     yield Finding("encryption", "ok", f"with the key {named}" if named else "with Google's own keys")
+
+
+def features(found: GCSCapabilities) -> Finding:
+    """Report which conditions and requests of GCS a server supports."""
+    supported = {
+        "ifGenerationMatch=0": (found.put.create, "of two jobs that save to one place, both may win"),
+        "ifGenerationMatch with a generation": (
+            found.put.update,
+            "of two jobs that save to one place, both may win",
+        ),
+        "ifSourceGenerationMatch": (found.copy_source, "cp compares generations before and after each copy"),
+        "the status of an upload": (
+            found.upload_status,
+            "an upload fails where the answer to a part is lost, and a copy that was cut off begins anew",
+        ),
+    }
+    able = [name for name, (is_able, _) in supported.items() if is_able]
+    lacks = [name for name, (is_able, _) in supported.items() if not is_able]
+    what = f"it is not Google's own: it supports {', '.join(able) or 'no condition'}"
+    if not lacks:
+        return Finding("server", "ok", what)
+    follows = "; ".join(dict.fromkeys(result for is_able, result in supported.values() if not is_able))
+    return Finding("server", "warning", f"{what}, and not {', '.join(lacks)}", f"What follows: {follows}")
 
 
 def _credentials(client: Client) -> Finding:

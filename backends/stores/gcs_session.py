@@ -1,21 +1,28 @@
-"""A resumable session of GCS: bytes are added at its end; whoever has its URL ends it or cancels it.
+"""A resumable session of GCS: bytes are added at its end. Any process that has its URL may end or cancel it.
 
-What a session holds it holds in multiples of 256 KiB until it is ended. So a part that is no such multiple
-leaves the rest with the caller, in the part's ``etag``, who hands it over with all parts at the end.
+A session holds a multiple of 256 KiB until it is ended. So a part that is no such multiple leaves the rest
+with the caller, in the part's ``etag``, who hands it over with all parts at the end.
+
+A session is asked how many bytes it holds only after a chunk whose answer was lost. Some servers take the
+question for the end of the upload: on those such an upload can't be resumed.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
-from cloudckpt.backends.errors import IntegrityError, StorageError
+from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
-from cloudckpt.backends.stores.gcs_errors import CANCELLED, RefusedError
+from cloudckpt.backends.stores.gcs_answers import lacking, parsed
+from cloudckpt.backends.stores.gcs_capabilities import server_of
+from cloudckpt.backends.stores.gcs_errors import CANCELLED, RefusedError, judge
+from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs_write import delete
+from cloudckpt.backends.stores.retry import Reply
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
 if TYPE_CHECKING:
@@ -23,27 +30,41 @@ if TYPE_CHECKING:
 
 _GRANULE: Final = 256 << 10
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)
-"""What a session answers that has not been ended: it waits for more."""
+"""Status of the answer of a session that has not been ended."""
 _GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
+_NO_CANCEL = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 
 
 def belongs(url: str, endpoint: str, bucket: str) -> bool:
-    """Whether a URL that was read somewhere is of a session of this bucket, and of no other server."""
+    """Return True for the URL of a session of this bucket and server."""
     return url.startswith(f"{endpoint}/upload/storage/v1/b/{quote(bucket, safe='')}/o?")
 
 
-class Session:
-    """One session."""
+class GoneError(StorageError):
+    """The session was completed or cancelled, or has expired."""
 
-    def __init__(self, url: str) -> None:
+
+class Session:
+    """One session.
+
+    Args:
+        requests: those of the store.
+        url: that of the session.
+        name: of the object.
+    """
+
+    def __init__(self, requests: Requests, url: str, name: str) -> None:
+        self._requests = requests
+        self._server = server_of(requests)
         self._url = url
+        self._name = name
 
     def part(self, offset: int, buffers: Sequence[memoryview], departed: Departed | None) -> Sending:
-        """Make ready to add the bytes in ``buffers``, the first of which is the object's at ``offset``."""
+        """Return what sends the bytes in ``buffers``, the first of which is the object's at ``offset``."""
         return Sending(self, offset, buffers, departed)
 
     def ending(self, parts: Sequence[Part]) -> Callable[[Client], dict[str, Any]]:
-        """What ends the session, and returns the object's resource.
+        """Return an attempt to end the session, which returns the object's resource.
 
         It raises :class:`IntegrityError` where the session does not hold what the parts add up to.
         """
@@ -59,21 +80,36 @@ class Session:
             status, said, held = self.ask(client, "complete an upload", range_, tail)
             if status == _MORE:
                 raise IntegrityError(f"the upload holds {held} bytes of {size}")
-            resource: dict[str, Any] = json.loads(said)
+            resource = parsed(said, client.endpoint)
+            if resource.get("size") is None:
+                raise lacking("a size", client.endpoint)
             if int(resource["size"]) != size:
+                self._discard(client, resource)
                 raise IntegrityError(f"the object has {resource['size']} bytes, and its parts {size}")
             return resource
 
         return end
 
     def cancel(self, client: Client) -> None:
-        """Give the session up; one that is gone already is no error."""
-        answer = client.request("abort an upload", "DELETE", self._url, body=b"", fine=_GONE)
+        """Cancel the session. One that is gone is no error.
+
+        Raises:
+            UnsupportedError: the server has no such request; the session stays until it expires.
+        """
+        fine = (*_GONE, *_NO_CANCEL)
+        answer = client.request("abort an upload", "DELETE", self._url, body=b"", fine=fine)
         answer.drain_conn()
         answer.release_conn()
+        if answer.status in _NO_CANCEL:
+            raise UnsupportedError(f"the endpoint {client.endpoint} does not cancel uploads")
 
     def is_open(self, client: Client) -> bool:
-        """Whether bytes can still be added."""
+        """Return True if bytes can still be added.
+
+        False on a server that can't be asked: there no process resumes an upload.
+        """
+        if not self._server.upload_status(self._requests, client):
+            return False
         body, fine = b"", (_MORE, *_GONE)
         headers = {"Content-Range": "bytes */*"}
         answer = client.request("upload", "PUT", self._url, headers=headers, body=body, fine=fine)
@@ -82,7 +118,17 @@ class Session:
         return answer.status == _MORE
 
     def held(self, client: Client) -> int:
-        """Bytes that the session holds."""
+        """Return the number of bytes that the session holds.
+
+        Raises:
+            UnsupportedError: the server can't be asked.
+        """
+        if not self._server.upload_status(self._requests, client):
+            raise UnsupportedError(
+                f"the answer to a part was lost, and the endpoint {client.endpoint} does not say how many "
+                "bytes of an upload it holds, so that the upload can't be resumed",
+                hint="Nothing was committed; save or copy again",
+            )
         status, _, held = self.ask(client, "upload", "bytes */*", b"")
         if status != _MORE:
             raise StorageError("the upload has been completed already")
@@ -91,7 +137,7 @@ class Session:
     def ask(
         self, client: Client, doing: str, range_: str, body: BuffersBody | bytes
     ) -> tuple[int, bytes, int]:
-        """Put something to the session: the status and body of its answer, and how much it holds."""
+        """Send a request to the session; return its status, its body, and how many bytes are held."""
         try:
             answer = client.request(
                 doing, "PUT", self._url, headers={"Content-Range": range_}, body=body, fine=(_MORE,)
@@ -99,15 +145,24 @@ class Session:
         except RefusedError as error:
             if error.status in _GONE:
                 message = "the upload does not exist: it was completed, aborted or has expired"
-                raise StorageError(message) from error
+                raise GoneError(message) from error
             raise
         said = answer.data
         last = answer.headers.get("Range", "").rpartition("-")[2]
         return answer.status, said, int(last) + 1 if last else 0
 
+    def _discard(self, client: Client, resource: dict[str, Any]) -> None:
+        """Delete an object of a wrong size, where this very request made it one.
+
+        A session of GCS that had ended before tells its object. A server that can't be asked for the bytes
+        held ends a session whatever it holds.
+        """
+        if not self._server.upload_status(self._requests, client):
+            delete(self._requests, client, self._name, resource.get("generation"))
+
 
 class Sending:
-    """A part on its way; it is begun again where the session's own account says, not from the start."""
+    """A part that is being sent. After a lost answer it goes on from the bytes that the session holds."""
 
     def __init__(
         self, session: Session, offset: int, buffers: Sequence[memoryview], departed: Departed | None
@@ -119,19 +174,26 @@ class Sending:
         self._size = self.size - self.size % _GRANULE
         self._buffers = buffers
         self._departed = departed
-        self._tried = False
+        self._held = offset
+        """Bytes that the session holds, by the caller's word or its last answer."""
+        self._unanswered = False
+        """True if a chunk was sent of which nobody knows how much arrived."""
         self.tail = base64.b64encode(b"".join(cut(buffers, self._size))).decode()
-        """What the session can't take yet, in base64."""
+        """The bytes that the session can't take yet, in base64."""
 
     def go_on(self, client: Client) -> None:
-        """Send what the session does not hold yet."""
-        # The first try trusts the caller: asking costs a request. One without bytes asks whether it lives.
-        held = self._session.held(client) if self._tried or not self._size else self._offset
-        self._tried = True
-        while held < self._offset + self._size:
-            if held < self._offset:
-                raise StorageError(f"the upload holds {held} bytes, and this part begins at {self._offset}")
-            held = self._send(client, held)
+        """Send the bytes that the session does not hold yet.
+
+        The first attempt trusts the caller's offset: to ask for it costs a request.
+        """
+        if self._unanswered:
+            self._held, self._unanswered = self._session.held(client), False
+        while self._held < self._offset + self._size:
+            if self._held < self._offset:
+                raise StorageError(
+                    f"the upload holds {self._held} bytes, and this part begins at {self._offset}"
+                )
+            self._held = self._send(client, self._held)
         if self._departed is not None:
             self._departed(self.size)
 
@@ -140,12 +202,16 @@ class Sending:
         views = cut(self._buffers, done, self._size)
         departed = self._departed
 
-        def told(count: int) -> None:
+        def report(count: int) -> None:
             if departed is not None:
                 departed(done + count)
 
         range_ = f"bytes {start}-{self._offset + self._size - 1}/*"
-        status, _, held = self._session.ask(client, "upload", range_, BuffersBody(views, told))
+        try:
+            status, _, held = self._session.ask(client, "upload", range_, BuffersBody(views, report))
+        except Exception as error:
+            self._unanswered = judge(error).reply is not Reply.NEVER_ASKED
+            raise
         if status != _MORE:
             raise StorageError("the upload has been completed already")
         if held <= start:
@@ -154,7 +220,7 @@ class Sending:
 
 
 def cut(buffers: Sequence[memoryview], start: int, stop: int | None = None) -> list[memoryview]:
-    """The buffers' bytes from ``start`` to ``stop``, laid end to end, without copying."""
+    """Return the buffers' bytes from ``start`` to ``stop`` in order, without copying them."""
     found: list[memoryview] = []
     at = 0
     for buffer in buffers:

@@ -16,7 +16,6 @@ under a lock of the object's folder.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import time
@@ -25,20 +24,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloudckpt.backends.errors import (
-    AccessDeniedError,
-    CheckpointError,
-    IntegrityError,
-    ObjectNotFoundError,
-    PreconditionFailedError,
-    StorageError,
-)
+from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
     Condition,
     Create,
     Departed,
+    EmptyFolder,
     Listing,
     ObjectInfo,
     ObjectStore,
@@ -49,6 +42,8 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores import files
+from cloudckpt.backends.stores.local_errors import NOT_THERE, translated
+from cloudckpt.backends.stores.names import STEP
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.tree import Tree
 from cloudckpt.backends.target import Target
@@ -56,26 +51,6 @@ from cloudckpt.backends.target import Target
 _OPEN_TRIES = 20
 _WINDOW = 1 << 18
 """Bytes read at once: few enough to be in the cache still for whoever hears that they have arrived."""
-
-_NOT_THERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
-_DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_RIGHTS = "Give this user the right to read and write the folder"
-_HINTS = {
-    errno.EACCES: _RIGHTS,
-    errno.EPERM: _RIGHTS,
-    errno.EROFS: "The file system is mounted read-only",
-    errno.ENOTDIR: "A file stands where a folder is needed: use another URI or move the file away",
-    errno.EISDIR: "A folder stands where an object is wanted: use another URI or move the folder away",
-    errno.ENOSPC: "Make room on the file system, then save again",
-    errno.EDQUOT: "The disk quota is used up: make room, then save again",
-    errno.EFBIG: "The file system or a limit of the process allows no file of this size",
-    errno.ENAMETOOLONG: "Shorten the name: a hidden file beside it needs 42 bytes more",
-    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
-    errno.EOPNOTSUPP: "The file system lacks hard links or locks, without which no condition can be kept",
-    errno.ENOLCK: "The file system lacks locks on folders, without which an update can't be conditional",
-    errno.EIO: "The disk or the network file system fails",
-    errno.ESTALE: "The network file system dropped the file: save again",
-}
 
 
 class LocalStore(ObjectStore):
@@ -99,15 +74,9 @@ class LocalStore(ObjectStore):
         return Capabilities(conditional_create=True, conditional_update=True)
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
-        with self._errors(name, writing=True):
-            hidden = self._tree.hidden(Upload(name, uuid.uuid4().hex))
-            self._create(hidden)
-            try:
-                with files.opened(hidden, os.O_WRONLY) as fd:
-                    files.write_fully(fd, 0, [memoryview(data)])
-                    return self._publish(fd, hidden, name, condition)
-            finally:
-                self._remove(hidden)
+        with self._errors(name, writing=True), self._putting(name) as (hidden, fd):
+            files.write_fully(fd, 0, [memoryview(data)])
+            return self._publish(fd, hidden, name, condition)
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         with self._errors(name), self._reading(name) as fd:
@@ -153,7 +122,7 @@ class LocalStore(ObjectStore):
                     with files.locked(path.parent, needed=False):
                         path.unlink()
                 except OSError as error:
-                    if error.errno not in _NOT_THERE:
+                    if error.errno not in NOT_THERE:
                         raise
                 else:
                     folders[path.parent] = name
@@ -168,7 +137,7 @@ class LocalStore(ObjectStore):
     def begin_upload(self, name: str) -> Upload:
         upload = Upload(name, uuid.uuid4().hex)
         with self._errors(name, writing=True):
-            self._create(self._tree.hidden(upload))
+            os.close(self._create(self._tree.hidden(upload)))
         return upload
 
     def upload_part(
@@ -210,42 +179,77 @@ class LocalStore(ObjectStore):
 
     def abort_upload(self, upload: Upload) -> None:
         with self._errors(upload.name):
-            self._remove(self._tree.hidden(upload))
+            hidden = self._tree.hidden(upload)
+            with files.unused(hidden) as unused:
+                if unused:  # else it is no upload, but a put in progress
+                    self._remove(hidden)
 
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
+        """List uploads, and puts whose process died. A put in progress holds a lock, and is not listed."""
         with self._errors(None):
             for upload, entry in self._tree.uploads(prefix):
                 with contextlib.suppress(FileNotFoundError):  # ended in the meantime
-                    yield PendingUpload(upload, _time(entry.stat(follow_symlinks=False)))
+                    started = _time(entry.stat(follow_symlinks=False))
+                    if not files.is_locked(Path(entry.path)):
+                        yield PendingUpload(upload, started)
+
+    def empty_folders(self) -> Iterator[EmptyFolder]:
+        with self._errors(None):
+            for name, entry in self._tree.empty_folders():
+                with contextlib.suppress(FileNotFoundError):  # removed in the meantime
+                    yield EmptyFolder(name, _time(entry.stat(follow_symlinks=False)))
+
+    def remove_empty_folder(self, name: str) -> None:
+        with self._errors(name):
+            folder = self._tree.path(name)
+            files.remove_empty_folders(folder, below=folder.parent)
 
     def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
         """By the kernel: within one file system that shares blocks, no byte is moved."""
         if not isinstance(source, LocalStore):
             return None
         name = info.name
-        with source._errors(name), source._reading(name) as original, self._errors(name, writing=True):  # noqa: SLF001 - of this class
-            hidden = self._tree.hidden(Upload(name, uuid.uuid4().hex))
-            self._create(hidden)
-            try:
-                with files.opened(hidden, os.O_WRONLY) as fd:
-                    copied = files.copy_whole(original, fd, info.size)
-                    if not copied or _info(name, os.fstat(original)).version != info.version:
-                        return None
-                    return self._publish(fd, hidden, name, Overwrite())
-            finally:
-                self._remove(hidden)
+        with (
+            source._errors(name),  # noqa: SLF001 - of this class
+            source._reading(name) as original,  # noqa: SLF001
+            self._errors(name, writing=True),
+            self._putting(name) as (hidden, fd),
+        ):
+            copied = files.copy_whole(original, fd, info.size)
+            if not copied or _info(name, os.fstat(original)).version != info.version:
+                return None
+            return self._publish(fd, hidden, name, Overwrite())
 
-    def _create(self, hidden: Path) -> None:
-        """Make an empty hidden file, and the folders above it where they are missing."""
+    @contextlib.contextmanager
+    def _putting(self, name: str) -> Iterator[tuple[Path, int]]:
+        """Create a hidden file, hold its lock for a put, and remove its hidden name afterwards."""
+        while True:
+            hidden = self._tree.hidden(Upload(name, uuid.uuid4().hex))
+            fd = self._create(hidden)
+            try:
+                files.lock(fd)
+                if not os.path.lexists(hidden):  # aborted by another process before it was locked
+                    continue
+                try:
+                    yield hidden, fd
+                finally:
+                    self._remove(hidden)
+                return
+            finally:
+                os.close(fd)
+
+    def _create(self, hidden: Path) -> int:
+        """Create an empty hidden file and the missing folders above it; return its open descriptor."""
         for attempt in range(_OPEN_TRIES):
             try:
                 self._made_root |= not self._root.is_dir()
                 files.make_folders(hidden.parent)
-                with files.opened(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW):
-                    return
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                return os.open(hidden, flags, 0o666)
             except FileNotFoundError:  # another process removed the folder, which was empty until now
                 if attempt == _OPEN_TRIES - 1:
                     raise
+        raise AssertionError  # the last attempt returned or raised
 
     def _publish(self, fd: int, hidden: Path, name: str, condition: Condition) -> ObjectInfo:
         """Make the bytes of a hidden file durable, then visible on the condition, then that durable."""
@@ -271,7 +275,8 @@ class LocalStore(ObjectStore):
                             "the object is not the version expected", uri=self._uri, object_name=name
                         )
                     hidden.replace(path)
-        files.sync_folders(path.parent, self._root)
+        with contextlib.suppress(FileNotFoundError):  # another process deleted the object and its folder
+            files.sync_folders(path.parent, self._root)
         return _info(name, os.fstat(fd))
 
     def _version(self, name: str) -> str | None:
@@ -352,24 +357,15 @@ class LocalStore(ObjectStore):
             self._remove_empty(hidden.parent)
 
     def _remove_empty(self, folder: Path) -> None:
-        """Leave no empty folders, and the root only where it was there before this store."""
-        files.remove_empty_folders(folder, below=self._root.parent if self._made_root else self._root)
+        """Remove a folder and those above it that are empty now.
 
-    @contextlib.contextmanager
-    def _errors(self, name: str | None, *, writing: bool = False) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except OSError as error:
-            kind, hint = StorageError, _HINTS.get(error.errno or 0)
-            if error.errno in _NOT_THERE and not writing:
-                kind, hint = ObjectNotFoundError, None
-            elif error.errno in _DENIED:
-                kind = AccessDeniedError
-            reason = error.strerror or str(error)
-            what = f"{reason}: {error.filename}" if error.filename else reason
-            raise kind(what, uri=self._uri, object_name=name, hint=hint) from error
+        The root stays, unless this store made it or its name is that of a step, which a run made.
+        """
+        may_remove_root = self._made_root or STEP.fullmatch(self._root.name) is not None
+        files.remove_empty_folders(folder, below=self._root.parent if may_remove_root else self._root)
+
+    def _errors(self, name: str | None, *, writing: bool = False) -> contextlib.AbstractContextManager[None]:
+        return translated(self._uri, name, writing=writing)
 
 
 def _etag(offset: int, size: int) -> str:

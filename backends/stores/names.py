@@ -15,6 +15,11 @@ PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(PROBE_PREFIX)}[0-9a-f]{{32}}")
 PIN: Final = ".cloudckpt-pin"
 """The hidden object beside a checkpoint that keeps it from retention."""
 
+STEP_PREFIX: Final = "step-"
+STEP_DIGITS: Final = 10
+STEP: Final = re.compile(rf"(?:.*/)?{STEP_PREFIX}[0-9]{{{STEP_DIGITS}}}", re.DOTALL)
+"""Names of the folders that a run makes, one for each step."""
+
 
 def probe_name() -> str:
     """A new name for such an object."""

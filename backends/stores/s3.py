@@ -43,6 +43,7 @@ from cloudckpt.backends.stores.s3_copy import Copying, Original
 from cloudckpt.backends.stores.s3_delete import Deleter
 from cloudckpt.backends.stores.s3_errors import code_of, is_of_credentials, not_s3, status_of, without_etag
 from cloudckpt.backends.stores.s3_listing import check_supported, listed_objects, listed_uploads
+from cloudckpt.backends.stores.s3_missing import read_object
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
@@ -134,7 +135,7 @@ class S3Store(ObjectStore):
             version = _version(answer, clients, "GetObject")
             return data, ObjectInfo(name, len(data), version, answer.get("LastModified"))
 
-        return self._requests.ask(read, name)
+        return read_object(self._requests, self._target, name, read)
 
     def read_into(
         self,
@@ -147,7 +148,7 @@ class S3Store(ObjectStore):
         def read(clients: Clients) -> int | None:
             return read_range(clients, self._of(clients, "get_object", name), offset, buffers, arrived)
 
-        return self._requests.ask(read, name, nbytes=sum(buffer.nbytes for buffer in buffers))
+        return read_object(self._requests, self._target, name, read, nbytes=sum(b.nbytes for b in buffers))
 
     def stat(self, name: str) -> ObjectInfo:
         def head(clients: Clients) -> ObjectInfo:
@@ -155,7 +156,7 @@ class S3Store(ObjectStore):
             version = _version(answer, clients, "HeadObject")
             return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
 
-        return self._requests.ask(head, name)
+        return read_object(self._requests, self._target, name, head)
 
     def list(self, prefix: str = "", *, delimiter: bool = False) -> Listing:
         return listed_objects(self._requests, self._bucket, self._prefix, prefix, delimiter=delimiter)

@@ -33,6 +33,7 @@ from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
+from cloudckpt.backends.stores.s3_endpoint import check_endpoint
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -59,6 +60,7 @@ class Clients:
             message = "botocore's retries are off, and storage_options turns them on"
             raise ConfigurationError(message, uri=target.uri, hint="Use the option retries instead")
         self._session = _prepared(botocore.session.Session(**self.fs.kwargs))
+        check_endpoint(self.fs.endpoint_url, self._session)
         self._lock = threading.Lock()
         self._patient: Any = None
         self._completion: Completion | None = None
@@ -240,7 +242,14 @@ def _without_secrets(url: str) -> str:
 
 
 def _prepared(session: _Session) -> _Session:
-    """Return the session with what every session here has in common."""
+    """Return the session with the settings that every session here has in common.
+
+    botocore reads the region from AWS_DEFAULT_REGION and the profile alone. Without one, requests to STS for
+    a role go to its global endpoint, and requests to S3 to us-east-1. Other AWS SDKs read AWS_REGION. The
+    option region is given to clients, and botocore takes it for STS as well.
+    """
+    if not os.environ.get("AWS_DEFAULT_REGION") and (of_environment := os.environ.get("AWS_REGION")):
+        session.set_config_variable("region", of_environment)
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session
 

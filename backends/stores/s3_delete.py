@@ -19,8 +19,8 @@ from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.stores.s3_capabilities import Server
 from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3_codes import WRONG_REGION
 from cloudckpt.backends.stores.s3_errors import (
-    WRONG_REGION,
     NotDeletedError,
     code_of,
     is_of_credentials,

@@ -1,4 +1,4 @@
-"""What an S3 client's exceptions mean: each becomes one error of ours, by code and status, never by text.
+"""Turn an S3 client's exceptions into errors of cloudckpt, by code and status, never by text.
 
 IAM action names are those of the S3 service authorisation reference.
 """
@@ -6,6 +6,7 @@ IAM action names are those of the S3 service authorisation reference.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -17,13 +18,13 @@ from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
     ConfigurationError,
-    IntegrityError,
     ObjectNotFoundError,
-    PreconditionFailedError,
     StorageError,
     UnansweredError,
 )
 from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.s3_codes import is_about_caller, is_known, meaning_of, quoted
 from cloudckpt.backends.target import Target
 
 _ACTIONS: Mapping[str, str] = {
@@ -34,34 +35,17 @@ _ACTIONS: Mapping[str, str] = {
     "AbortMultipartUpload": "s3:AbortMultipartUpload",
     "ListMultipartUploads": "s3:ListBucketMultipartUploads",
     "GetObject": "s3:GetObject",
-    "HeadObject": "s3:GetObject, and s3:ListBucket to tell a missing object from a forbidden one",
+    "HeadObject": "s3:GetObject",
     "ListObjectsV2": "s3:ListBucket",
     "DeleteObject": "s3:DeleteObject",
     "DeleteObjects": "s3:DeleteObject",
+    "AssumeRole": "sts:AssumeRole",
+    "AssumeRoleWithWebIdentity": "sts:AssumeRoleWithWebIdentity",
     "GetBucketLifecycleConfiguration": "s3:GetLifecycleConfiguration",
     "GetBucketVersioning": "s3:GetBucketVersioning",
 }
-EXPIRED: Final = frozenset(
-    {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
-)
-"""Codes of credentials that were good once."""
-_BAD_CREDENTIALS = EXPIRED | {
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidClientTokenId",
-    "UnrecognizedClientException",
-    "AuthFailure",
-}
-WRONG_REGION = frozenset(
-    {
-        "PermanentRedirect",
-        "TemporaryRedirect",
-        "AuthorizationHeaderMalformed",
-        "IllegalLocationConstraintException",
-    }
-)
+_READS: Final = frozenset({"GetObject", "HeadObject", "ListObjectsV2", "ListMultipartUploads"})
 _OF_CLIENTS = (boto.ClientError, boto.BotoCoreError, ResponseParserError)
-_BAD_BYTES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"})
 _LOGIN_HINT = where_credentials_belong("s3")
 _NOT_S3_HINT = (
     "Check the option endpoint_url and the environment variable AWS_ENDPOINT_URL: not every port speaks S3"
@@ -97,7 +81,7 @@ def not_s3(endpoint: str) -> StorageError:
 
 def without_etag(endpoint: str, operation: str, answer: Mapping[str, Any]) -> StorageError:
     """Return the error for an answer to ``operation`` that lacks the ETag, which names the version."""
-    if _is_page(answer):
+    if is_page(answer):
         return not_s3(endpoint)
     return StorageError(
         f"{endpoint} answered {operation} without an ETag header",
@@ -124,16 +108,39 @@ def status_of(error: boto.ClientError) -> int:
 
 
 def is_of_credentials(error: boto.ClientError) -> bool:
-    """Say whether the answer is about who asks, whatever its status."""
-    return code_of(error) in _BAD_CREDENTIALS
+    """Return True if the answer is about the credentials, the account or the clock, whatever was asked."""
+    return is_about_caller(code_of(error))
+
+
+def is_denial(error: boto.ClientError) -> bool:
+    """Return True if a permission is missing, or S3 does not tell whether the object is there."""
+    denied = status_of(error) in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    return denied and not is_known(code_of(error))
+
+
+def denial(error: boto.ClientError, target: Target, *more: str) -> AccessDeniedError:
+    """Return the error for a denial, whose hint names the permission needed, and ``more`` beside it."""
+    operation = error.operation_name
+    actions = " and ".join([_ACTIONS.get(operation, operation), *more])
+    return AccessDeniedError(
+        f"{operation} was denied ({_said(error)})",
+        hint=f"The credentials need {actions} here{_kms(target, operation)}, "
+        "and no policy of the bucket, the organization or the VPC endpoint may deny it",
+    )
+
+
+def answer_of(error: BaseException | None) -> boto.ClientError | None:
+    """Return the server's answer that an error stands for, None where there is none."""
+    bare = error and plain(error.__cause__ or error)
+    return bare if isinstance(bare, boto.ClientError) else None
 
 
 def denied_action(error: BaseException | None) -> str | None:
     """Return the IAM action that a request was denied for, None where the error does not tell."""
-    bare = error and plain(error.__cause__ or error)
-    if not isinstance(bare, boto.ClientError):
+    bare = answer_of(error)
+    if bare is None:
         return None
-    return _ACTIONS.get(bare.operation_name, bare.operation_name).partition(",")[0]
+    return _ACTIONS.get(bare.operation_name, bare.operation_name)
 
 
 def _error_for(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
@@ -154,7 +161,11 @@ def _error_before_answer(error: BaseException, target: Target, endpoint: str) ->
             hint = "Check the option profile and the files ~/.aws/config and ~/.aws/credentials"
             return ConfigurationError("the AWS profile does not exist", hint=hint)
         case boto.NoRegionError() | boto.InvalidRegionError():
-            return ConfigurationError("the AWS region is missing or misspelt", hint="Set the option region")
+            hint = "Set the option region, or the environment variable AWS_REGION"
+            return ConfigurationError("the AWS region is missing or misspelt", hint=hint)
+        case boto.InvalidConfigError() | boto.ConfigParseError() | boto.ConfigNotFound():
+            hint = "Check the files ~/.aws/config and ~/.aws/credentials"
+            return ConfigurationError(f"the AWS configuration can't be used: {error}", hint=hint)
         case boto.ParamValidationError():
             return ConfigurationError(f"the client refuses the request: {error}")
         case boto.ReadTimeoutError():
@@ -173,49 +184,59 @@ def _error_before_answer(error: BaseException, target: Target, endpoint: str) ->
 
 
 def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> CheckpointError | None:
-    code = code_of(error)
-    if code == "NoSuchBucket":
-        hint = "Create it, or check its name, the region and the endpoint"
-        return ObjectNotFoundError(f"the bucket {target.bucket!r} does not exist", hint=hint)
-    if _is_not_s3(error):
+    code, status, operation = code_of(error), status_of(error), error.operation_name
+    if not is_known(code) and _is_not_s3(error):
         return not_s3(endpoint)
-    if code in _BAD_CREDENTIALS:
-        return AccessDeniedError(f"{endpoint} refused the credentials ({code})", hint=_LOGIN_HINT)
-    if code in WRONG_REGION or status_of(error) == HTTPStatus.MOVED_PERMANENTLY:
-        hint = f"Set the option region{_actual_region(error)}"
-        return StorageError(f"the bucket {target.bucket!r} is in another region ({code})", hint=hint)
-    if code == "NoSuchUpload":
-        return StorageError("the upload does not exist: it was completed, aborted or has expired")
-    if code in _BAD_BYTES:
-        return IntegrityError(f"the bytes that arrived are not those that were sent ({code})")
-    return None
+    meaning = meaning_of(code, status)
+    if meaning is None:
+        return None
+    fields = {
+        "bucket": target.bucket,
+        "checksum": ", and not none" if target.options.checksum == "none" else "",
+        "clock": _clock(error),
+        "endpoint": endpoint,
+        "operation": operation,
+        "region": _actual_region(error),
+        "status": status,
+        "uri": target.uri,
+    }
+    writes = operation not in _READS
+    cure = meaning.cure.format(**fields) if writes or not meaning.of_writes else None
+    return meaning.error(f"{meaning.what.format(**fields)} ({_said(error)})", hint=cure or None)
 
 
 def _error_by_status(error: boto.ClientError, target: Target) -> CheckpointError:
-    code, operation = code_of(error), error.operation_name
-    match status_of(error):
-        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            hint = f"The credentials need {_ACTIONS.get(operation, operation)} here{_kms(target, operation)}"
-            return AccessDeniedError(f"{operation} was denied ({code})", hint=hint)
-        case HTTPStatus.NOT_FOUND:
-            return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
-        case HTTPStatus.PRECONDITION_FAILED:
-            return PreconditionFailedError("the object is there already, or is not the version expected")
-        case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return IntegrityError("the object ends before the bytes asked for")
-        case status:
-            said = str(error.response.get("Error", {}).get("Message") or "").strip().rstrip(".")
-            return StorageError(f"{operation} failed with status {status} ({code}){said and f': {said}'}")
+    if is_denial(error):
+        return denial(error, target)
+    if status_of(error) == HTTPStatus.NOT_FOUND:
+        return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
+    return StorageError(f"{error.operation_name} failed with status {status_of(error)} ({_said(error)})")
+
+
+def _said(error: boto.ClientError) -> str:
+    """Return the server's own code and message."""
+    return quoted(code_of(error), error.response.get("Error", {}).get("Message"))
+
+
+def _clock(error: boto.ClientError) -> str:
+    """Say by how much this machine's clock differs from the server's, as far as the answer has a ``Date``."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    now = time.time()
+    off = seconds_off(headers.get("date"), now, now)
+    if not off:
+        return "the server refused the time of this machine's clock"
+    way = "behind" if off < 0 else "ahead of"
+    return f"this machine's clock is {duration(off)} {way} the server's, which refused the request"
 
 
 def _is_not_s3(error: boto.ClientError) -> bool:
     """Tell an error page from S3's error document. A HEAD has no body: there the headers have to tell."""
     if error.operation_name not in ("HeadObject", "HeadBucket"):
         return code_of(error).isdigit() and status_of(error) < HTTPStatus.INTERNAL_SERVER_ERROR
-    return _is_page(error.response)
+    return is_page(error.response)
 
 
-def _is_page(answer: Mapping[str, Any]) -> bool:
+def is_page(answer: Mapping[str, Any]) -> bool:
     """Tell a web page from an answer of S3, by the headers."""
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     named = "x-amz-request-id" in headers or "x-amzn-requestid" in headers

@@ -14,7 +14,15 @@ from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores import endpoint
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import code_of, denied_action, is_of_credentials, status_of
+from cloudckpt.backends.stores.s3_codes import WRONG_CLOCK, WRONG_REGION
+from cloudckpt.backends.stores.s3_errors import (
+    answer_of,
+    code_of,
+    denied_action,
+    is_denial,
+    is_of_credentials,
+    status_of,
+)
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.stores.s3_settings import settings_of
 from cloudckpt.backends.target import Target
@@ -31,8 +39,6 @@ _ACTIONS: Final = {
 _OF_OBJECTS: Final = frozenset({"s3:PutObject", "s3:GetObject", "s3:DeleteObject", "s3:AbortMultipartUpload"})
 _SOON: Final = timedelta(hours=12)
 _RENEWED: Final = "Use a role of the instance, pod or profile: botocore renews its credentials by itself"
-_TOO_FAR_OFF: Final = "RequestTimeTooSkewed"
-_WRONG_REGION: Final = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed"})
 
 
 class S3Exam:
@@ -62,6 +68,9 @@ class S3Exam:
         yield from settings_of(self._requests, self._target, self, example)
 
     def action(self, operation: str, error: Exception | None = None) -> str:
+        answer = answer_of(error)
+        if answer is not None and not is_denial(answer):
+            return ""  # no permission helps against an expired token or a suspended user
         action, options = denied_action(error) or _ACTIONS.get(operation, operation), self._target.options
         if options.sse == "aws:kms" and action == "s3:PutObject":
             key = options.sse_kms_key_id or "the bucket's KMS key"
@@ -72,10 +81,14 @@ class S3Exam:
         self._requests.close()
 
     def _on(self, action: str) -> str:
-        bucket = f"arn:{self._requests.clients.data.meta.partition}:s3:::{self._target.bucket}"
+        bucket = self._target.bucket
+        if bucket.startswith("arn:"):
+            objects = f"{bucket}/object"
+        else:
+            objects = bucket = f"arn:{self._requests.clients.data.meta.partition}:s3:::{bucket}"
         if action not in _OF_OBJECTS:
             return f"{action} on {bucket}"
-        below = f"{bucket}/{self._target.path}" if self._target.path else bucket
+        below = f"{objects}/{self._target.path}" if self._target.path else objects
         return f"{action} on {below}/*"
 
     def _credentials(self, clients: Clients) -> Finding:
@@ -109,13 +122,14 @@ class S3Exam:
         outcome = self._requests.outcome(ask)
         error = outcome.error
         answer: Mapping[str, Any] = error.response if isinstance(error, ClientError) else outcome.value or {}
-        refused = isinstance(error, ClientError) and code_of(error) == _TOO_FAR_OFF
+        refused = isinstance(error, ClientError) and code_of(error) == WRONG_CLOCK
         findings = [endpoint.clock(_headers(answer).get("date"), asked, answered, refused=refused)]
         if refused:
             return findings, False
-        if isinstance(error, ClientError) and _is_denied(error):
-            # Whether it may be listed is for the try that lists; that it is denied says that it is there.
-            findings.append(Finding("bucket", "ok", f"{self._target.bucket} is there"))
+        if isinstance(error, ClientError) and is_denial(error):
+            # The check "list" reports the denial. A bucket that does not exist has another answer.
+            said = f"{self._target.bucket} is there ({code_of(error)} to a listing of it)"
+            findings.append(Finding("bucket", "ok", said))
         elif error is not None:
             findings.append(self._failure(error))
             return findings, False
@@ -128,7 +142,7 @@ class S3Exam:
         check = "bucket"
         if isinstance(error, ClientError):
             check = "credentials" if is_of_credentials(error) else check
-            check = "region" if code_of(error) in _WRONG_REGION or status_of(error) == 301 else check
+            check = "region" if code_of(error) in WRONG_REGION or status_of(error) == 301 else check
         try:
             with self._requests.explained():
                 raise error
@@ -156,7 +170,7 @@ class S3Exam:
                 "region",
                 "warning",
                 f"wrong region: the bucket is in {actual}, and requests go to {given}, which sends them on",
-                f"Set the option region={actual}",
+                f"Set the option region={actual}, or AWS_REGION={actual}",
             )
 
 
@@ -200,8 +214,3 @@ def _temporary(where: str, ends: datetime | None) -> Finding:
 def _headers(answer: Mapping[str, Any]) -> Mapping[str, str]:
     headers: Mapping[str, str] = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     return headers
-
-
-def _is_denied(error: ClientError) -> bool:
-    denied = isinstance(error, ClientError) and status_of(error) in (401, 403)
-    return denied and not is_of_credentials(error)

@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.errors import StorageError, UnsupportedError
 from cloudckpt.backends.store import Listing, ObjectInfo, PendingUpload, Upload
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import not_s3, plain, status_of
+from cloudckpt.backends.stores.s3_errors import is_page, not_s3, plain, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
 
 _UNSUPPORTED = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
@@ -60,7 +60,9 @@ def check_supported(error: Exception | None) -> None:
         UnsupportedError: it is one.
     """
     answer = error and plain(error)  # s3fs raises an OSError in its place
-    if isinstance(answer, ClientError) and status_of(answer) in _UNSUPPORTED:
+    if not isinstance(answer, ClientError) or is_page(answer.response):
+        return
+    if status_of(answer) in _UNSUPPORTED:
         what = f"the server does not support {answer.operation_name} ({status_of(answer)})"
         raise UnsupportedError(what) from answer
 

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores.exam import Exam
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import code_of, status_of
+from cloudckpt.backends.stores.s3_errors import code_of, is_denial
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
 
@@ -88,7 +88,7 @@ def _encryption(requests: Requests, target: Target, example: str) -> Iterator[Fi
     arguments = {"Bucket": target.bucket, "Key": key}
     answer, error = _asked(requests, lambda c: c.data.head_object(**c.arguments("head_object", **arguments)))
     if error is not None:
-        yield Finding("encryption", "unknown", "what was put can't be looked at")
+        yield Finding("encryption", "unknown", f"what was put can't be looked at ({code_of(error)})")
         return
     wanted, found = target.options.sse, answer.get("ServerSideEncryption")
     if wanted is not None and found != wanted:
@@ -113,8 +113,8 @@ def _asked(
 
 
 def _not_told(check: str, what: str, error: ClientError, exam: Exam) -> Finding:
-    if status_of(error) in (401, 403):
-        said = f"{what} may not be looked at"
+    if is_denial(error):
+        said = f"{what} may not be looked at ({code_of(error)})"
         advice = "Only this examination needs it: a save does without"
         return Finding(check, "unknown", said, advice, exam.action(check, error))
     return Finding(check, "unknown", f"the server does not tell {what} ({code_of(error)})")

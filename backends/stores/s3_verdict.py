@@ -1,4 +1,7 @@
-"""Whether asking S3 again may help, by code and status of the answer or by how it failed to come.
+"""Decide whether to retry a request to S3, by code and status of the answer or by the way it failed to come.
+
+A wrong clock, a wrong signature and a disabled account are final: the next request gets the same answer.
+Credentials that are expired or unknown are looked for again where they came from, at most twice.
 
 The codes are those of the S3 API reference ("Error responses") and of botocore's standard retry mode.
 """
@@ -10,8 +13,8 @@ from http import HTTPStatus
 from botocore import exceptions as boto
 
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
+from cloudckpt.backends.stores.s3_codes import EXPIRED, is_about_caller
 from cloudckpt.backends.stores.s3_errors import (
-    EXPIRED,
     BrokenBodyError,
     NotDeletedError,
     code_of,
@@ -22,7 +25,7 @@ from cloudckpt.backends.stores.s3_errors import (
 _SLOW_DOWN = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled"}
     | {"RequestThrottledException", "TooManyRequestsException", "RequestLimitExceeded", "ServiceUnavailable"}
-    | {"BandwidthLimitExceeded"}
+    | {"BandwidthLimitExceeded", "KMS.ThrottlingException"}
 )
 _PASSING = frozenset(
     # Of the status 409 these two alone: another write to the same name is under way.
@@ -60,6 +63,8 @@ def _of_answer(answer: boto.ClientError) -> Judgement:
     after = seconds_after(headers.get("retry-after"))
     if code in EXPIRED or _may_have_expired(answer):
         return Judgement(Verdict.RENEW)
+    if is_about_caller(code):  # whatever the status
+        return Judgement(Verdict.FINAL)
     if status in _GATEWAY:  # behind which the server may still be at work
         return Judgement(Verdict.TRANSIENT, Reply.LOST, after)
     if status in _BUSY:

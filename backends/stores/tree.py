@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -79,6 +80,22 @@ class Tree:
             upload = Upload(f"{name.removesuffix(entry.name)}{hidden['name']}", hidden["upload_id"])
             if upload.name.startswith(prefix):
                 yield upload, entry
+
+    def empty_folders(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Yield the folders below the root in which nothing is, not even a hidden file."""
+        yield from self._empty_folders("")
+
+    def _empty_folders(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        for name, entry in self._entries(prefix):
+            if not entry.is_dir(follow_symlinks=False):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # removed in the meantime
+                with os.scandir(entry.path) as entries:
+                    is_empty = next(entries, None) is None
+                if is_empty:
+                    yield name, entry
+                else:
+                    yield from self._empty_folders(f"{name}/")
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         for name, entry in self._entries(prefix):

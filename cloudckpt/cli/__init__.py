@@ -27,5 +27,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv[1:]:
             raise
-        sys.stderr.write(f"unexpected {type(error).__name__}: {error}. --debug shows where it comes from\n")
+        from cloudckpt.backends.printable import one_line  # noqa: PLC0415 - as late as the application
+
+        said = one_line(f"unexpected {type(error).__name__}: {error}")
+        sys.stderr.write(f"{said}. --debug shows where it comes from\n")
         raise SystemExit(1) from error

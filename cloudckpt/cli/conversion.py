@@ -7,6 +7,7 @@ import dataclasses
 from cloudckpt.backends import conversion as library
 from cloudckpt.backends.conversion import Conversion
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
@@ -67,4 +68,4 @@ def _say(done: Conversion) -> None:
     if done.left_out:
         output.say(f"left out, for safetensors hold tensors alone: {len(done.left_out):,}", "yellow")
         for key in done.left_out:
-            output.say(f"  {output.one_line(key)}")
+            output.say(f"  {one_line(key)}")

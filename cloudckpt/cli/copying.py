@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
+from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.transfer import Copied, copy_checkpoint, ensure_apart
 from cloudckpt.cli import output
@@ -63,7 +64,7 @@ def _pairs(source: Run, destination: Run, step: int | None) -> list[tuple[Target
         raise CheckpointNotFoundError(
             "there is no committed checkpoint here, and no run with one",
             uri=source.target.uri,
-            hint="Check the URI; `cloudckpt ls` shows what is below it",
+            hint=advice(source.target.uri, "Check the URI; `cloudckpt ls` shows what is below it"),
         )
     _refuse_checkpoint(destination)
     return [(source.at(one), destination.at(one)) for one in steps]

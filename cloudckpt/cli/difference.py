@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends.contents import Contents, Shard, StoredTensor, StoredValue
+from cloudckpt.backends.printable import one_line
 from cloudckpt.cli import output
 
 
@@ -102,7 +103,7 @@ def _section(title: str, lines: Sequence[str]) -> None:
     if lines:
         output.say(f"{title}: {len(lines):,}", "yellow")
         for line in lines:
-            output.say(f"  {output.one_line(line)}")
+            output.say(f"  {one_line(line)}")
 
 
 def _changes(one: StoredTensor | StoredValue, other: StoredTensor | StoredValue) -> Iterable[Change]:

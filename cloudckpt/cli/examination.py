@@ -9,6 +9,7 @@ from typing import Final
 
 from rich.text import Text
 
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
 from cloudckpt.doctor import Finding, examine
@@ -47,11 +48,11 @@ def doctor(target: Target, *, state_size: int | None, ranks: int, as_json: bool)
 
 def _say(finding: Finding) -> None:
     """Print a finding: what wraps on a terminal stays right of its name."""
-    lines = [Text(output.one_line(finding.what))]
+    lines = [Text(one_line(finding.what))]
     if finding.action and finding.action not in finding.advice:
-        lines.append(Text(output.one_line(f"It takes {finding.action}"), "bold"))
+        lines.append(Text(one_line(f"It takes {finding.action}"), "bold"))
     if finding.advice:
-        lines.append(Text(output.one_line(finding.advice), "bold"))
+        lines.append(Text(one_line(finding.advice), "bold"))
     console = output.answers()
     margin = Text.assemble(
         (f"{finding.state:{_STATES}}", _STYLES.get(finding.state, "dim")), f"  {finding.check:{_CHECKS}}  "

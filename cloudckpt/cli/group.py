@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from cloudckpt.backends import mistaken
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.target import Target, protocol_of
 from cloudckpt.backends.version import __version__
@@ -94,7 +95,22 @@ def both_targets(
     """The targets of a command from one to another."""
     protocols = protocol_of(source), protocol_of(destination)
     given = for_each_side(protocols, option or (), from_option or (), to_option or ())
-    return Target.parse(source, **given[0]), Target.parse(destination, **given[1])
+    one, other = Target.parse(source, **given[0]), Target.parse(destination, **given[1])
+    _ask_for_new_folder(other)
+    return one, other
+
+
+def _ask_for_new_folder(target: Target) -> None:
+    """Ask on a terminal whether a path that looks like a bucket is meant as a folder; elsewhere log it."""
+    folder = mistaken.new_folder(target.typed)
+    if folder is None or not output.can_ask():
+        mistaken.warn_of_new_folder(target.typed)
+    elif not output.agreed(
+        f"There is no folder {folder}. Make it, instead of writing to s3://{target.typed}?",
+        yes=False,
+        otherwise="nothing was written",
+    ):
+        raise typer.Exit(_WANTING)
 
 
 def end(good: bool) -> None:

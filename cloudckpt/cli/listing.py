@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.mistaken import advice
+from cloudckpt.backends.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 
@@ -26,7 +28,9 @@ def ls(run: Run, *, as_json: bool) -> None:
     found = run.listed()
     if not found:
         raise CheckpointNotFoundError(
-            "there is no checkpoint here, and nothing of one", uri=run.target.uri, hint="Check the URI"
+            "there is no checkpoint here, and nothing of one",
+            uri=run.target.uri,
+            hint=advice(run.target.uri, "Check the URI"),
         )
     if as_json:
         output.say_json({"uri": run.target.uri, "checkpoints": [as_dict(one) for one in found]})
@@ -39,7 +43,7 @@ def table(entries: Sequence[Entry], name: str = "") -> Table:
     made = output.table("step", "state", "size", "objects", "age", right=("step", "size", "objects", "age"))
     for one in entries:
         made.add_row(
-            output.one_line(one.name or name) if one.step is None else str(one.step),
+            one_line(one.name or name) if one.step is None else str(one.step),
             Text(f"{one.state}, pinned" if one.pinned else one.state, _STYLES[one.state]),
             output.size(one.size),
             f"{one.objects:,}",

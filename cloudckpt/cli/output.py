@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.printable import lines, one_line
 
 _UNBROKEN: Final = 1 << 16
 """Columns of a line in a pipe."""
@@ -36,7 +37,7 @@ def aside() -> Console:
 
 def say(text: str, style: str = "", *, console: Console | None = None) -> None:
     """Print a line, of whatever characters."""
-    (console or answers()).print(Text(printable(text), style))
+    (console or answers()).print(Text(one_line(text), style))
 
 
 def say_json(value: Any) -> None:
@@ -56,10 +57,15 @@ def report(error: CheckpointError, *, debug: bool = False) -> None:
     """Print an error as the library words it, and with ``debug`` where it comes from."""
     console = aside()
     if debug:
-        say("".join(traceback.format_exception(error)), console=console)
-    console.print(Text.assemble(("error: ", "bold red"), printable(str(error))))
+        console.print(Text(lines("".join(traceback.format_exception(error)))))
+    console.print(Text.assemble(("error: ", "bold red"), one_line(error)))
     for note in getattr(error, "__notes__", ()):
-        say(note, console=console)
+        console.print(Text(lines(note)))  # may hold a traceback
+
+
+def can_ask() -> bool:
+    """Return True if there is a terminal to ask on."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def ensure_can_ask(*, yes: bool) -> None:
@@ -68,35 +74,23 @@ def ensure_can_ask(*, yes: bool) -> None:
     Raises:
         ConfigurationError: there is no terminal.
     """
-    if not (yes or (sys.stdin.isatty() and sys.stderr.isatty())):
+    if not (yes or can_ask()):
         raise ConfigurationError(
             "this deletes, and there is no terminal to ask on", hint="Say --yes, or look first with --dry-run"
         )
 
 
-def agreed(question: str, *, yes: bool) -> bool:
-    """Ask on the terminal; only a yes is one."""
+def agreed(question: str, *, yes: bool, otherwise: str = "nothing was deleted") -> bool:
+    """Ask on the terminal, and return True for a yes alone; print ``otherwise`` without one."""
     if yes:
         return True
     try:
-        agreement = Confirm.ask(Text(printable(question)), console=aside(), default=False)
+        agreement = Confirm.ask(Text(one_line(question)), console=aside(), default=False)
     except EOFError:
         agreement = False
     if not agreement:
-        say("nothing was deleted", console=aside())
+        say(otherwise, console=aside())
     return agreement
-
-
-def printable(text: str) -> str:
-    """The text with what would steer a terminal spelt out: names come from whoever wrote the checkpoint."""
-    return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text
-    )
-
-
-def one_line(text: str) -> str:
-    """Like ``printable``, for a name in a table or a tree."""
-    return printable(text).replace("\n", "\\n")
 
 
 def size(nbytes: float) -> str:

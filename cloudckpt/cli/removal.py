@@ -11,6 +11,7 @@ from rich.console import Console
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import listing, output
 from cloudckpt.retention import Retention, drop, superseded
@@ -121,12 +122,12 @@ def _say_garbage(found: Garbage, console: Console) -> None:
 
 def _say_skipped(found: Garbage) -> None:
     for reason in found.skipped:
-        output.say(f"skipped: {output.one_line(reason)}", console=output.aside())
+        output.say(f"skipped: {one_line(reason)}", console=output.aside())
 
 
 def _say_names(names: Iterable[str], console: Console) -> None:
     for name in names:
-        output.say(f"  {output.one_line(name)}", console=console)
+        output.say(f"  {one_line(name)}", console=console)
 
 
 def _names(found: Garbage) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.bench import Advice, Measured, Report, Setting, planned
 from cloudckpt.bench import bench as measure
@@ -60,7 +61,7 @@ def _say(report: Report) -> None:
     _advise("saving", report.saving)
     _advise("loading", report.loading)
     if report.left:
-        output.say(f"could not be taken away: {', '.join(map(output.one_line, report.left))}", "red")
+        output.say(f"could not be taken away: {', '.join(map(one_line, report.left))}", "red")
 
 
 def _advise(what: str, advice: Advice) -> None:

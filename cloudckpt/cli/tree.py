@@ -10,6 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cloudckpt.backends.contents import Contents, StoredTensor, StoredValue
+from cloudckpt.backends.printable import one_line
 from cloudckpt.cli import output
 
 _DEEPEST: Final = 10
@@ -121,4 +122,4 @@ def _grow(tree: Tree, below: Iterable[Branch]) -> None:
 
 
 def _label(name: str, what: str) -> Text:
-    return Text.assemble((output.one_line(name), "cyan"), f"  {what}" if what else "")
+    return Text.assemble((one_line(name), "cyan"), f"  {what}" if what else "")

@@ -6,6 +6,7 @@ import dataclasses
 from itertools import groupby
 
 from cloudckpt.backends import verify as library
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.verify import Damage, Verification
 from cloudckpt.cli import output
@@ -56,7 +57,7 @@ def _say(found: Verification) -> None:
         )
     damages = sorted(found.damages, key=lambda one: (one.object_name, one.offset or 0, one.item or ""))
     for name, group in groupby(damages, key=lambda one: one.object_name):
-        output.say(output.one_line(name))
+        output.say(one_line(name))
         for one in group:
             place = where(one)
             output.say(f"  {place}: {one.problem}" if place else f"  {one.problem}")

@@ -5,6 +5,11 @@
 locals {
   below = var.prefix == "" ? "" : "${var.prefix}/"
 
+  # Two buckets in one project need two names. A service account's ID has 30 characters, of which "-trainer" takes 8:
+  # 5 for "ckpt-", 8 of the bucket's name to read, and 9 for a hyphen and a digest that tells buckets apart.
+  beginning = trim(substr(replace(var.bucket, "_", "-"), 0, 8), "-")
+  name      = var.name == null ? "ckpt-${local.beginning}-${substr(sha256(var.bucket), 0, 8)}" : var.name
+
   permissions = {
     trainer = ["storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete"]
     reader  = ["storage.objects.get", "storage.objects.list"]
@@ -22,7 +27,7 @@ resource "google_project_iam_custom_role" "this" {
   for_each = local.permissions
 
   project     = var.project
-  role_id     = "${replace(var.name, "-", "_")}_${each.key}"
+  role_id     = "${replace(local.name, "-", "_")}_${each.key}"
   title       = "Checkpoints: ${each.key}"
   description = "What cloudckpt asks for as a ${each.key}"
   permissions = each.value
@@ -31,9 +36,11 @@ resource "google_project_iam_custom_role" "this" {
 resource "google_service_account" "this" {
   for_each = local.permissions
 
-  project      = var.project
-  account_id   = "${var.name}-${each.key}"
-  display_name = "The ${each.key} of checkpoints in gs://${var.bucket}/${local.below}"
+  project    = var.project
+  account_id = "${local.name}-${each.key}"
+  # Google allows 100 bytes in a display name and 256 in a description. A bucket's name has at most 63.
+  display_name = "Checkpoints: ${each.key} of ${var.bucket}"
+  description  = substr("The ${each.key} of checkpoints in gs://${var.bucket}/${local.below}", 0, 256)
 }
 
 resource "google_storage_bucket_iam_member" "this" {
@@ -48,7 +55,7 @@ resource "google_storage_bucket_iam_member" "this" {
 
     content {
       title       = "below-the-prefix"
-      description = "Objects below ${local.below} and listings of them"
+      description = substr("Objects below ${local.below} and listings of them", 0, 256)
       expression  = condition.value
     }
   }

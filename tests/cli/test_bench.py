@@ -133,8 +133,8 @@ def test_a_measurement_that_is_interrupted_leaves_nothing(place: Place, at: int)
 
 
 def test_what_can_not_be_taken_away_is_named() -> None:
-    with moto_server() as server:
-        law, bucket = policed(server), server.new_bucket()
+    with moto_server() as server, proxied(server.endpoint) as proxy:
+        law, bucket = policed(server, proxy), server.new_bucket()
         with law.denying("s3:DeleteObject") as user:
             place = Place.on_server(user, bucket).child("run")
             ran = run("bench", place.uri, "--size", "6MiB", "--seconds", "0", place=place)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cloudckpt.cli import output, progress
 from support import states
 from support.commands import Ran, at, run, save
 from support.copies import arrived, data_of, flip, owner, shows_nothing
-from support.places import FOLDER, GCS, Place, new_place
+from support.places import FAKE_GCS, FOLDER, GCS, Place, new_place
 from support.proxy import Proxy, Request, Spoiling, Stall, proxied
 from support.servers import S3Server, unused_port
 
@@ -320,6 +320,26 @@ def test_a_copy_to_a_folder_that_is_killed_goes_on_where_it_was(
     assert to.visible() == source.visible()
     found = states.erase(state)
     dcp.load(found, storage_reader=to.reader())
+    states.assert_bit_exact(found, state)
+
+
+@pytest.mark.soak
+def test_a_copy_that_is_killed_begins_anew_where_uploads_can_not_be_asked_about(
+    source: Place, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
+) -> None:
+    state = state_of(64)
+    save(source, state)
+    place = new_place(FAKE_GCS, tmp_path, s3_server_named)
+    place = dataclasses.replace(place, options={**place.options, "part_size": 5 << 20})
+    with through_a_proxy(place) as (to, proxy):
+        proxy.rule(Valve("UploadPart", 6))
+        killed_half_way(source, to, 6 * (5 << 20), place)
+        proxy.forget()
+        assert shows_nothing(place)
+        assert cp(source, to).status == 0
+    assert place.visible() == source.visible()
+    found = states.erase(state)
+    dcp.load(found, storage_reader=place.reader())
     states.assert_bit_exact(found, state)
 
 

@@ -17,7 +17,7 @@ from support.certificate import self_signed
 from support.commands import options_of, run
 from support.findings import ABORTED, HOUR, assert_only, by_check, doctor, failed, ruled
 from support.places import Place
-from support.proxy import AddHeaders, Delay, LoseAnswer, Proxy, Request, Spoiling, proxied
+from support.proxy import AddHeaders, Answer, Delay, LoseAnswer, Proxy, Request, Spoiling, proxied
 from support.servers import S3Server, moto_server, unused_port
 
 
@@ -29,8 +29,8 @@ def on_moto(moto: S3Server) -> Place:
 
 @pytest.fixture(scope="module")
 def law() -> Iterator[Policed]:
-    with moto_server() as server:
-        yield policed(server)
+    with moto_server() as server, proxied(server.endpoint) as proxy:
+        yield policed(server, proxy)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,32 @@ def test_what_may_not_be_deleted_is_named(law: Policed) -> None:
     assert left and set(found["clean-up"]["what"].partition(": ")[2].split(", ")) == left
     assert "gc" in found["clean-up"]["advice"]
     assert seen.pending() == set()
+
+
+@pytest.mark.parametrize(
+    ("operation", "code", "check", "cure"),
+    [
+        ("PutObject", "QuotaExceeded", "put", "quota"),
+        ("PutObject", "KMS.DisabledException", "put", "Enable it"),
+        ("PutObject", "UserSuspended", "put", "user enable"),
+        ("GetObject", "InvalidObjectState", "get", "Restore it"),
+        ("CreateMultipartUpload", "AccountProblem", "multipart", "support"),
+    ],
+)
+def test_a_403_that_no_permission_cures_has_its_own_advice(  # noqa: PLR0917 - fixtures
+    on_moto: Place, proxy: Proxy, operation: str, code: str, check: str, cure: str
+) -> None:
+    def refuse(request: Request) -> Spoiling:
+        # The store's own probe of conditions ends with the deletion of its object.
+        if request.operation == operation and (operation != "PutObject" or proxy.seen("DeleteObject")):
+            return Answer(403, code)
+        return None
+
+    proxy.rule(refuse)
+    status, found = doctor(on_moto.behind(proxy.endpoint))
+    assert status == 1
+    assert code in found[check]["what"] and cure in found[check]["advice"]
+    assert "Grant" not in found[check]["advice"] and not found[check]["action"]
 
 
 def test_rules_that_may_not_be_looked_at_are_no_failure(law: Policed) -> None:

@@ -64,6 +64,12 @@ def _s3(name: str) -> Callable[[], AbstractContextManager[Bucket]]:
     return start
 
 
+@contextmanager
+def _fake_gcs() -> Iterator[str]:
+    with fake_gcs_server() as server:
+        yield server.endpoint
+
+
 S3 = {
     "moto": Known(_s3("moto"), "PyPI `moto[server]`", lambda: version("moto")),
     "MiniStack": Known(_s3("ministack"), "PyPI `ministack`", lambda: version("ministack")),
@@ -84,7 +90,7 @@ GCS = {
     "gcp-storage-emulator": Known(
         gcs_emulator, "PyPI `gcp-storage-emulator`", lambda: version("gcp-storage-emulator")
     ),
-    "fake-gcs-server": Known(fake_gcs_server, f"PyPI `{PACKAGE}`", lambda: version(PACKAGE)),
+    "fake-gcs-server": Known(_fake_gcs, f"PyPI `{PACKAGE}`", lambda: version(PACKAGE)),
 }
 """GCS servers by the heads of their columns."""
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 
 import pytest
 
+from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.target import Target
 from support import live
 from support.buckets import Bucket, Stores, open_in
+from support.gcs import GCSServer
+from support.gcs_emulator import gcs_emulator
 from support.proxy import Proxy, proxied
 from support.servers import S3Server
 
@@ -50,3 +54,19 @@ def stores(moto_proxy: Proxy, bucket: Bucket) -> Iterator[Stores]:
     """Open stores, and those with the same options once: making clients takes most of a test's time."""
     with contextlib.ExitStack() as stack:
         yield functools.cache(lambda **options: stack.enter_context(open_in(moto_proxy, bucket, **options)))
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[GCSServer]:
+    """gcp-storage-emulator, which ignores every condition."""
+    with gcs_emulator() as endpoint:
+        yield GCSServer("emulator", endpoint, 0)
+
+
+@pytest.fixture
+def open_gcs() -> Iterator[Callable[..., GCSStore]]:
+    """Open stores on servers of GCS, and close them at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda endpoint, bucket, prefix="run", **options: stack.enter_context(
+            GCSStore(Target.parse(f"gs://{bucket}/{prefix}", endpoint_url=endpoint, **options))
+        )

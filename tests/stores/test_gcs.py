@@ -1,4 +1,4 @@
-"""The GCS store on a strict server of this project's own."""
+"""The GCS store on a strict server of this project's own, and on fake-gcs-server."""
 
 from __future__ import annotations
 
@@ -10,23 +10,21 @@ from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
+from support.fake_gcs import FAULTS, FakeGCS
 from support.gcs import GCSServer
 
 
-class TestGCSStore(StoreConformance):
+class _OnGCS(StoreConformance):
     lists_uploads = False
+    server: GCSServer
+    bucket: str
 
-    @pytest.fixture
-    def store(self, gcs: GCSServer) -> GCSStore:
-        self.server, self.bucket = gcs, gcs.new_bucket()
-        return GCSStore(Target.parse(f"gs://{self.bucket}/some/prefix", endpoint_url=gcs.endpoint))
+    def opened(self, server: GCSServer) -> GCSStore:
+        self.server, self.bucket = server, server.new_bucket()
+        return GCSStore(Target.parse(f"gs://{self.bucket}/some/prefix", endpoint_url=server.endpoint))
 
     def beside(self, store: ObjectStore) -> ObjectStore:
         return GCSStore(Target.parse(f"gs://{self.bucket}/beside it", endpoint_url=self.server.endpoint))
-
-    @pytest.fixture
-    def faults(self) -> Mapping[str, str]:
-        return {}
 
     def raw_read(self, store: ObjectStore, name: str) -> bytes | None:
         assert store.uri == f"gs://{self.bucket}/some/prefix"
@@ -35,3 +33,19 @@ class TestGCSStore(StoreConformance):
     def raw_write(self, store: ObjectStore, name: str, data: bytes) -> None:
         assert store.uri == f"gs://{self.bucket}/some/prefix"
         self.server.write(self.bucket, f"some/prefix/{name}", data)
+
+
+class TestGCSStore(_OnGCS):
+    @pytest.fixture
+    def store(self, gcs: GCSServer) -> GCSStore:
+        return self.opened(gcs)
+
+
+class TestFakeGCS(_OnGCS):
+    @pytest.fixture
+    def store(self, fake_gcs: FakeGCS) -> GCSStore:
+        return self.opened(fake_gcs)
+
+    @pytest.fixture
+    def faults(self) -> Mapping[str, str]:
+        return FAULTS

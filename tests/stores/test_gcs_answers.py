@@ -91,6 +91,7 @@ def test_any_other_request_may_fail_once(gcs: GCSServer, opened: Opened, do: str
 def test_a_put_whose_answer_was_lost_is_refused_as_if_another_had_won(gcs: GCSServer, opened: Opened) -> None:
     """The commit then reads back whose it is."""
     store = opened()
+    assert store.capabilities.conditional_create  # probed now, so that the put below is the next one
     gcs.spoil({"method": "POST", "path": "uploadType=multipart", "do": "reset after"})
     with pytest.raises(PreconditionFailedError):
         store.put("name", b"data", Create())
@@ -99,6 +100,8 @@ def test_a_put_whose_answer_was_lost_is_refused_as_if_another_had_won(gcs: GCSSe
 
 def test_a_commit_whose_answer_was_lost_is_a_commit(gcs: GCSServer) -> None:
     uri = f"gs://{gcs.new_bucket()}/run"
+    with GCSStore(Target.parse(uri, endpoint_url=gcs.endpoint)) as store:
+        assert store.capabilities.conditional_create  # probed now, so that the commit is the second put
     gcs.spoil({"method": "POST", "path": "uploadType=multipart", "do": "reset after", "skip": 1})
     state = {"t": torch.arange(1000)}
     writer = cloudckpt.StorageWriter(uri, endpoint_url=gcs.endpoint)

@@ -8,6 +8,7 @@ from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
+from support import fake_gcs
 from support.places import Place
 from support.ranks import RankPools
 
@@ -51,7 +52,12 @@ def test_nothing_is_visible_before_a_third_process_ends_them_and_all_is_after(
     assert [place.read(f"object-{rank}") == content(rank) for rank in range(2)] == [True, True]
 
 
-def test_a_third_process_can_give_them_up_and_none_is_left(rank_pool: RankPools, place: Place) -> None:
+def test_a_third_process_can_give_them_up_and_none_is_left(
+    request: pytest.FixtureRequest, rank_pool: RankPools, place: Place
+) -> None:
+    if place.name == fake_gcs.NAME:
+        reason = fake_gcs.FAULTS["test_what_was_aborted_can_not_be_completed"]
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     handed_over = rank_pool(2)(send, place)
     with opened(place) as store:
         for upload, _ in handed_over:

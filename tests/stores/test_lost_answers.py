@@ -142,6 +142,7 @@ class GCSLine:
             f"gs://{bucket}/{uuid.uuid4().hex}", endpoint_url=server.endpoint, retries=retries
         )
         self.store = open_store(target)
+        assert self.store.capabilities.conditional_update  # asked now, for its puts are not to be spoilt
         self._faults: list[dict[str, Any]] = []
 
     def _spoil(self, method: str, do: str, times: int) -> None:

@@ -68,7 +68,7 @@ def test_what_is_denied_is_asked_for_once(
     with pytest.raises(AccessDeniedError) as caught:
         OPERATIONS[operation](store)
     assert caught.value.hint
-    assert len(proxy.seen(operation)) == 1
+    assert len(proxy.seen(operation)) == _asked(operation, 403)
 
 
 @every_operation
@@ -90,8 +90,13 @@ def test_a_final_answer_is_asked_for_once(
 
 
 def _asked(operation: str, status: int) -> int:
-    """Return how often; botocore takes this answer to a HEAD for one from another region, and looks there."""
-    return 2 if (operation, status) == ("HeadObject", 400) else 1
+    """Return how many requests an answer with this status takes.
+
+    botocore takes a 400 to a HEAD for one from another region, and looks there. A denied read is repeated
+    once if the object is listed then, because it may have been put in between.
+    """
+    again = {("HeadObject", 400), ("HeadObject", 403), ("GetObject", 403)}
+    return 2 if (operation, status) in again else 1
 
 
 @every_operation

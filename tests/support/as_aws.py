@@ -6,7 +6,7 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import boto3
 
-from support.proxy import AddHeaders, Answer, Proxy, Request, Rule, Spoiling
+from support.iam import Ask, Statement, allows, asked
+from support.proxy import AddHeaders, Answer, DenyMissing, Proxy, Request, Rule, Spoiling
 from support.servers import S3Server
 
 _TOLERATED = 900.0
@@ -53,32 +54,51 @@ def elsewhere(region: str) -> Rule:
     return lambda _: Answer(301, "PermanentRedirect", {"x-amz-bucket-region": region})
 
 
+def hides_missing(policy: Sequence[Statement]) -> Rule:
+    """Answer 403 for objects that are not there, if the policy grants no s3:ListBucket to such a request.
+
+    S3 judges the request's own context, in which a GetObject has no s3:prefix, so a grant under a condition
+    on it does not count.
+    """
+
+    def decide(request: Request) -> Spoiling:
+        if request.operation not in ("GetObject", "HeadObject"):
+            return None
+        bucket = next(asked(request)).resource.partition("/")[0]
+        return None if allows(policy, Ask("s3:ListBucket", bucket)) else DenyMissing()
+
+    return decide
+
+
 @dataclass(frozen=True, slots=True)
 class Policed:
-    """A moto server of one's own whose IAM can be had to enforce the policy of a user."""
+    """A moto server of one's own whose IAM enforces the policy of a user, and answers as S3 does."""
 
     root: S3Server
     """The server with credentials that nothing is denied while the law rests."""
     user: S3Server
-    """The server with the user's."""
+    """The server with the user's, behind the proxy."""
     iam: Any
+    proxy: Proxy
 
     @contextmanager
-    def under(self, *statements: Mapping[str, Any]) -> Iterator[S3Server]:
+    def under(self, *statements: Statement) -> Iterator[S3Server]:
         """Allow the user what the statements of a policy say, for the block."""
         document = json.dumps({"Version": "2012-10-17", "Statement": statements})
         self.iam.put_user_policy(UserName="job", PolicyName="job", PolicyDocument=document)
         self._lawless_requests("0")
+        self.proxy.rule(hides_missing(statements))
         try:
             yield self.user
         finally:
+            self.proxy.rule(None)
             self._lawless_requests("inf")
 
     @contextmanager
     def denying(self, *actions: str) -> Iterator[S3Server]:
         """Deny the user some actions and allow all others, for the block."""
-        denied = [{"Effect": "Deny", "Action": action, "Resource": "*"} for action in actions]
-        with self.under({"Effect": "Allow", "Action": "s3:*", "Resource": "*"}, *denied) as user:
+        denied = [{"Effect": "Deny", "Action": [action], "Resource": ["*"]} for action in actions]
+        with self.under({"Effect": "Allow", "Action": ["s3:*"], "Resource": ["*"]}, *denied) as user:
             yield user
 
     def _lawless_requests(self, count: str) -> None:
@@ -89,8 +109,8 @@ class Policed:
             assert connection.getresponse().status == 200
 
 
-def policed(server: S3Server) -> Policed:
-    """Make a user on a moto server that nobody else uses."""
+def policed(server: S3Server, proxy: Proxy) -> Policed:
+    """Make a user on a moto server that nobody else uses, who reaches it through the proxy."""
     iam: Any = boto3.session.Session().client(
         "iam",
         endpoint_url=server.endpoint,
@@ -100,5 +120,5 @@ def policed(server: S3Server) -> Policed:
     )
     iam.create_user(UserName="job")
     made = iam.create_access_key(UserName="job")["AccessKey"]
-    user = replace(server, key=made["AccessKeyId"], secret=made["SecretAccessKey"])
-    return Policed(server, user, iam)
+    user = replace(server, endpoint=proxy.endpoint, key=made["AccessKeyId"], secret=made["SecretAccessKey"])
+    return Policed(server, user, iam, proxy)

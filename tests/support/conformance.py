@@ -515,8 +515,10 @@ class StoreConformance(ABC):
     def test_a_part_for_an_upload_that_was_aborted_is_refused(self, store: ObjectStore) -> None:
         upload = store.begin_upload("name")
         store.abort_upload(upload)
+        # A store may keep a part that is smaller than it takes until the upload is completed.
+        data = _bytes(_part_size(store))
         with pytest.raises(StorageError) as caught:
-            store.upload_part(upload, 1, 0, [memoryview(b"data")])
+            store.upload_part(upload, 1, 0, [memoryview(data)])
         _assert_located(caught.value, store, "name")
         self._assert_nothing_visible(store, "name")
 

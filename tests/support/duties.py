@@ -10,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt import Checkpointer
+from cloudckpt import Checkpointer, CheckpointNotFoundError
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
@@ -60,6 +60,8 @@ def train(place: Place, proxy: Proxy) -> None:
         loaded = state(0)
         assert checkpointer.load(loaded) == 2
         assert loaded["t"][0] == 2
+        with pytest.raises(CheckpointNotFoundError):
+            checkpointer.load(loaded, step=99)
         checkpointer.pin(2)
         checkpointer.unpin(2)
     assert run("cp", at(place, 2).uri, place.child("copied").uri, place=place).status == 0
@@ -90,6 +92,8 @@ def read(place: Place) -> None:
     assert run("diff", at(place, 1).uri, at(place, 2).uri, place=place).status == 1
     with pytest.raises(CheckpointException, match="CheckpointNotFoundError"):
         dcp.load(loaded, storage_reader=place.child("nowhere").reader())
+    for command in ("show", "verify"):
+        assert run(command, place.child("nowhere").uri, place=place).status != 0, command
 
 
 def tidy(place: Place, *, lists_uploads: bool = True) -> None:
@@ -98,6 +102,7 @@ def tidy(place: Place, *, lists_uploads: bool = True) -> None:
         place.uri, older_than=roles.EVEN_NEWER, silent_for=roles.EVEN_NEWER, **place.options
     )
     assert found.objects and found.traces and bool(found.uploads) is lists_uploads
+    assert run("ls", place.uri, place=place).status == 0
     assert run("gc", place.uri, "--yes", place=place).status == 0
     assert run("prune", place.uri, "--keep-last", "2", "--yes", place=place).status == 0
     assert run("rm", place.uri, "--step", str(STEPS[-1]), "--yes", place=place).status == 0

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs
 from support.gcs_faults import Fault
 from support.gcs_objects import Conditions, Content, Json, Refusal, Stored, invalid, written_fields
 from support.gcs_permissions import Permissions
+from support.gcs_quirks import Quirks
 from support.gcs_state import Cloud, Session
 from support.gcs_wire import (
     Answer,
@@ -55,9 +56,10 @@ class Door:
     Faults that are told take the place of those before.
     """
 
-    def __init__(self, cloud: Cloud, permissions: Permissions) -> None:
+    def __init__(self, cloud: Cloud, permissions: Permissions, quirks: Quirks) -> None:
         self._cloud = cloud
         self._permissions = permissions
+        self._quirks = quirks
         self._lock = threading.Lock()
         self._log: list[Sequence[str]] = []
         self._faults: Sequence[Fault] = ()
@@ -94,6 +96,9 @@ class Door:
                 with self._lock:
                     self._log = []
                 return in_json({})
+            case "POST", "quirks":
+                self._quirks.set(request.json())
+                return in_json({})
             case "POST", "denials":
                 self._permissions.deny(request.json())
                 return in_json({})
@@ -114,9 +119,10 @@ class Door:
 class Api:
     """The requests of the JSON API, and what they do."""
 
-    def __init__(self, cloud: Cloud, permissions: Permissions, tokens: Path | None) -> None:
+    def __init__(self, cloud: Cloud, permissions: Permissions, quirks: Quirks, tokens: Path | None) -> None:
         self._cloud = cloud
         self._permissions = permissions
+        self._quirks = quirks
         self._tokens = tokens
 
     def answer(self, request: Request) -> Answer:
@@ -126,7 +132,8 @@ class Api:
                 if request.query.get(name, "false") != "false":
                     raise Refusal(501, "notImplemented", f"{name} is not served here")
             self._permissions.check(request)
-            return self._route(request)
+            self._quirks.check(request)
+            return self._quirks.changed(self._route(request))
         except Refusal as refusal:
             return refused(refusal, {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None)
 
@@ -202,7 +209,12 @@ class Api:
                 raise _not_found()
 
     def _read(self, request: Request, bucket: str, name: str) -> Answer:
-        stored = self._cloud.get(bucket, name, Conditions.parse(request.query))
+        try:
+            stored = self._cloud.get(bucket, name, Conditions.parse(request.query))
+        except Refusal as refusal:
+            if refusal.status == 404:
+                self._permissions.reveal_missing(bucket)
+            raise
         if request.query.get("alt", "json") == "media":
             return media(stored, request.headers.get("Range"))
         if request.segments[0] == "download":
@@ -317,9 +329,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], cloud: Cloud, tokens: Path | None) -> None:
         super().__init__(address, _Handler)
-        permissions = Permissions()
-        self.api = Api(cloud, permissions, tokens)
-        self.door = Door(cloud, permissions)
+        permissions, quirks = Permissions(), Quirks()
+        self.api = Api(cloud, permissions, quirks, tokens)
+        self.door = Door(cloud, permissions, quirks)
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception()

@@ -9,6 +9,7 @@ It takes the part of the language that policies and lifecycle rules are written 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ _FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "coalesce": lambda *values: next(value for value in values if value not in (None, "")),
     "join": lambda separator, parts: separator.join(parts),
     "replace": lambda text, old, new: text.replace(old, new),
+    "sha256": lambda text: hashlib.sha256(text.encode()).hexdigest(),
+    "substr": lambda text, offset, length: text[offset : offset + length],
+    "trim": lambda text, characters: text.strip(characters),
 }
 
 

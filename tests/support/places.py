@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
-from support import live
+from support import fake_gcs, live
 from support.gcs import GCSServer, shared_gcs_server
 from support.live import Live, LiveStore
 from support.outsiders import InFolder, OnGCS, OnS3, Outsider
@@ -20,11 +20,14 @@ from support.servers import S3Server
 
 FOLDER = "folder"
 GCS = "gcs"
+FAKE_GCS = fake_gcs.NAME
 LIVE = "live"
 PLACES = (LIVE,) if live.uri() else (FOLDER, "moto", "ministack", "rclone", GCS)
-"""Every kind of place there is to try."""
+"""Every kind of place that is always tried."""
 USUAL = (LIVE,) if live.uri() else (FOLDER, "moto", GCS)
 """One of each kind of store; where a user has named a place, nothing but that."""
+SOAKED = () if live.uri() else (FAKE_GCS,)
+"""Kinds of place that `make soak` alone tries beside the others."""
 S3_PART_SIZE = 5 << 20
 """Bytes; the least that S3 allows, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
@@ -58,7 +61,7 @@ class Place:
     @classmethod
     def on_gcs(cls, server: GCSServer, bucket: str) -> Self:
         options = {"endpoint_url": server.endpoint, "part_size": FOLDER_PART_SIZE}
-        return cls(GCS, f"gs://{bucket}", server, options)
+        return cls(server.name, f"gs://{bucket}", server, options)
 
     @classmethod
     def named_by_the_user(cls) -> Self:
@@ -69,6 +72,10 @@ class Place:
             return replace(cls.in_folder(Path(uri.removeprefix("file://"))), name=LIVE)
         part_size = S3_PART_SIZE if store.is_s3 else FOLDER_PART_SIZE
         return cls(LIVE, uri.rstrip("/"), store, {**dict(store.options), "part_size": part_size})
+
+    @property
+    def is_gcs(self) -> bool:
+        return self.uri.startswith("gs://")
 
     def child(self, name: str) -> Self:
         """The same place, one level down."""
@@ -158,8 +165,8 @@ def new_place(name: str, folder: Path, server_named: Callable[[str], S3Server]) 
         return Place.in_folder(folder / unique)
     if name == LIVE:
         return Place.named_by_the_user().child(unique)
-    if name == GCS:
-        gcs = shared_gcs_server()
+    if name in (GCS, FAKE_GCS):
+        gcs = shared_gcs_server() if name == GCS else fake_gcs.shared_fake_gcs_server()
         return Place.on_gcs(gcs, gcs.new_bucket()).child(unique)
     server = server_named(name)
     return Place.on_server(server, server.new_bucket()).child(unique)

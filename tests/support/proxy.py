@@ -109,6 +109,18 @@ class Delay:
 
 
 @dataclass(frozen=True, slots=True)
+class DenyMissing:
+    """Let the server act, and answer 403 in place of its 404, as S3 does to a caller that may not list."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendAs:
+    """Let the server act on another path and query, under its own name as the host."""
+
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
 class FlipBit:
     """Change one bit of the request's body on its way."""
 
@@ -125,6 +137,8 @@ Spoiling = (
     | StallAnswer
     | Stall
     | Delay
+    | DenyMissing
+    | SendAs
     | FlipBit
     | None
 )
@@ -326,11 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self, request: Request, spoiling: Spoiling) -> None:
         """Let the server act, and do to its answer what was asked."""
-        if isinstance(spoiling, FlipBit):
-            body = bytearray(request.body)
-            body[len(body) // 2] ^= 1
-            request = Request(request.method, request.target, request.headers, bytes(body))
-        status, headers, answer = self._ask(request)
+        status, headers, answer = self._ask(_changed(request, spoiling))
         match spoiling:
             case LoseAnswer():
                 self.close_connection = True
@@ -338,14 +348,12 @@ class _Handler(BaseHTTPRequestHandler):
                 if answer and self.command != "HEAD":
                     self._send(status, headers, answer, after=len(answer) // 2)
                 self.close_connection = True
+            case DenyMissing() if status == HTTPStatus.NOT_FOUND:
+                self._send(HTTPStatus.FORBIDDEN, {}, _document(Answer(403, "AccessDenied")))
             case EditAnswer(old, new):
                 self._send(status, headers, answer.replace(old, new))
-            case AddHeaders(more):
-                kept = {name: value for name, value in headers.items() if name.lower() not in more}
-                self._send(status, {**kept, **more}, answer)
-            case DropHeaders(names):
-                kept = {name: value for name, value in headers.items() if name.lower() not in names}
-                self._send(status, kept, answer)
+            case AddHeaders() | DropHeaders():
+                self._send(status, _other_headers(headers, spoiling), answer)
             case CutAnswer(after) | StallAnswer(after):
                 self._send(status, headers, answer, after=after)
                 if isinstance(spoiling, StallAnswer):
@@ -394,6 +402,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
         """Stay silent."""
+
+
+def _changed(request: Request, spoiling: Spoiling) -> Request:
+    """Return what the server is sent in the place of a request."""
+    if isinstance(spoiling, FlipBit):
+        body = bytearray(request.body)
+        body[len(body) // 2] ^= 1
+        return Request(request.method, request.target, request.headers, bytes(body))
+    if isinstance(spoiling, SendAs):
+        headers = {name: value for name, value in request.headers.items() if name != "host"}
+        return Request(request.method, spoiling.target, headers, request.body)
+    return request
+
+
+def _other_headers(headers: Mapping[str, str], change: AddHeaders | DropHeaders) -> dict[str, str]:
+    """Return the headers of an answer with some added or left out."""
+    more = change.headers if isinstance(change, AddHeaders) else {}
+    left_out = more if isinstance(change, AddHeaders) else change.names
+    return {**{name: value for name, value in headers.items() if name.lower() not in left_out}, **more}
 
 
 def _document(answer: Answer) -> bytes:

@@ -12,6 +12,9 @@ import pytest
 from botocore.exceptions import ClientError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target
 from support import duties, findings
 from support.as_aws import Policed, policed
 from support.commands import save
@@ -57,14 +60,14 @@ class Bucket:
         return Place.on_server(self.law.root, BUCKET).child(self.key)
 
     def place(self, user: S3Server) -> Place:
-        return Place.on_server(user, BUCKET).child(self.key).behind(self.proxy.endpoint)
+        return Place.on_server(user, BUCKET).child(self.key)
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Bucket]:
     with moto_server() as server, proxied(server.endpoint) as proxy:
         server.client().create_bucket(Bucket=BUCKET)
-        yield Bucket(policed(server), proxy, "")
+        yield Bucket(policed(server, proxy), proxy, "")
 
 
 @pytest.fixture
@@ -81,11 +84,12 @@ DUTIES: Mapping[str, Callable[[Place, Proxy], None]] = {
 }
 
 
+@pytest.mark.parametrize("prefix", ["runs", ""], ids=["prefix", "whole bucket"])
 @pytest.mark.parametrize("role", ROLES)
-def test_a_role_may_do_what_it_has_to_and_nothing_to_spare(bucket: Bucket, role: str) -> None:
+def test_a_role_may_do_what_it_has_to_and_nothing_to_spare(bucket: Bucket, role: str, prefix: str) -> None:
+    allowed = policy(role, prefix=prefix)
     if role != "trainer":
         duties.prepare(bucket.owned)
-    allowed = policy(role)
     with bucket.law.under(*as_moto_asks(allowed)) as user:
         DUTIES[role](bucket.place(user), bucket.proxy)
     requests = {name: bucket.proxy.seen(name) for name in ACTIONS}
@@ -144,9 +148,12 @@ def test_a_role_ends_at_its_prefix(role: str) -> None:
     allowed = policy(role)
     for action in granted(allowed) - {"s3:ListBucket", "s3:ListBucketMultipartUploads"}:
         assert allows(allowed, Ask(action, f"{ARN}/runs/x"))
-        for elsewhere in (f"{ARN}/runs", f"{ARN}/runs2/x", f"{ARN}/x", "arn:aws:s3:::other/runs/x"):
-            assert not allows(allowed, Ask(action, elsewhere)), (action, elsewhere)
-    for prefix, may in {"runs/": True, "runs/run/": True, "": False, "runs": False, "runs2/": False}.items():
+        for resource in (f"{ARN}/runs", f"{ARN}/runs2/x", f"{ARN}/x", "arn:aws:s3:::other/runs/x"):
+            assert not allows(allowed, Ask(action, resource)), (action, resource)
+    # A run lists what is below it, and a missing object by its very name: S3 answers 403 for it.
+    below = ("runs/", "runs/run/", "runs/run/step-1/", "runs/run/step-1/.metadata", "runs/.metadata")
+    elsewhere = ("", "runs", "runs2/", "runs2/.metadata", ".metadata", "other/runs/")
+    for prefix, may in {**dict.fromkeys(below, True), **dict.fromkeys(elsewhere, False)}.items():
         assert allows(allowed, Ask("s3:ListBucket", ARN, {"s3:prefix": prefix})) is may, prefix
     assert not allows(allowed, Ask("s3:ListBucket", ARN))
 
@@ -179,13 +186,55 @@ def test_the_server_refuses_what_the_policy_does_not_allow(bucket: Bucket, role:
     assert bucket.owned.visible() == {"x"}
 
 
-def test_doctor_finds_that_a_trainer_may_do_all_that_a_save_takes(bucket: Bucket) -> None:
-    with bucket.law.under(*as_moto_asks(policy("trainer"))) as user:
+@pytest.mark.parametrize("prefix", ["runs", ""], ids=["prefix", "whole bucket"])
+def test_doctor_finds_that_a_trainer_may_do_all_that_a_save_takes(bucket: Bucket, prefix: str) -> None:
+    with bucket.law.under(*as_moto_asks(policy("trainer", prefix=prefix))) as user:
         status, found = findings.doctor(bucket.place(user))
     assert status == 0
     assert findings.failed(found) == []
     # How the bucket is set up is none of a trainer's business.
     assert {found[check]["state"] for check in ("lifecycle", "versions")} == {"unknown"}
+
+
+@pytest.mark.parametrize("role", ["reader", "janitor"])
+def test_doctor_names_the_permission_that_a_role_does_not_have(bucket: Bucket, role: str) -> None:
+    with bucket.law.under(*as_moto_asks(policy(role))) as user:
+        status, found = findings.doctor(bucket.place(user))
+    assert status == 1
+    needed = f"s3:PutObject on {ARN}/{bucket.key}/*"
+    assert found["put"]["state"] == found["multipart"]["state"] == "failed"
+    assert found["put"]["advice"] == f"Grant {needed}"
+    assert "AccessDenied" in found["put"]["what"] and "GetObject" not in found["put"]["what"]
+    assert found["list"]["state"] == "ok"
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_read_that_is_really_denied_is_told_as_a_denial(bucket: Bucket, role: str) -> None:
+    bucket.owned.write(".metadata", b"data")
+    allowed = [one for one in policy(role) if "s3:GetObject" not in one["Action"]]
+    with bucket.law.under(*as_moto_asks(allowed)) as user:
+        place = bucket.place(user)
+        with (
+            open_store(Target.parse(place.uri, **place.options)) as store,
+            pytest.raises(AccessDeniedError) as caught,
+        ):
+            store.get(".metadata")
+    assert caught.value.hint is not None and "s3:GetObject here" in caught.value.hint
+
+
+@pytest.mark.parametrize("prefix", ["runs", ""], ids=["prefix", "whole bucket"])
+@pytest.mark.parametrize("role", ROLES)
+def test_a_missing_object_answers_403_and_is_found_to_be_missing(
+    bucket: Bucket, role: str, prefix: str
+) -> None:
+    # Also without a prefix the grant to list has a condition: StringLike s3:prefix "*".
+    with bucket.law.under(*as_moto_asks(policy(role, prefix=prefix))) as user:
+        refused(user.client().get_object, Key=f"{bucket.key}/missing")
+        place = bucket.place(user)
+        with open_store(Target.parse(place.uri, **place.options)) as store:
+            assert not store.holds("missing")
+            with pytest.raises(ObjectNotFoundError):
+                store.get("missing")
 
 
 def applied(lifecycle: Mapping[str, Any]) -> list[dict[str, Any]]:

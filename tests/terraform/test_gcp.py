@@ -129,6 +129,52 @@ def test_an_account_gets_its_role_on_the_bucket_below_the_prefix(role: str) -> N
     assert whole["condition"] == []
 
 
+def rendered(kind: str, **variables: Any) -> dict[str, dict[str, Any]]:
+    """A resource of each role, by the name of the role."""
+    return {
+        role: module(**variables).block("resource", kind, "this", each={"key": role, "value": ()})
+        for role in ROLES
+    }
+
+
+LONGEST: Final = {"project": "a" * 30, "bucket": "a" * 63, "prefix": "p" * 512}
+BUCKETS: Final = (
+    "abc",
+    "a" * 63,
+    "checkpoints",
+    "checkpoints-2",
+    "check_points",
+    "check-points",
+    "1-a_",
+    "a--------b",
+)
+
+
+@pytest.mark.parametrize("name", [None, "b" * 22])
+def test_names_and_descriptions_are_no_longer_than_google_allows(name: str | None) -> None:
+    for account in rendered("google_service_account", name=name, **LONGEST).values():
+        assert re.fullmatch(r"[a-z][a-z0-9-]{4,28}[a-z0-9]", account["account_id"])
+        assert len(account["display_name"]) <= 100
+        assert len(account["description"]) <= 256
+    for role in rendered("google_project_iam_custom_role", name=name, **LONGEST).values():
+        assert re.fullmatch(r"[A-Za-z0-9_.]{3,64}", role["role_id"])
+    for member in rendered("google_storage_bucket_iam_member", name=name, **LONGEST).values():
+        (condition,) = member["condition"]
+        assert len(condition["description"]) <= 256
+
+
+def test_buckets_of_one_project_have_roles_and_accounts_of_their_own() -> None:
+    for kind, identifier in (
+        ("google_project_iam_custom_role", "role_id"),
+        ("google_service_account", "account_id"),
+    ):
+        given = [one[identifier] for bucket in BUCKETS for one in rendered(kind, bucket=bucket).values()]
+        assert len(set(given)) == len(BUCKETS) * len(ROLES)
+        assert all(re.fullmatch(r"[a-z][a-z0-9_-]{4,28}[a-z0-9]", one) for one in given), given
+        named = rendered(kind, name="a-team", bucket="other")["reader"][identifier]
+        assert named.replace("_", "-") == "a-team-reader"
+
+
 def rules(**variables: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     bucket = module(**variables).block("resource", "google_storage_bucket", "this")
     return [(rule["action"][0], rule["condition"][0]) for rule in bucket["lifecycle_rule"]]

@@ -8,6 +8,7 @@ variable "region" {
 variable "name" {
   description = "Whose bucket it is: a person's or a branch's name."
   type        = string
+  nullable    = false
 
   validation {
     condition     = can(regex("^[a-z0-9][a-z0-9-]{0,28}[a-z0-9]$", var.name))

@@ -1,6 +1,7 @@
 variable "project" {
   description = "Project of the bucket."
   type        = string
+  nullable    = false
 }
 
 variable "location" {
@@ -13,6 +14,7 @@ variable "location" {
 variable "name" {
   description = "Whose bucket it is: a person's or a branch's name."
   type        = string
+  nullable    = false
 
   validation {
     condition     = can(regex("^[a-z0-9][a-z0-9-]{0,14}[a-z0-9]$", var.name))

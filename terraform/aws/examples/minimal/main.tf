@@ -27,6 +27,11 @@ output "uri" {
   value       = module.checkpoints.uri
 }
 
+output "environment" {
+  description = "Environment variables to set on the instances."
+  value       = module.checkpoints.environment
+}
+
 output "instance_profiles" {
   description = "The profile to start instances with."
   value       = module.checkpoints.instance_profiles

@@ -6,7 +6,7 @@ terraform {
   required_providers {
     google = {
       source  = "hashicorp/google"
-      version = "~> 7.0"
+      version = ">= 7.0, < 9.0"
     }
   }
 }
@@ -22,6 +22,11 @@ module "checkpoints" {
 output "uri" {
   description = "Where runs go."
   value       = module.checkpoints.uri
+}
+
+output "environment" {
+  description = "Environment variables to set on the machines."
+  value       = module.checkpoints.environment
 }
 
 output "service_accounts" {

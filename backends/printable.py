@@ -1,0 +1,26 @@
+"""Names as they may be printed: object names, keys and server messages come from whoever wrote them.
+
+A newline in a name would begin a line of its own in a log, an ANSI escape would steer a terminal, and a
+bidirectional override would show a name in another order. All of these are spelt out.
+"""
+
+from __future__ import annotations
+
+
+def one_line(text: object) -> str:
+    """Return the text with every character that is not printable escaped, newlines included.
+
+    Args:
+        text: a name, an error or whatever else ``str`` makes text of.
+    """
+    plain = str(text)
+    return plain if plain.isprintable() else "".join(map(_escaped, plain))
+
+
+def lines(text: str) -> str:
+    """Return the text with every character escaped that is neither printable nor a newline."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

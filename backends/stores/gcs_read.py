@@ -1,0 +1,112 @@
+"""The requests of GCS's JSON API that read objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import urllib3
+
+from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
+from cloudckpt.backends.stores.gcs_answers import (
+    FIELDS,
+    content_length,
+    document,
+    downloaded_info,
+    lacking,
+    object_info,
+    whole_size,
+)
+from cloudckpt.backends.stores.gcs_client import Client
+from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.response_body import fill
+
+_READS: Final = 5
+"""Downloads of an object that changes while its generation is looked up."""
+
+
+def stat(requests: Requests, name: str) -> ObjectInfo:
+    """Return the size and generation of an object."""
+
+    def ask(client: Client) -> ObjectInfo:
+        answer = client.request("get", "GET", requests.path(client, name), parameters={"fields": FIELDS})
+        return object_info(document(answer, client.endpoint), requests.prefix, client.endpoint)
+
+    return requests.read(ask, name)
+
+
+def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
+    """Return the bytes of an object and its generation."""
+
+    def read(client: Client) -> tuple[bytes, ObjectInfo]:
+        answer = _download(requests, client, name, {})
+        data = memoryview(bytearray(content_length(answer, client.endpoint)))
+        fill(answer, [data], None)
+        answer.release_conn()
+        return bytes(data), downloaded_info(name, data.nbytes, answer.headers)
+
+    for _ in range(_READS):
+        data, info = requests.read(read, name)
+        if info.version is not None:
+            return data, info
+        # gcp-storage-emulator sends no generation with the bytes: it is looked up, and compared by CRC32C.
+        info = stat(requests, name)
+        if info.size == len(data) and info.checksum in (None, CRC32C.text(CRC32C.of(data))):
+            return data, info
+    raise lacking("a generation", requests.client.endpoint).located(uri=requests.target.uri, object_name=name)
+
+
+def read_into(
+    requests: Requests, name: str, offset: int, buffers: Sequence[memoryview], arrived: Arrived | None
+) -> int | None:
+    """Fill the buffers from an object's bytes at ``offset``, and return the object's size."""
+    size = sum(buffer.nbytes for buffer in buffers)
+
+    def read(client: Client) -> int | None:
+        answer = _download(requests, client, name, {"Range": f"bytes={offset}-{offset + size - 1}"})
+        if arrived is not None:
+            arrived(0)
+        try:
+            whole = whole_size(answer, offset, size, client.endpoint)
+            fill(answer, buffers, arrived)
+        except BaseException:
+            answer.close()  # what is left of it would be taken for the next answer
+            raise
+        return whole
+
+    return requests.read(read, name) if size else None
+
+
+def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
+    """Return the objects and common prefixes below a prefix of names."""
+    objects: list[ObjectInfo] = []
+    prefixes: set[str] = set()
+    parameters = {
+        "prefix": requests.prefix + prefix,
+        "fields": f"items({FIELDS}),prefixes,nextPageToken",
+        **({"delimiter": "/"} if delimiter else {}),
+    }
+
+    def ask(client: Client) -> tuple[dict[str, Any], list[ObjectInfo]]:
+        answer = client.request("list", "GET", client.objects(requests.bucket), parameters=parameters)
+        page = document(answer, client.endpoint)
+        # A key that ends in a slash is the folder that a web console shows, not an object of ours.
+        items = [item for item in page.get("items", ()) if not str(item.get("name", "")).endswith("/")]
+        return page, [object_info(item, requests.prefix, client.endpoint) for item in items]
+
+    while True:
+        page, found = requests.ask(ask)
+        objects += found
+        prefixes.update(one.removeprefix(requests.prefix) for one in page.get("prefixes", ()))
+        if not (token := page.get("nextPageToken")):
+            break
+        parameters["pageToken"] = token
+    return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
+
+
+def _download(
+    requests: Requests, client: Client, name: str, headers: dict[str, str]
+) -> urllib3.BaseHTTPResponse:
+    where = f"/download{requests.path(client, name)}"
+    return client.request("get", "GET", where, parameters={"alt": "media"}, headers=headers)
