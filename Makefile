@@ -71,7 +71,8 @@ bench: $(READY)  ## what saving costs training, what checksums cost, storage bes
 	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
 	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)
 
-# ONLY="conformance races" takes a choice, BENCH="--gib 2" moves more, YES=1 doesn't ask.
+# ONLY="conformance races" takes a choice, BENCH="--gib 2" moves more, YES=1 does not ask.
+# ONLY=crashes kills saves at each of their requests, which takes a quarter of an hour.
 .PHONY: live
 live: $(READY)  ## conformance, interoperation, faults and a benchmark on a place of yours: URI=s3://bucket/prefix
 	@test -n '$(URI)' || { echo 'live needs a place: make live URI=s3://bucket/prefix, gs://bucket/prefix or file:///folder' >&2; exit 2; }

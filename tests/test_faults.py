@@ -27,6 +27,7 @@ from support.faults import Fault, FaultyPlanner, InjectedFault, Kind, PlannerFau
 from support.places import SOAKED, USUAL, Place, new_place
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
+from support.shortcomings import why_a_rival_is_not_noticed_at
 
 RANKS = 2
 OPERATIONS = ("get", "stat", "list", "begin_upload", "upload_part")
@@ -294,8 +295,10 @@ def test_a_put_of_the_marker_that_fails_leaves_nothing(pool: RankPool, place: Pl
 
 @pytest.mark.parametrize("kind", [Kind.REFUSED, Kind.RIVAL])
 def test_a_refused_put_of_the_metadata_leaves_nothing_of_ours(
-    pool: RankPool, place: Place, kind: Kind
+    request: pytest.FixtureRequest, pool: RankPool, place: Place, kind: Kind
 ) -> None:
+    if kind is Kind.RIVAL and (reason := why_a_rival_is_not_noticed_at(place)):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     reports = pool(save_with_fault, place, Fault("put", 0, COMMIT, kind))
     for report in reports:
         assert isinstance(report.error, CheckpointException)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,11 @@ from live.suites import SUITES, asked_by_benchmark
 from support.gcs import GCSServer
 from support.outsiders import OnGCS, OnS3
 from support.proxy import Proxy, proxied
-from support.servers import S3Server
+from support.servers import MORE_SERVERS, SERVERS, S3Server
 
 ROOT = Path(__file__).resolve().parents[1]
 READING = {"GetObject", "HeadObject"}
+USUAL = [suite.name for suite in SUITES if not suite.long]
 FREE = {"DeleteObject", "DeleteObjects", "AbortMultipartUpload"}
 
 
@@ -76,7 +77,7 @@ def test_memory_is_refused() -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 def test_everything_on_an_s3_server_asks_what_it_says(moto: S3Server, counting: Proxy) -> None:
     bucket = moto.new_bucket()
     where = f"s3://{bucket}/mine?endpoint_url={counting.endpoint}&region=us-east-1"
@@ -98,10 +99,21 @@ def test_everything_on_an_s3_server_asks_what_it_says(moto: S3Server, counting: 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", sorted({*SERVERS, *MORE_SERVERS} - {"moto"}))
+def test_everything_on_each_other_s3_server(s3_server_named: Callable[[str], S3Server], name: str) -> None:
+    server = s3_server_named(name)
+    bucket = server.new_bucket()
+    ran = make_live(f"s3://{bucket}/mine", "--bench", "--gib 0.2 --repeats 1", **server.environment)
+    assert_all_passed(ran, "doctor", *USUAL, "benchmark")
+    assert {name for name in OnS3(server, bucket, "").visible() if not name.endswith("/")} == set()
+
+
+@pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_everything_in_a_folder(tmp_path: Path) -> None:
     ran = make_live(str(tmp_path), "--bench", "--gib 0.2 --repeats 1")
-    assert_all_passed(ran, "doctor", *(suite.name for suite in SUITES), "benchmark")
+    assert_all_passed(ran, "doctor", *USUAL, "benchmark")
     assert "skipped" not in ran.stdout
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
@@ -112,5 +124,5 @@ def test_everything_on_a_gcs_server(gcs: GCSServer) -> None:
     bucket = gcs.new_bucket()
     where = f"gs://{bucket}/mine?endpoint_url={gcs.endpoint}&anon=true"
     ran = make_live(where, "--bench", "--gib 0.2 --repeats 1")
-    assert_all_passed(ran, "doctor", *(suite.name for suite in SUITES), "benchmark")
+    assert_all_passed(ran, "doctor", *USUAL, "benchmark")
     assert OnGCS(gcs, bucket, "").visible() == set()

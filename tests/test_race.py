@@ -12,6 +12,7 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError
 from support.places import Place
 from support.racers import Order, Racers, racers, state_of
+from support.shortcomings import why_a_rival_is_not_noticed_at
 
 FEW, MANY = 6, 16
 """Processes, each of which takes a second of a processor to start."""
@@ -29,6 +30,13 @@ def jobs() -> Iterator[Racers]:
 def many_jobs() -> Iterator[Racers]:
     with racers(MANY) as started:
         yield started
+
+
+@pytest.fixture
+def _expect_rivals(request: pytest.FixtureRequest, place: Place) -> None:
+    """Allow a race to be lost where the server of a user does not support conditions."""
+    if reason := why_a_rival_is_not_noticed_at(place):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
 
 
 def loaded(place: Place) -> int:
@@ -59,18 +67,21 @@ def race_to_create(jobs: Racers, count: int, run: Place, rounds: int) -> None:
         assert winners(jobs.race([order] * count)) == [loaded(place)]
 
 
+@pytest.mark.usefixtures("_expect_rivals")
 def test_of_many_jobs_that_create_a_checkpoint_at_once_one_wins(jobs: Racers, place: Place) -> None:
     race_to_create(jobs, FEW, place, SHORT)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("_expect_rivals")
 def test_of_many_jobs_that_create_a_checkpoint_at_once_one_wins_every_time(
     many_jobs: Racers, place: Place
 ) -> None:
     race_to_create(many_jobs, MANY, place, LONG)
 
 
+@pytest.mark.usefixtures("_expect_rivals")
 def test_of_two_jobs_that_overwrite_a_checkpoint_at_once_one_wins(jobs: Racers, place: Place) -> None:
     last = FEW - 1
     jobs.begin(last, Order(place))

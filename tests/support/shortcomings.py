@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from botocore.exceptions import ClientError
@@ -74,6 +75,17 @@ def _dates_uploads_wrongly(client: S3Client, bucket: str, key: str) -> bool:
     return any(abs(now - one.get("Initiated", now)) > timedelta(hours=1) for one in listed)
 
 
+def _does_not_support_conditions(client: S3Client, bucket: str, key: str) -> bool:
+    client.put_object(Bucket=bucket, Key=key, Body=b"")
+    try:
+        client.put_object(Bucket=bucket, Key=key, Body=b"", IfNoneMatch="*")
+    except ClientError as error:
+        return error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PRECONDITION_FAILED
+    finally:
+        client.delete_object(Bucket=bucket, Key=key)
+    return True
+
+
 def _refuses_deletions_of_botocore(client: S3Client, bucket: str, key: str) -> bool:
     client.put_object(Bucket=bucket, Key=key, Body=b"")
     try:
@@ -92,6 +104,7 @@ _RACES = (
     # A race cannot be probed: rclone, which has this one, is known by another fault.
     Probe(_READER, "empties an object, then writes it", _refuses_a_part_that_is_sent_again),
 )
+_RIVAL = Probe("rival", "does not support conditions on PUT", _does_not_support_conditions)
 _STOCK = Probe("stock", "s3fs sends DeleteObjects without Content-MD5", _refuses_deletions_of_botocore)
 
 
@@ -111,6 +124,11 @@ def why_stock_cannot_write_to(place: Place) -> str:
     Its writer renames an object, which s3fs does by a copy and DeleteObjects.
     """
     return _shown((_STOCK,), place).get(_STOCK.test, "")
+
+
+def why_a_rival_is_not_noticed_at(place: Place) -> str:
+    """Return why two jobs can commit one step at a place of the user; empty if they cannot."""
+    return _shown((_RIVAL,), place).get(_RIVAL.test, "")
 
 
 def _shown(probes: tuple[Probe, ...], place: Place) -> Mapping[str, str]:
