@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,13 @@ _FAKE = GCSCapabilities(PutSupport(create=True, update=True), copy_source=False,
 _NONE = GCSCapabilities(PutSupport(create=False, update=False), copy_source=False, upload_status=False)
 
 Opened = Callable[..., GCSStore]
+
+
+@pytest.fixture(autouse=True)
+def _as_google_again(gcs: GCSServer) -> Iterator[None]:
+    """Forget the faults and quirks of a test, also of one that failed."""
+    yield
+    gcs.reset()
 
 
 @pytest.fixture

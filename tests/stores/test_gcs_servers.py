@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +25,13 @@ from support.gcs import GCSServer
 _GRANULE = 256 << 10
 
 Opened = Callable[..., GCSStore]
+
+
+@pytest.fixture(autouse=True)
+def _as_google_again(gcs: GCSServer) -> Iterator[None]:
+    """Forget the faults and quirks of a test, also of one that failed."""
+    yield
+    gcs.reset()
 
 
 # Batches

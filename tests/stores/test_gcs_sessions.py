@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,13 @@ from support.proxy import LoseAnswer, Request, Spoiling, proxied
 _GRANULE = 256 << 10
 
 Opened = Callable[..., GCSStore]
+
+
+@pytest.fixture(autouse=True)
+def _as_google_again(gcs: GCSServer) -> Iterator[None]:
+    """Forget the faults and quirks of a test, also of one that failed."""
+    yield
+    gcs.reset()
 
 
 def _sent(store: GCSStore, sizes: list[int]) -> tuple[Upload, list[Any]]:
