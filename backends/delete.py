@@ -8,10 +8,10 @@ from typing import Any
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointNotFoundError
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.uri_hints import advice
 
 
 def delete_checkpoint(

@@ -21,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
 
 _log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class _Kept:
             "the marker %s of a save at %s was last renewed %.0f s ago and could not be renewed now: %s. "
             "Without a renewal for %.0f s, gc deletes the uploads of this save",
             self.name,
-            self.store.uri,
+            one_line(self.store.uri),
             time.monotonic() - self._renewed_at,
             error,
             SILENT_FOR.total_seconds(),

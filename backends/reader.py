@@ -25,13 +25,13 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.load import load
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
+from cloudckpt.backends.uri_hints import advice
 
 _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""

@@ -22,13 +22,13 @@ import fsspec
 from cloudckpt.backends import arn
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.keywords import check_known
-from cloudckpt.backends.mistaken import refuse_address
 from cloudckpt.backends.options import (
     Layers,
     Options,
     parse_query,
     where_credentials_belong,
 )
+from cloudckpt.backends.uri_hints import refuse_address
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>/[^/].*|/?)", re.DOTALL)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout, mistaken, stage, written
+from cloudckpt.backends import commit, layout, stage, uri_hints, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.collection import no_collection
@@ -133,7 +133,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             store = self._opened()
             layout.check_part_size(self._target.options, store.part_limits, store.uri)
             if self._coordinator:
-                mistaken.warn_of_new_folder(self._target.typed)
+                uri_hints.warn_of_new_folder(self._target.typed)
                 self._previous = commit.find_previous(store, self._metadata_name)
                 if self._previous is None or self._overwrite:
                     _ = store.capabilities  # found out now, not when all bytes are sent

@@ -24,10 +24,10 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
 )
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.uri_hints import advice
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.handle import skipped

@@ -24,11 +24,11 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.uri_hints import advice
 
 _FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")
 _TRACE = re.compile(f"{MARKER.pattern}|{JOURNAL.pattern}")

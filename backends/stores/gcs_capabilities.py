@@ -10,6 +10,7 @@ the probe deletes.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import document
 from cloudckpt.backends.stores.gcs_client import Client
@@ -27,6 +29,8 @@ from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_write import begin_session, delete, insert
 from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
+
+_log = logging.getLogger(__name__)
 
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)
 _AGAIN: Final = 2
@@ -143,17 +147,15 @@ class _Probe:
     def cleaned_up(self) -> Iterator[_Probe]:
         """Delete the objects of the probe when the block ends.
 
-        Raises:
-            RefusedError: the block succeeded, and an object could not be deleted.
+        An object that can't be deleted is logged: a job without that permission can save even so.
         """
         try:
             yield self
-        except BaseException:
+        finally:
             for name in self._names:
-                self._delete(name)
-            raise
-        for name in self._names:
-            self._delete(name).result()
+                if error := self._delete(name).error:
+                    place = f"gs://{self._requests.bucket}/{self._requests.prefix}{name}"
+                    _log.warning("%s: a probe could not be deleted: %s", one_line(place), one_line(error))
 
     def put_support(self) -> PutSupport:
         """Try the conditions of an insert on one object."""

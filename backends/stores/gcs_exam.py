@@ -63,7 +63,7 @@ class GCSExam:
     def settings(self, example: str | None) -> Iterator[Finding]:
         del example
         yield from self._bucket_settings()
-        yield from self._server()
+        yield from self._features()
 
     def _bucket_settings(self) -> Iterator[Finding]:
         assert self._held is not None  # noqa: S101 - the place was reached before
@@ -83,7 +83,7 @@ class GCSExam:
             return
         yield from settings_of(outcome.result()[0], self._target.options.kms_key_name)
 
-    def _server(self) -> Iterator[Finding]:
+    def _features(self) -> Iterator[Finding]:
         """Report the features of a server other than Google's own."""
         assert self._held is not None  # noqa: S101 - the place was reached before
         if self._held.is_google:
@@ -91,9 +91,9 @@ class GCSExam:
         with contextlib.closing(Requests(self._target)) as requests:
             try:
                 with explained(self._target, self._held.endpoint):
-                    yield features(server_of(requests).all(requests))
+                    yield reported(server_of(requests).all(requests))
             except CheckpointError as error:
-                yield Finding("server", "unknown", error.message, error.hint or "")
+                yield Finding("features", "unknown", error.message, error.hint or "")
 
     def action(self, operation: str, error: Exception | None = None) -> str:
         del error
@@ -168,7 +168,7 @@ def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]
     yield Finding("encryption", "ok", f"with the key {named}" if named else "with Google's own keys")
 
 
-def features(found: GCSCapabilities) -> Finding:
+def reported(found: GCSCapabilities) -> Finding:
     """Report which conditions and requests of GCS a server supports."""
     supported = {
         "ifGenerationMatch=0": (found.put.create, "of two jobs that save to one place, both may win"),
@@ -186,9 +186,9 @@ def features(found: GCSCapabilities) -> Finding:
     lacks = [name for name, (is_able, _) in supported.items() if not is_able]
     what = f"it is not Google's own: it supports {', '.join(able) or 'no condition'}"
     if not lacks:
-        return Finding("server", "ok", what)
+        return Finding("features", "ok", what)
     follows = "; ".join(dict.fromkeys(result for is_able, result in supported.values() if not is_able))
-    return Finding("server", "warning", f"{what}, and not {', '.join(lacks)}", f"What follows: {follows}")
+    return Finding("features", "warning", f"{what}, and not {', '.join(lacks)}", f"What follows: {follows}")
 
 
 def _credentials(client: Client) -> Finding:

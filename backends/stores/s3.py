@@ -18,6 +18,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
@@ -200,8 +201,8 @@ class S3Store(ObjectStore):
             _log.warning(
                 "%s: the answer to CreateMultipartUpload was lost, so a second upload of %s may be pending, "
                 "which could not be looked for (%s). A lifecycle rule for incomplete uploads removes it",
-                self.uri,
-                ours.name,
+                one_line(self.uri),
+                one_line(ours.name),
                 error,
             )
 

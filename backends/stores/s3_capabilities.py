@@ -25,6 +25,7 @@ from typing import Any, Final
 from botocore.exceptions import ClientError
 
 from cloudckpt.backends.checksum import ALGORITHMS, CRC32C, CRC64NVME
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_checksum import content_md5, parameters
@@ -180,7 +181,8 @@ class _Probe:
         finally:
             for key in self._keys:
                 if error := self._send("delete_object", key).error:
-                    _log.warning("s3://%s/%s: a probe could not be deleted: %s", self._bucket, key, error)
+                    place = one_line(f"s3://{self._bucket}/{key}")
+                    _log.warning("%s: a probe could not be deleted: %s", place, one_line(error))
 
     def put_support(self) -> PutSupport:
         """Try the conditions and checksums of a put on one object."""

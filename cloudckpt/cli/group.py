@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cloudckpt.backends import mistaken
+from cloudckpt.backends import uri_hints
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.target import Target, protocol_of
 from cloudckpt.backends.version import __version__
@@ -102,9 +102,9 @@ def both_targets(
 
 def _ask_for_new_folder(target: Target) -> None:
     """Ask on a terminal whether a path that looks like a bucket is meant as a folder; elsewhere log it."""
-    folder = mistaken.new_folder(target.typed)
+    folder = uri_hints.new_folder(target.typed)
     if folder is None or not output.can_ask():
-        mistaken.warn_of_new_folder(target.typed)
+        uri_hints.warn_of_new_folder(target.typed)
     elif not output.agreed(
         f"There is no folder {folder}. Make it, instead of writing to s3://{target.typed}?",
         yes=False,

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cloudckpt.backends.errors import CheckpointNotFoundError
-from cloudckpt.backends.mistaken import advice
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.uri_hints import advice
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 

@@ -56,15 +56,15 @@ def test_a_checkpoint_smaller_than_a_chunk_is_converted(tmp_path: Path, on_gcs: 
 
 def test_doctor_reports_the_features_of_a_server(gcs: GCSServer, fake_gcs: FakeGCS) -> None:
     status, found = doctor(Place.on_gcs(gcs, gcs.new_bucket()).child("run"))
-    assert (status, found["server"]["state"]) == (0, "ok")
+    assert (status, found["features"]["state"]) == (0, "ok")
     place = Place.on_gcs(fake_gcs, fake_gcs.new_bucket()).child("run")
     status, found = doctor(place)
     assert (status, failed(found)) == (0, [])
     assert found["conditions"]["state"] == "ok"
-    assert found["server"]["state"] == "warning"
-    supported, _, lacking = found["server"]["what"].partition(", and not ")
+    assert found["features"]["state"] == "warning"
+    supported, _, lacking = found["features"]["what"].partition(", and not ")
     assert "ifGenerationMatch" in supported and lacking == "ifSourceGenerationMatch, the status of an upload"
-    assert "cp compares generations" in found["server"]["advice"]
+    assert "cp compares generations" in found["features"]["advice"]
     assert place.visible() == set()
 
 
@@ -75,6 +75,6 @@ def test_doctor_reports_an_emulator_that_ignores_every_condition() -> None:
         found = {
             one["check"]: one for one in run("doctor", place.uri, "--json", place=place).json["findings"]
         }
-    assert found["conditions"]["state"] == found["server"]["state"] == "warning"
-    assert "it supports no condition" in found["server"]["what"]
+    assert found["conditions"]["state"] == found["features"]["state"] == "warning"
+    assert "it supports no condition" in found["features"]["what"]
     assert json.dumps(found).count("both may win") == 2

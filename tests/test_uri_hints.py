@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import keywords, mistaken
+from cloudckpt.backends import keywords, uri_hints
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.target import Target
@@ -29,7 +29,7 @@ TAKERS: dict[str, Callable[..., Any]] = {name: getattr(cloudckpt, name) for name
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mistaken._say_new_folder.cache_clear()
+    uri_hints._say_new_folder.cache_clear()
     keywords._warn_of_variable.cache_clear()
 
 
