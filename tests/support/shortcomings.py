@@ -80,7 +80,8 @@ def _does_not_support_conditions(client: S3Client, bucket: str, key: str) -> boo
     try:
         client.put_object(Bucket=bucket, Key=key, Body=b"", IfNoneMatch="*")
     except ClientError as error:
-        return error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.PRECONDITION_FAILED
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status != HTTPStatus.PRECONDITION_FAILED
     finally:
         client.delete_object(Bucket=bucket, Key=key)
     return True
