@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, NoReturn
 
 from cloudckpt.backends.errors import ConfigurationError
 
@@ -30,6 +30,16 @@ def is_arn(text: str) -> bool:
     return text.startswith("arn:")
 
 
+def refuse_bare(text: str) -> NoReturn:
+    """Refuse an ARN without ``s3://`` before it.
+
+    Raises:
+        ConfigurationError: always; the hint has the URI to write.
+    """
+    parted(text)  # refuses all but an access point's
+    raise ConfigurationError("an ARN is not a URI", uri=text, hint=f"Write s3://{text}")
+
+
 def parted(rest: str) -> tuple[str, str]:
     """Return an access point's ARN, as botocore takes it for a bucket, and the key prefix behind it.
 
@@ -43,7 +53,8 @@ def parted(rest: str) -> tuple[str, str]:
     if match := _ACCESS_POINT.fullmatch(rest):
         return match["arn"], match["path"] or ""
     if match := _BUCKET.fullmatch(rest):
-        right = f"s3://{match['name']}" + (f"/{match['path']}" if match["path"] else "")
+        path = (match["path"] or "").rstrip("*").rstrip("/")  # a policy's ARN often ends in /*
+        right = f"s3://{match['name']}" + (f"/{path}" if path else "")
         raise ConfigurationError(
             "a bucket is written by its name, and not by its ARN", uri=uri, hint=f"Write {right}"
         )

@@ -308,13 +308,11 @@ def _refuse_broken_protocol(text: str) -> None:
             uri=text.partition("?")[0],
             hint=f"Write {right}{rest}, as text: a pathlib.Path drops a slash",
         )
-    if arn.is_arn(text):
-        raise ConfigurationError(
-            "an ARN alone is not a checkpoint's URI", hint=f"Write s3://{text}, if it is an access point's"
-        )
+    if arn.is_arn(text.strip()):
+        arn.refuse_bare(text.strip())
     if "://" in text:
         raise ConfigurationError(
-            "what stands before :// is not a protocol",
+            "invalid URI scheme",
             hint=f"Write it like {', '.join(_EXAMPLES.values())}; chained URLs (a::b://) are not taken",
         )
 

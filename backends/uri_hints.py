@@ -16,7 +16,6 @@ from cloudckpt.backends.printable import one_line
 _log = logging.getLogger(__name__)
 
 _LOST_COLON: Final = re.compile(r"(?P<protocol>s3a?|gs|gcs)//+(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
-_ARN: Final = re.compile(r"arn:aws[a-z-]*:s3:::(?P<rest>.+)", re.DOTALL)
 _AMAZON: Final = r"amazonaws\.com(?:\.cn)?"
 _S3_IN_PATH: Final = re.compile(rf"s3(?:[.-](?:dualstack\.|fips\.)?[a-z0-9-]+)?\.{_AMAZON}")
 _S3_IN_HOST: Final = re.compile(rf"(?P<bucket>[a-z0-9][a-z0-9.-]*[a-z0-9])\.{_S3_IN_PATH.pattern}")
@@ -31,7 +30,7 @@ _LIKE_A_BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
 
 
 def refuse_address(text: str) -> None:
-    """Make sure that a text is not the web address or the ARN of a bucket, and has not lost its colon.
+    """Make sure that a text is not the web address of a bucket, and has not lost its colon.
 
     Raises:
         ConfigurationError: it is; the hint has the URI that was probably meant.
@@ -41,10 +40,6 @@ def refuse_address(text: str) -> None:
         meant = f"{lost['protocol'].lower()}://{_without_user(lost['rest'].partition('?')[0])}"
         raise ConfigurationError(
             "a colon is missing from a URI", uri=meant, hint=f"Write {meant}, or ./ before a folder's name"
-        )
-    if (arn := _ARN.fullmatch(text)) is not None:
-        raise ConfigurationError(
-            "an ARN is not a URI", hint=f"Write s3://{arn['rest'].rstrip('*').rstrip('/')}"
         )
     meant_of_web = _of_web_address(text)
     if meant_of_web is not None:
