@@ -5,7 +5,7 @@ The codes are those of the S3 API reference ("Error responses"), of STS, and of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,6 +19,7 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.printable import one_line
 
 EXPIRED: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
@@ -280,15 +281,9 @@ def quoted(code: str, message: object) -> str:
 
     The middle of a long message is left out: AWS names the policy that denied a request at the end.
     """
-    text = _printable(str(message or "").strip().rstrip("."))
+    text = one_line(str(message or "").strip().rstrip("."))
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - _LONGEST_END]} ... {text[-_LONGEST_END:]}"
-    shown = _printable(code)[:_LONGEST_END]
+    shown = one_line(code)[:_LONGEST_END]
     return f"{shown}: {text}" if text and text != shown else shown
 
-
-def _printable(text: Iterable[str]) -> str:
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape", "backslashreplace").decode("ascii")
-        for one in text
-    )
