@@ -110,7 +110,9 @@ class S3Exam:
         def ask(clients: Clients) -> Mapping[str, Any]:
             nonlocal asked, answered
             asked = time.time()
-            arguments = {"Bucket": self._target.bucket, "Prefix": self._target.path, "MaxKeys": 1}
+            # With the slash: a policy may grant the listing of names below the prefix alone.
+            below = f"{self._target.path}/" if self._target.path else ""
+            arguments = {"Bucket": self._target.bucket, "Prefix": below, "MaxKeys": 1}
             try:
                 answer: Mapping[str, Any] = clients.data.list_objects_v2(
                     **clients.arguments("list_objects_v2", **arguments)

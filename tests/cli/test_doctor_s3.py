@@ -181,7 +181,7 @@ def test_a_wrong_region_that_requests_are_sent_on_from(on_moto: Place, proxy: Pr
     status, found = doctor(place)
     assert (status, found["region"]["state"]) == (0, "warning")
     assert "wrong region: the bucket is in eu-central-1" in found["region"]["what"]
-    assert found["region"]["advice"] == "Set the option region=eu-central-1"
+    assert found["region"]["advice"] == "Set the option region=eu-central-1, or AWS_REGION=eu-central-1"
     place.options["region"] = "eu-central-1"
     assert doctor(place)[1]["region"]["state"] == "ok"
 
