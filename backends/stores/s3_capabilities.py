@@ -37,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 _ANOTHER_TAG: Final = "0" * 32
 """The entity tag of no object of the probe."""
+_AGAIN: Final = 2
+"""Times that a condition is tried again where an attempt before may have won, for its answer was lost."""
 _UNSUPPORTED: Final = (HTTPStatus.BAD_REQUEST, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 _REFUSED: Final = (*_UNSUPPORTED, HTTPStatus.PRECONDITION_FAILED, HTTPStatus.NOT_FOUND)
 
@@ -188,6 +190,10 @@ class _Probe:
         """Try the conditions and checksums of a put on one object."""
         key = self._new_key()
         first = self._put(key, IfNoneMatch="*")
+        for _ in range(_AGAIN):
+            if first.lost and _is_precondition(first):
+                key = self._new_key()
+                first = self._put(key, IfNoneMatch="*")
         second = self._put(key) if _is_refused(first) else self._put(key, IfNoneMatch="*")
         create = not _is_refused(first) and _is_precondition(second)
         tag = _tag(first if create else second)  # a plain put that fails is no matter of conditions
@@ -219,6 +225,10 @@ class _Probe:
     def _update(self, key: str, tag: str) -> TagForm | None:
         for form in TagForm:
             right = self._put(key, IfMatch=form.of(tag))
+            for _ in range(_AGAIN):
+                if right.lost and _is_precondition(right):
+                    tag = _tag(self._put(key))
+                    right = self._put(key, IfMatch=form.of(tag))
             if _is_refused(right):
                 if not _is_precondition(right):
                     return None  # the header itself is refused, in whatever form

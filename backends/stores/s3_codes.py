@@ -286,4 +286,3 @@ def quoted(code: str, message: object) -> str:
         text = f"{text[: _LONGEST - _LONGEST_END]} ... {text[-_LONGEST_END:]}"
     shown = one_line(code)[:_LONGEST_END]
     return f"{shown}: {text}" if text and text != shown else shown
-

@@ -31,7 +31,7 @@ from cloudckpt.backends.target import Target
 from cloudckpt.backends.transfer import copy_checkpoint
 from support import dialects
 from support.places import Place
-from support.proxy import Answer, DropHeaders, Proxy, Rule, proxied
+from support.proxy import Answer, DropHeaders, LoseAnswer, Proxy, Rule, proxied
 from support.servers import S3Server
 
 NOW = timedelta(0)
@@ -122,6 +122,15 @@ def test_a_checkpoint_is_overwritten(run: Place, proxy: Proxy, rule: Rule | None
     save(run, 2.0, overwrite=True)
     assert loaded(run) == 2.0
     assert len(run.visible()) == 2, "the objects of the first save are deleted"
+
+
+@pytest.mark.parametrize("before", range(3))
+def test_a_lost_answer_to_a_probe_is_not_taken_for_a_refusal(
+    store: S3Store, proxy: Proxy, before: int
+) -> None:
+    proxy.spoil("PutObject", [*[None] * before, LoseAnswer()])
+    able = store.capabilities
+    assert (able.conditional_create, able.conditional_update) == (True, True)
 
 
 def test_a_condition_that_does_not_hold_is_refused_with_tags_in_the_servers_form(
