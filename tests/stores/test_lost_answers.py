@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -122,7 +123,8 @@ class ProxyLine:
         self._proxy.spoil("PutObject", [Answer(500, "InternalError")])
 
     def deafen(self) -> None:
-        self._proxy.spoil("GetObject", [Answer(403, "AccessDenied")])
+        for operation in ("GetObject", "ListObjectsV2"):
+            self._proxy.spoil(operation, itertools.repeat(Answer(403, "AccessDenied")))
 
     def mend(self) -> None:
         self._proxy.forget()
