@@ -123,6 +123,7 @@ def test_a_command_that_is_told_to_end_removes_what_it_began(
     slow = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup has ignored
         "from cloudckpt.backends import upload\n"
         "send = upload.Uploader._transfer\n"
         "def slowly(*args):\n"
