@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _AGAIN = "test_a_part_may_be_sent_again"
 _DATED = "test_pending_uploads_are_listed_until_they_end"
+_CARRIED_ON = "test_an_upload_begun_here_is_carried_on_and_completed_by_another_process"
 _READER = "test_a_reader_sees_the_old_object_or_the_new_never_a_mixture"
 
 FAULTS: Mapping[str, Mapping[str, str]] = {
@@ -35,7 +36,12 @@ FAULTS: Mapping[str, Mapping[str, str]] = {
 }
 """Tests of `support.conformance` that must fail on a server."""
 
-RACES: Mapping[str, Mapping[str, str]] = {"rclone": {_READER: "empties an object, then writes it"}}
+RACES: Mapping[str, Mapping[str, str]] = {
+    "rclone": {
+        _READER: "empties an object, then writes it",
+        _CARRIED_ON: "loses a pending upload with the last object of its folder",
+    }
+}
 """Tests of `support.conformance` that may fail on a server."""
 
 
@@ -63,6 +69,20 @@ def _refuses_a_part_that_is_sent_again(client: S3Client, bucket: str, key: str) 
         for body in (b"old", b"new"):
             try:
                 client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=body)
+            except ClientError:
+                return True
+    return False
+
+
+def _loses_uploads_with_their_folder(client: S3Client, bucket: str, key: str) -> bool:
+    with _upload(client, bucket, f"{key}/name") as upload:
+        client.put_object(Bucket=bucket, Key=f"{key}/other", Body=b"")
+        client.delete_object(Bucket=bucket, Key=f"{key}/other")
+        for number in (2, 1):
+            try:
+                client.upload_part(
+                    Bucket=bucket, Key=f"{key}/name", UploadId=upload, PartNumber=number, Body=b"part"
+                )
             except ClientError:
                 return True
     return False
@@ -104,6 +124,12 @@ _FAULTS = (
 _RACES = (
     # A race cannot be probed: rclone, which has this one, is known by another fault.
     Probe(_READER, "empties an object, then writes it", _refuses_a_part_that_is_sent_again),
+    # Only where the other process starts so late that its own probe is deleted beside the upload.
+    Probe(
+        _CARRIED_ON,
+        "loses a pending upload with the last object of its folder",
+        _loses_uploads_with_their_folder,
+    ),
 )
 _RIVAL = Probe("rival", "does not support conditions on PUT", _does_not_support_conditions)
 _STOCK = Probe("stock", "s3fs sends DeleteObjects without Content-MD5", _refuses_deletions_of_botocore)
