@@ -78,8 +78,13 @@ class GCSBucket:
     def ask(
         self, method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> Answer:
-        """Send a request."""
-        response = self.http.request(method, url, body=body, headers=headers, redirect=False)
+        """Send a request; a GET once more where the server had closed the idle connection."""
+        try:
+            response = self.http.request(method, url, body=body, headers=headers, redirect=False)
+        except urllib3.exceptions.ProtocolError:
+            if method != "GET":
+                raise
+            response = self.http.request(method, url, body=body, headers=headers, redirect=False)
         return Answer(response.status, response.headers, response.data)
 
     def object(self, name: str, more: str = "", **query: str | int) -> str:
