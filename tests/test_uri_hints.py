@@ -220,7 +220,17 @@ def test_a_path_that_is_not_there_and_looks_like_a_bucket_is_asked_about(name: s
 
 @pytest.mark.parametrize(
     "arguments",
-    [("ls",), ("show",), ("verify",), ("rm", "--yes"), ("cp", "memory://copy"), ("convert", "memory://m.pt")],
+    [
+        *(
+            ("ls",),
+            ("show",),
+            ("verify",),
+            ("rm", "--yes"),
+            ("gc", "--yes"),
+            ("prune", "--keep-last=1", "--yes"),
+        ),
+        *(("pin", "--step=1"), ("cp", "memory://copy"), ("convert", "memory://m.pt")),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_commands_ask_about_it_too(arguments: tuple[str, ...]) -> None:

@@ -27,8 +27,12 @@ class Exam(Protocol):
         """
         ...
 
-    def settings(self, example: str | None) -> Iterator[Finding]:
-        """How the place is set up; ``example`` names an object that was just put, if one could be."""
+    def settings(self, example: str | None, *, gc_aborts: bool = True) -> Iterator[Finding]:
+        """Examine how the place is set up.
+
+        ``example`` names an object that was just put, if one could be. ``gc_aborts`` is False where the store
+        does not list or abort uploads.
+        """
         ...
 
     def action(self, operation: str, error: Exception | None = None) -> str:
@@ -66,8 +70,8 @@ class PlainExam:
             )
         return True
 
-    def settings(self, example: str | None) -> Iterator[Finding]:
-        del example
+    def settings(self, example: str | None, *, gc_aborts: bool = True) -> Iterator[Finding]:
+        del example, gc_aborts
         return iter(())
 
     def action(self, operation: str, error: Exception | None = None) -> str:

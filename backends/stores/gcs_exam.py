@@ -60,8 +60,8 @@ class GCSExam:
         yield from findings
         return goes_on
 
-    def settings(self, example: str | None) -> Iterator[Finding]:
-        del example
+    def settings(self, example: str | None, *, gc_aborts: bool = True) -> Iterator[Finding]:
+        del example, gc_aborts
         yield from self._bucket_settings()
         yield from self._features()
 

@@ -32,8 +32,8 @@ class LocalExam:
         yield Finding("place", "ok", what)
         return True
 
-    def settings(self, example: str | None) -> Iterator[Finding]:
-        del example
+    def settings(self, example: str | None, *, gc_aborts: bool = True) -> Iterator[Finding]:
+        del example, gc_aborts
         above = _existing(self._root)
         yield _kind(file_system_of(above))
         room = os.statvfs(above)

@@ -219,10 +219,13 @@ class S3Store(ObjectStore):
         del offset  # S3 goes by the number
         wanted = self.part_checksum
         checksum = given_or_of(wanted, checksum, buffers) if wanted else None
+        headers = parameters(checksum)
+        if wanted is None and self._target.options.checksum == "auto" and self._put_support.content_md5:
+            headers = {"ContentMD5": content_md5(*buffers)}
 
         def send(clients: Clients) -> Part:
             body = BuffersBody(buffers, departed)
-            own = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **parameters(checksum)}
+            own = {"UploadId": upload.upload_id, "PartNumber": number, "Body": body, **headers}
             answer = clients.data.upload_part(**self._of(clients, "upload_part", upload.name, **own))
             _version(answer, clients, "UploadPart")
             return Part(number, len(body), answer["ETag"], checksum)

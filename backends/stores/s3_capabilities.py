@@ -64,6 +64,8 @@ class PutSupport:
     """The form in which ``If-Match`` accepts the object's tag and refuses another; None for neither."""
     checksum: str | None
     """The algorithm of the checksum to send with each part: one that the server verifies or demands."""
+    content_md5: bool = False
+    """The server demands Content-MD5 with each part, and takes no CRC in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,9 @@ class _Probe:
         second = self._put(key) if _is_refused(first) else self._put(key, IfNoneMatch="*")
         create = not _is_refused(first) and _is_precondition(second)
         tag = _tag(first if create else second)  # a plain put that fails is no matter of conditions
-        return PutSupport(create, self._update(key, tag), self._checksum(key))
+        update = self._update(key, tag)
+        checksum, demanded = self._checksum(key)
+        return PutSupport(create, update, checksum, content_md5=demanded and checksum is None)
 
     def copy_source(self) -> TagForm | None:
         """Try the condition of a copy in both forms."""
@@ -240,18 +244,19 @@ class _Probe:
             tag = _tag(wrong)
         return None
 
-    def _checksum(self, key: str) -> str | None:
+    def _checksum(self, key: str) -> tuple[str | None, bool]:
+        """Return the CRC to send with parts, and True if the server demands a checksum of some kind."""
         if self._verifies(key, CRC64NVME.name):
-            return CRC64NVME.name
+            return CRC64NVME.name, False
         if not _is_refused(self._put(key, ContentMD5=None)):
-            return None
+            return None, False
         # The bucket demands a checksum, as one with a default retention of Object Lock does.
         for algorithm in (CRC64NVME.name, CRC32C.name):
             data = self._body()
             right = parameters(ALGORITHMS[algorithm].text(ALGORITHMS[algorithm].of(data)))
             if not _is_refused(self._put(key, data, ContentMD5=None, **right)):
-                return algorithm
-        return None
+                return algorithm, True
+        return None, True
 
     def _verifies(self, key: str, algorithm: str) -> bool:
         """Return True if the server refuses a wrong checksum and accepts the right one."""

@@ -42,9 +42,12 @@ def parameters(checksum: str | None) -> dict[str, str]:
     return {f"Checksum{algorithm.upper()}": value}
 
 
-def content_md5(data: bytes) -> str:
-    """Return the value of a ``Content-MD5`` header (RFC 1864)."""
-    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+def content_md5(*buffers: bytes | memoryview) -> str:
+    """Return the value of a ``Content-MD5`` header (RFC 1864) for buffers laid end to end."""
+    digest = hashlib.md5(usedforsecurity=False)
+    for buffer in buffers:
+        digest.update(buffer)
+    return base64.b64encode(digest.digest()).decode()
 
 
 def combined(parts: Sequence[Part]) -> str | None:

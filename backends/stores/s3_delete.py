@@ -19,7 +19,7 @@ from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.stores.s3_capabilities import Server
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_codes import WRONG_REGION
+from cloudckpt.backends.stores.s3_codes import WRONG_REGION, quoted
 from cloudckpt.backends.stores.s3_errors import (
     NotDeletedError,
     code_of,
@@ -95,10 +95,13 @@ class Deleter:
         first = failures[0]
         code, key = first.get("Code", "no code"), str(first.get("Key", ""))
         denied = code in _DENIED
+        number = "an object was" if len(failures) == 1 else f"{len(failures):,} objects were"
         error = (AccessDeniedError if denied else NotDeletedError)(
-            f"{len(failures):,} objects were not deleted ({code})",
+            f"{number} not deleted ({quoted(code, first.get('Message'))})",
             object_name=key.removeprefix(self._prefix),
-            hint="The credentials need s3:DeleteObject here" if denied else None,
+            hint="The credentials need s3:DeleteObject here, and no lock or policy may protect the object"
+            if denied
+            else None,
         )
         if isinstance(error, NotDeletedError):
             error.code = code

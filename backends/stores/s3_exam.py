@@ -64,8 +64,8 @@ class S3Exam:
         yield from findings
         return goes_on
 
-    def settings(self, example: str | None) -> Iterator[Finding]:
-        yield from settings_of(self._requests, self._target, self, example)
+    def settings(self, example: str | None, *, gc_aborts: bool = True) -> Iterator[Finding]:
+        yield from settings_of(self._requests, self._target, self, example, gc_aborts=gc_aborts)
 
     def action(self, operation: str, error: Exception | None = None) -> str:
         answer = answer_of(error)

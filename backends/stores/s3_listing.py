@@ -60,9 +60,11 @@ def check_supported(error: Exception | None) -> None:
         UnsupportedError: it is one.
     """
     answer = error and plain(error)  # s3fs raises an OSError in its place
-    if not isinstance(answer, ClientError) or is_page(answer.response):
+    if not isinstance(answer, ClientError):
         return
-    if status_of(answer) in _UNSUPPORTED:
+    # A web server answers 405 as well, where only a server of S3 would say so in S3's own form.
+    is_s3 = status_of(answer) == HTTPStatus.NOT_IMPLEMENTED or not is_page(answer.response)
+    if is_s3 and status_of(answer) in _UNSUPPORTED:
         what = f"the server does not support {answer.operation_name} ({status_of(answer)})"
         raise UnsupportedError(what) from answer
 

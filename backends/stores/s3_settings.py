@@ -15,16 +15,25 @@ from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.target import Target
 
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
-_ADD_A_RULE: Final = (
-    "Add a lifecycle rule with AbortIncompleteMultipartUpload, or run `cloudckpt gc` now and then"
-)
+_ADD_A_RULE: Final = "Add a lifecycle rule with AbortIncompleteMultipartUpload"
+_OR_COLLECT: Final = ", or run `cloudckpt gc` now and then"
 
 Rules = Sequence[Mapping[str, Any]]
 
 
-def settings_of(requests: Requests, target: Target, exam: Exam, example: str | None) -> Iterator[Finding]:
-    """Look at what decides over what a save leaves and costs; ``example`` is an object that was just put."""
-    rules = yield from _lifecycle(requests, target, exam)
+def settings_of(
+    requests: Requests, target: Target, exam: Exam, example: str | None, *, gc_aborts: bool
+) -> Iterator[Finding]:
+    """Examine the settings that decide over what a save leaves and costs.
+
+    Args:
+        requests: of the store.
+        target: the place.
+        exam: names the permissions.
+        example: an object that was just put, if one could be.
+        gc_aborts: False where the server does not list or abort uploads, so that gc can't.
+    """
+    rules = yield from _lifecycle(requests, target, exam, gc_aborts=gc_aborts)
     yield from _versions(requests, target, exam, rules)
     if example is not None:
         yield from _encryption(requests, target, example)
@@ -43,7 +52,9 @@ def _covers(rule: Mapping[str, Any], prefix: str) -> bool:
     return prefix.startswith(chosen.get("Prefix") or rule.get("Prefix") or "")
 
 
-def _lifecycle(requests: Requests, target: Target, exam: Exam) -> Generator[Finding, None, Rules | None]:
+def _lifecycle(
+    requests: Requests, target: Target, exam: Exam, *, gc_aborts: bool
+) -> Generator[Finding, None, Rules | None]:
     answer, error = _asked(
         requests, lambda c: c.data.get_bucket_lifecycle_configuration(Bucket=target.bucket)
     )
@@ -62,7 +73,7 @@ def _lifecycle(requests: Requests, target: Target, exam: Exam) -> Generator[Find
         yield Finding("lifecycle", "ok", f"uploads that a killed job leaves are aborted after {min(days)} d")
     else:
         what = "no lifecycle rule here aborts uploads that a killed job leaves: unseen, they cost money"
-        yield Finding("lifecycle", "warning", what, _ADD_A_RULE)
+        yield Finding("lifecycle", "warning", what, _ADD_A_RULE + (_OR_COLLECT if gc_aborts else ""))
     expiry = [rule["Expiration"]["Days"] for rule in in_force if "Days" in rule.get("Expiration", {})]
     if expiry:
         what = f"a lifecycle rule deletes objects here after {min(expiry)} d, committed checkpoints too"

@@ -9,7 +9,7 @@ import typer
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
 from cloudckpt.cli.arguments import duration, steps_or_time
-from cloudckpt.cli.group import DryRun, Given, Json, Pinned, Step, Uri, Yes, end, target_of
+from cloudckpt.cli.group import DryRun, Given, Json, Pinned, Step, Uri, Yes, end, refuse_new_folder, target_of
 
 commands = typer.Typer()
 
@@ -57,6 +57,7 @@ def prune(
 ) -> None:
     """Delete the older steps of a run."""
     target = target_of(uri, option)
+    refuse_new_folder(target)
     every = None if keep_every is None else steps_or_time(keep_every)
     output.ensure_can_ask(yes=yes or dry_run)
 
@@ -72,6 +73,7 @@ def prune(
 def pin(uri: Uri, step: Pinned, option: Given = None, as_json: Json = False) -> None:
     """Keep a step of a run from being pruned."""
     target = target_of(uri, option)
+    refuse_new_folder(target)
 
     from cloudckpt.run import Run
 
@@ -104,6 +106,7 @@ def gc(
 ) -> None:
     """Remove what saves that died left behind, and nothing of a save in progress."""
     target, bound = target_of(uri, option), duration(older_than)
+    refuse_new_folder(target)
     output.ensure_can_ask(yes=yes or dry_run)
 
     from cloudckpt.cli.removal import gc as collect

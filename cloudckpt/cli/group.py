@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from cloudckpt.backends import uri_hints
-from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.target import Target, protocol_of
 from cloudckpt.backends.version import __version__
 from cloudckpt.cli import output
@@ -96,11 +96,23 @@ def both_targets(
     protocols = protocol_of(source), protocol_of(destination)
     given = for_each_side(protocols, option or (), from_option or (), to_option or ())
     one, other = Target.parse(source, **given[0]), Target.parse(destination, **given[1])
-    _ask_for_new_folder(other)
+    ask_for_new_folder(other)
     return one, other
 
 
-def _ask_for_new_folder(target: Target) -> None:
+def refuse_new_folder(target: Target) -> None:
+    """Refuse a relative path that looks like a bucket where no such folder exists: there is nothing to do.
+
+    Raises:
+        CheckpointNotFoundError: with the URI that was probably meant.
+    """
+    if uri_hints.new_folder(target.typed) is not None:
+        raise CheckpointNotFoundError(
+            "there is no such folder", uri=target.uri, hint=uri_hints.advice(target.uri, "Check the URI")
+        )
+
+
+def ask_for_new_folder(target: Target) -> None:
     """Ask on a terminal whether a path that looks like a bucket is meant as a folder; elsewhere log it."""
     folder = uri_hints.new_folder(target.typed)
     if folder is None or not output.can_ask():

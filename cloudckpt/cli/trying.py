@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.arguments import size_of
-from cloudckpt.cli.group import Given, Json, Uri, end, target_of
+from cloudckpt.cli.group import Given, Json, Uri, ask_for_new_folder, end, target_of
 
 commands = typer.Typer()
 
@@ -26,6 +26,7 @@ def doctor(
 ) -> None:
     """Try whether a job can checkpoint here, and say what to do where it can't."""
     target, nbytes = target_of(uri, option), None if state_size is None else size_of(state_size)
+    ask_for_new_folder(target)
 
     from cloudckpt.cli.examination import doctor as examine
 
@@ -43,6 +44,7 @@ def bench(
 ) -> None:
     """Measure how fast this machine reaches a store, and which options are fastest."""
     target, nbytes = target_of(uri, option), size_of(size)
+    ask_for_new_folder(target)
 
     from cloudckpt.cli.speed import bench as measure
 

@@ -77,7 +77,7 @@ def _tried(tries: Tries, exam: Exam) -> Iterator[Finding]:
     yield from tries.small()
     yield from tries.large()
     try:
-        yield from exam.settings(tries.example)
+        yield from exam.settings(tries.example, gc_aborts=tries.gc_aborts)
     except ConfigurationError:
         raise
     except CheckpointError as error:

@@ -36,6 +36,8 @@ class Tries:
     litter: Litter
     example: str | None = None
     """The name of an object that is there."""
+    gc_aborts: bool = True
+    """False once the store has turned out not to list or not to abort uploads."""
     _failed: set[str] = field(default_factory=set)
 
     def small(self) -> Iterator[Finding]:
@@ -172,6 +174,7 @@ class Tries:
         try:
             listed = [pending.upload for pending in self.store.pending_uploads(upload.name)]
         except UnsupportedError as error:
+            self.gc_aborts = False
             what = f"uploads that are not ended can't be listed, so gc finds none: {error.message}"
             return Finding("pending", "warning", what, _EXPIRE)
         if upload in listed:
@@ -183,6 +186,7 @@ class Tries:
         try:
             self.store.abort_upload(upload)
         except UnsupportedError as error:
+            self.gc_aborts = False
             return Finding("abort", "warning", f"uploads can't be aborted: {error.message}", _EXPIRE)
         self.litter.ended(upload)
         with contextlib.suppress(ObjectNotFoundError, AccessDeniedError):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from cloudckpt import doctor
 from cloudckpt.backends import marker
 from cloudckpt.backends.errors import (
     ConfigurationError,
@@ -295,6 +296,32 @@ def test_a_bucket_that_demands_checksums_is_saved_to_and_cleaned_up(
         checkpointer.load(found)
     assert float(found["w"][0]) == 2.0
     assert not [name for name in run.visible() if ".cloudckpt" in name]
+
+
+def test_a_bucket_that_demands_content_md5_alone_is_saved_to(run: Place, proxy: Proxy) -> None:
+    proxy.rule(dialects.md5_alone)
+    save(run, 1.0)
+    save(run, 2.0, overwrite=True)
+    assert loaded(run) == 2.0
+    assert all("content-md5" in one.headers for one in proxy.seen("UploadPart"))
+
+
+def test_gc_goes_on_where_a_gateway_answers_with_a_page(run: Place, proxy: Proxy) -> None:
+    with opened(run) as store:
+        store.put(f"__0_0.{uuid.uuid4().hex}.distcp", b"data", Overwrite())
+    proxy.rule(dialects.pages_for_uploads)
+    found = collect_garbage(run.uri, older_than=NOW, silent_for=NOW, **run.options)
+    assert (len(found.objects), len(found.skipped)) == (1, 1)
+
+
+@pytest.mark.parametrize("operation", ["ListMultipartUploads", "AbortMultipartUpload"])
+def test_doctor_does_not_advise_gc_where_it_finds_no_uploads(
+    run: Place, proxy: Proxy, operation: str
+) -> None:
+    proxy.rule(dialects.without(operation))
+    found = {one.check: one for one in doctor.examine(Target.parse(run.uri, **run.options))}
+    assert found["lifecycle"].advice == "Add a lifecycle rule with AbortIncompleteMultipartUpload"
+    assert not [one for one in found.values() if one.state == "failed"]
 
 
 @pytest.mark.parametrize("status", [405, 501])

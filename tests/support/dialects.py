@@ -56,6 +56,18 @@ def object_lock(request: Request) -> Spoiling:
     return Answer(400, "InvalidRequest") if demanded and not has_one else None
 
 
+def md5_alone(request: Request) -> Spoiling:
+    """Demand Content-MD5 with what is written, and take no CRC in its place."""
+    lacking = request.operation in ("PutObject", "UploadPart") and "content-md5" not in request.headers
+    return Answer(400, "InvalidRequest") if lacking else None
+
+
+def pages_for_uploads(request: Request) -> Spoiling:
+    """Answer 501 with a web page to what lists or aborts uploads, as a gateway before a server may."""
+    unsupported = request.operation in ("ListMultipartUploads", "AbortMultipartUpload")
+    return Answer(501, "", {"Content-Type": "text/html"}) if unsupported else None
+
+
 def without(operation: str, status: int = 501) -> Rule:
     """Have no such operation."""
     code = "NotImplemented" if status == 501 else "MethodNotAllowed"
