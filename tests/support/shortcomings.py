@@ -40,7 +40,8 @@ RACES: Mapping[str, Mapping[str, str]] = {
     "rclone": {
         _READER: "empties an object, then writes it",
         _CARRIED_ON: "loses a pending upload with the last object of its folder",
-    }
+    },
+    "juicefs": {_READER: "may answer a read during an overwrite without an ETag"},
 }
 """Tests of `support.conformance` that may fail on a server."""
 
@@ -124,6 +125,8 @@ _FAULTS = (
 _RACES = (
     # A race cannot be probed: rclone, which has this one, is known by another fault.
     Probe(_READER, "empties an object, then writes it", _refuses_a_part_that_is_sent_again),
+    # JuiceFS, which has this one, is known by its deletions.
+    Probe(_READER, "may answer a read during an overwrite without an ETag", _refuses_deletions_of_botocore),
     # Only where the other process starts so late that its own probe is deleted beside the upload.
     Probe(
         _CARRIED_ON,
