@@ -1,8 +1,8 @@
-"""The lease of a conversion: which files it is writing, for whoever finds it after the conversion was killed.
+"""The lease of a conversion: an object that names the files which the conversion is writing.
 
-Files that a conversion writes have names of the user's choice, so that nothing but this object tells its open
-uploads, or the shards that it completed without their index, from those of another tool. It is put before
-the first upload, renewed while the conversion lasts, and deleted at its end.
+The user chooses the names of these files. Only the lease tells the open uploads of a killed conversion, and
+its shards without an index, from those of another tool. The lease is put before the first upload, renewed
+while the conversion lasts, and deleted at its end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _File = Annotated[str, Field(pattern=r"^[^/]+$")]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a conversion is about to write in one folder."""
+    """The files that a conversion will write in one folder."""
 
     files: tuple[_File, ...]
     index: _File | None = None
@@ -52,7 +52,7 @@ class _Document:
     replaced: tuple[_File, ...]
     process: int
     space: str
-    """Where the number of the process is one: a boot of a machine, and a namespace on it."""
+    """The scope of the process number: a boot of a machine, and a process namespace on it."""
 
 
 _FORM: Final = pydantic.TypeAdapter(_Document)
@@ -60,7 +60,7 @@ _FORM: Final = pydantic.TypeAdapter(_Document)
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What a dead conversion left. Names are relative to the store's root."""
+    """Uploads and objects that a dead conversion left. Names are relative to the store's root."""
 
     uploads: tuple[Upload, ...]
     objects: tuple[str, ...]

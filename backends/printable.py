@@ -1,7 +1,7 @@
-"""Names as they may be printed: object names, keys and server messages come from whoever wrote them.
+"""Escape names for logs and terminals: object names, keys and server messages are untrusted.
 
 A newline in a name would begin a line of its own in a log, an ANSI escape would steer a terminal, and a
-bidirectional override would show a name in another order. All of these are spelt out.
+bidirectional override would show a name in another order. All of these are escaped.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def lock(fd: int, *, shared: bool = False, wait: bool = True) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Return True if another descriptor holds the lock of a file; False if nobody can tell."""
+    """Return True if another descriptor holds the lock of a file; False if the file can't be opened."""
     try:
         fd = os.open(path, os.O_RDONLY | _AS_IT_IS)
     except OSError:

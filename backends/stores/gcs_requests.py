@@ -1,4 +1,4 @@
-"""How the GCS store makes a request: on the client of this process, and again where that may help."""
+"""Make the requests of a GCS store on the client of this process, with retries."""
 
 from __future__ import annotations
 

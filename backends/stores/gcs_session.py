@@ -124,7 +124,7 @@ class Session:
 
         Raises:
             UnsupportedError: the server can't be asked.
-            StatusUnknownError: nobody knows yet whether it can.
+            StatusUnknownError: the server was not probed for it yet.
         """
         known = client.is_google or self._server.known_upload_status
         if known is None:
@@ -174,7 +174,7 @@ class Sending:
         self._held = offset
         """Bytes that the session holds, by the caller's word or its last answer."""
         self._unanswered = False
-        """True if a chunk was sent of which nobody knows how much arrived."""
+        """True if the answer to a chunk was lost, so that the number of bytes that arrived is unknown."""
         self.tail = base64.b64encode(b"".join(cut(buffers, self._size))).decode()
         """The bytes that the session can't take yet, in base64."""
 
