@@ -137,7 +137,6 @@ class MeetingPlace:
             unreachable = self.unreachable(error)
             absence.tell(self.group, self.rank, unreachable.message)
             raise unreachable from error
-        absence.withdraw(self.group, self.rank)
         return PrefixStore(f"{self.prefix}/{name}", store)
 
     def unreachable(self, error: Exception) -> ExecutorError:

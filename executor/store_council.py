@@ -105,6 +105,7 @@ class StoreCouncil(Council):
         deadline = time.monotonic() + timeout
         # Half of the time: the others wait as long, and must learn why this rank does not join.
         store = self._place.connect("council", timeout / 2)
+        absence.withdraw(self._place.group, self._place.rank)
         attempt = self._next
         while True:
             while store.check([f"{attempt}/agreement"]):
