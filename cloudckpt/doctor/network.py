@@ -107,9 +107,9 @@ def own_name() -> Finding:
     if not found:
         what = f"{name} resolves to no address; this host has {here}"
     else:
-        what = (
-            f"{name} resolves to {', '.join(one + said_by_hosts(one) for one in found)}; this host has {here}"
-        )
+        lines = [line for one in found for line in addresses.hosts_lines(one) if name in line.split()]
+        said = f" (/etc/hosts has '{lines[0]}')" if lines else ""
+        what = f"{name} resolves to {', '.join(found)}{said}; this host has {here}"
     if any(not addresses.is_loopback(one) and addresses.belongs_here(one) for one in found):
         return Finding("own name", "ok", what)
     advice = (
@@ -124,7 +124,7 @@ def not_tried() -> Finding:
     return Finding(
         "ranks",
         "skipped",
-        "the network between a job's hosts is tried under torchrun, or with --rendezvous, --rank and --world-size",
+        "the network between hosts is tried under torchrun, or with --rendezvous, --rank and --world-size",
     )
 
 

@@ -68,9 +68,7 @@ class Job:
         return sorted((json.loads(out.splitlines()[-1]) for out, _ in outputs), key=lambda one: one["rank"])
 
     def _rank(self, number: int, host: Host, rank: int, world: int) -> subprocess.Popen[str]:
-        environment = {
-            name: value for name, value in os.environ.items() if name not in {"GLOO_SOCKET_IFNAME"}
-        }
+        environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
         return subprocess.Popen(
             host.command(
                 *(sys.executable, "-m", "support.host_job", f"file://{self.folder}/run"),
@@ -248,7 +246,7 @@ def test_a_firewall_before_a_store_of_the_jobs_own_is_named_on_both_sides(
         errors = {text for what, _, text in outcome["errors"] if what in {"async_save", "result", "save"}}
         assert errors
         for text in errors:
-            assert f"rank 1 can't reach the store that rank 0 has opened" in text and first.ipv4 in text
+            assert "rank 1 can't reach the store that rank 0 has opened" in text and first.ipv4 in text
         assert max(outcome["took"].values()) < 15 + 20
 
 

@@ -46,7 +46,8 @@ def main(uri: str, options: dict[str, Any], start_timeout: float) -> None:
     state = {"weights": torch.arange(1000.0), f"own-{rank}": torch.full((10,), float(rank))}
     dist.barrier()
     if "CLOSE" in os.environ and rank == 0:
-        print("connected", flush=True)
+        sys.stdout.write("connected\n")
+        sys.stdout.flush()
         sys.stdin.readline()
     dist.barrier()
     checkpointer = tried(
@@ -67,7 +68,8 @@ def main(uri: str, options: dict[str, Any], start_timeout: float) -> None:
         outcome["right"] = bool(torch.equal(state["weights"], torch.arange(1000.0)))
         tried("close", checkpointer.close)
     outcome["said"] = _SAID
-    print(json.dumps(outcome), flush=True)
+    sys.stdout.write(f"{json.dumps(outcome)}\n")
+    sys.stdout.flush()
     _leave(rank)
 
 

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network and UTS namespaces on a bridge, each with an ``/etc/hosts`` of its own.
+"""Several hosts on one machine: namespaces on a bridge, each with a name and an ``/etc/hosts`` of its own.
 
 The hosts share the machine's files. Firewalls are routing rules, so that nothing but iproute2 is needed.
 """
