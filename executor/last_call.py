@@ -27,6 +27,8 @@ _LONG = timedelta(days=365)
 """How long a notice may fail to come: a run may take months."""
 _CLOSING = 5.0
 """Seconds that ending may take."""
+_LEAVING = 3.0
+"""Seconds that rank 0 waits for the other ranks to close."""
 _CLOSED = "closed"
 """Told to a rank by itself, so that its thread ends."""
 
@@ -41,10 +43,14 @@ class LastCall:
         place: where the ranks meet; None in a single process.
         heard: told when a notice comes, of whichever rank.
         timeout: seconds that the store may take for an answer.
+        server: the store, if this process has opened it: it serves until this object is closed.
     """
 
-    def __init__(self, place: MeetingPlace | None, heard: Heard, timeout: float) -> None:
+    def __init__(
+        self, place: MeetingPlace | None, heard: Heard, timeout: float, server: object = None
+    ) -> None:
         self._place = place
+        self._server = server
         self._heard = heard
         self._timeout = timeout
         self._changed = threading.Condition()
@@ -90,6 +96,29 @@ class LastCall:
         deadline = time.monotonic() + _CLOSING
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        if self._place is not None and not self._noticed and not self._undecidable:
+            self._leave(self._place)
+        self._server = None
+
+    def _leave(self, place: MeetingPlace) -> None:
+        """Let the other ranks close first where the store may end with rank 0.
+
+        A rank that waits on a store that ends has torch print that the server crashed.
+        """
+
+        def leave() -> None:
+            try:
+                store = self._teller.result(_LEAVING)
+                if store.add("left", 1) == place.world_size:
+                    store.set("all left", "1")
+                if place.rank == 0:
+                    store.wait(["all left"], timedelta(seconds=_LEAVING))
+            except RuntimeError:  # a rank closes later, or not at all
+                return
+
+        thread = threading.Thread(target=leave, name="cloudckpt-leave", daemon=True)
+        thread.start()
+        thread.join(_LEAVING)
 
     def _tell(self, keys: list[str], value: str) -> None:
         def tell() -> (

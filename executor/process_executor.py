@@ -245,7 +245,8 @@ class ProcessExecutor:
             ExecutorError: rank 0 did not say within ``start_timeout`` where to meet.
         """
         self._ready(process_group, no_dist)
-        return LastCall(self._place, heard, self._start_timeout)
+        server = self._meeting.hosted if self._meeting is not None else None
+        return LastCall(self._place, heard, self._start_timeout, server)
 
     @property
     def pid(self) -> int | None:
