@@ -45,6 +45,8 @@ OWN: Final[Mapping[str, tuple[str, ...]]] = {
     "verify": ("observer", "begun"),
 }
 """Keywords by the class or function that takes them; a test compares them with the signatures."""
+_OF_ENVIRONMENT: Final = ("interface", "port_range", "cpus", "threads")
+"""Names that have a variable of their own and are no options of a URI."""
 _ALIKE: Final = 0.6
 _NEARLY_THE_SAME: Final = 0.85
 _SECRET_WORDS: Final = (
@@ -104,7 +106,7 @@ def warn_of_variables(names: Iterable[str], prefix: str, options: Iterable[str])
         prefix: what those of this library begin with.
         options: the names of the URI's options.
     """
-    known = sorted(options)
+    known = sorted({*options, *_OF_ENVIRONMENT})
     for variable in names:
         name = variable.removeprefix(prefix).lower()
         if variable.startswith(prefix) and name not in known:
