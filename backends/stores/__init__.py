@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
+from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.target import Target
@@ -27,6 +28,7 @@ def open_store(target: Target) -> ObjectStore:
     Raises:
         ConfigurationError: the libraries for the target's protocol are not installed.
     """
+    descriptors.fill_standard()
     module, name = _STORES.get(target.protocol, _ANY_OTHER)
     try:
         store = getattr(importlib.import_module(f"cloudckpt.backends.stores.{module}"), name)

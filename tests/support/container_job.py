@@ -1,0 +1,138 @@
+"""A whole job, to be run in the environments that containers and schedulers make.
+
+It saves, saves in the background, has its checkpoint process killed under a save, saves again and loads. What
+became of it goes to a file: its standard streams may be closed, or pipes that nobody reads. No assert is
+used, which -OO removes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SECONDS = 90.0
+MIB = 1 << 20
+
+
+def main(settings: dict[str, Any]) -> list[str]:
+    """Run the job and say what it did."""
+    where = Path(settings["report"]).parent
+    if settings.get("cwd") == "gone before the imports":
+        leave_folder(where)
+    import torch  # noqa: PLC0415 - the working directory is gone by now
+
+    import cloudckpt  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.INFO)
+    said: list[str] = []
+
+    def state(value: float) -> dict[str, Any]:
+        return {
+            "w": torch.full((settings.get("mib", 1) * MIB // 4,), value),
+            "gewicht-ü": torch.ones(3),
+            "n": int(value),
+        }
+
+    def loaded(value: float, load: Callable[[dict[str, Any]], int], step: int) -> None:
+        into = state(0.0)
+        found = load(into)
+        if found != step or not torch.equal(into["w"], state(value)["w"]) or into["n"] != int(value):
+            raise RuntimeError(f"step {found} was loaded, with n={into['n']}")
+        said.append(f"loaded {found}")
+
+    def make() -> cloudckpt.Checkpointer:
+        return cloudckpt.Checkpointer(settings["uri"], start_timeout=SECONDS, save_timeout=SECONDS)
+
+    if settings.get("only_load"):
+        with make() as checkpointer:
+            loaded(4.0, checkpointer.load, 4)
+        return said
+    with make() as checkpointer:
+        if settings.get("print_like_nccl"):
+            libc = ctypes.CDLL(None)
+            libc.printf(b"vm:1:1 [0] NCCL INFO Bootstrap: Using eth0\n")
+            libc.fflush(None)
+        if settings.get("cwd") == "gone before the first save":
+            leave_folder(where)
+        limits(settings, checkpointer, state, said)
+        checkpointer.save(1, state(1.0))
+        said.append("saved 1")
+        if settings.get("cwd") == "gone after the first save":
+            leave_folder(where)
+        said.append(f"saved {checkpointer.async_save(2, state(2.0)).result(SECONDS).step} in the background")
+        process = checkpointer._executor.pid
+        if process is None:
+            raise RuntimeError("there is no checkpoint process")
+        os.kill(process, signal.SIGSTOP)
+        handle = checkpointer.async_save(3, state(3.0))
+        os.kill(process, signal.SIGKILL)
+        said.append(f"3 failed: {type(handle.exception(SECONDS)).__name__}")
+        checkpointer.save(4, state(4.0))
+        said.append("saved 4")
+        loaded(4.0, checkpointer.load, 4)
+    with make() as fresh:
+        loaded(2.0, lambda into: fresh.load(into, step=2), 2)
+    return said
+
+
+def leave_folder(where: Path) -> None:
+    """Have a working directory that is gone."""
+    folder = tempfile.mkdtemp(dir=where)
+    os.chdir(folder)
+    shutil.rmtree(folder)
+
+
+def limits(
+    settings: dict[str, Any], checkpointer: Any, state: Callable[[float], Any], said: list[str]
+) -> None:
+    """Narrow the control group that this process is in, see a save fail, and widen it again."""
+    import cloudckpt
+
+    group, of = settings.get("group"), settings.get("limit")
+    if not group or not of:
+        return
+    if of == "memory":
+        from cloudckpt.executor.memory_limits import PROCESS_BYTES
+
+        file = Path(group) / "memory.limit_in_bytes"
+        stat = dict(line.split() for line in (Path(group) / "memory.stat").read_text().splitlines())
+        used = int(stat["total_rss"]) + int(stat.get("total_shmem", 0))
+        values = state(1.0)  # the one under way is this process's own
+        used += values["w"].nbytes
+        file.write_text(str(used + values["w"].nbytes + PROCESS_BYTES + settings["margin_mib"] * MIB))
+        wide = "-1"
+        if settings["margin_mib"] > 0:
+            return
+    else:
+        file = Path(group) / "pids.max"
+        now = int((Path(group) / "pids.current").read_text())
+        file.write_text(str(now + settings["spare"]))
+        values, wide = state(1.0), "max"
+    try:
+        checkpointer.save(1, values)
+        said.append("not limited")
+    except cloudckpt.CheckpointError as error:
+        said.append(f"limited: {type(error).__name__}: {error}")
+    said.append(f"{threading.active_count() < 30}")
+    file.write_text(wide)
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    try:
+        outcome: dict[str, Any] = {"said": main(given)}
+    except BaseException as error:
+        outcome = {"raised": f"{type(error).__name__}: {error}", "notes": getattr(error, "__notes__", [])}
+        Path(given["report"]).write_text(json.dumps(outcome))
+        raise
+    Path(given["report"]).write_text(json.dumps(outcome))
