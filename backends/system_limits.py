@@ -66,17 +66,33 @@ def _number(limit: int) -> str:
 
 def pids_limit(proc: Path = Path("/proc"), groups: Path = _GROUPS) -> int | None:
     """Return the smallest ``pids.max`` of the control groups of this process; None where none is set."""
-    found: list[int] = []
+    return min((most for most, _, _ in _pids(proc, groups)), default=None)
+
+
+def pids_room(proc: Path = Path("/proc"), groups: Path = _GROUPS) -> tuple[int, str] | None:
+    """Return how many more processes and threads the control groups let start, and which of them says so.
+
+    None where none has a limit.
+    """
+    return min(
+        ((most - now, f"{folder}/pids.max") for most, now, folder in _pids(proc, groups)), default=None
+    )
+
+
+def _pids(proc: Path, groups: Path) -> Iterator[tuple[int, int, Path]]:
+    """The control groups of this process that limit processes: the limit, how many there are, the folder."""
+    lines: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in (proc / "self" / "cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds and "pids" not in kinds.split(","):
-                continue
-            root, below = groups / kinds if kinds else groups, Path(path.lstrip("/"))
-            for folder in (root / below, *(root / above for above in below.parents), root):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no number
-                    found.append(int((folder / "pids.max").read_text()))
-    return min(found, default=None)
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    for line in lines:
+        _, kinds, path = (*line.split(":", 2), "", "")[:3]
+        if kinds and "pids" not in kinds.split(","):
+            continue
+        root, below = groups / kinds if kinds else groups, Path(path.lstrip("/"))
+        for folder in (root / below, *(root / above for above in below.parents), root):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no number
+                most = int((folder / "pids.max").read_text())
+                yield most, int((folder / "pids.current").read_text()), folder
 
 
 def start(thread: threading.Thread) -> None:

@@ -27,6 +27,8 @@ _START = (
     # SIGUSR1, which some schedulers send to every process of a job, is for the trainer to act on.
     "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1}); "
     "sys.path[:] = json.loads(sys.argv[1]); "
+    # Before the imports, which take most of its memory.
+    "from cloudckpt.executor.memory_limits import volunteer; volunteer(); "
     "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 """The whole program: nothing of the trainer's main script runs again."""

@@ -14,7 +14,6 @@ import torch
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
-from cloudckpt.executor import memory_limits
 
 _NICENESS = 10
 _PR_SET_PDEATHSIG = 1
@@ -85,7 +84,6 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
                 os.sched_setaffinity(task, cpus)
             if hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
-    memory_limits.volunteer()
     # Nobody may read standard error, and a save does not wait for who does: a queue and a thread are between.
     stream = logging.StreamHandler()
     stream.setFormatter(

@@ -109,7 +109,7 @@ def test_a_memory_limit_below_the_need_is_an_error_and_one_above_it_is_enough(
     error, *rest = told["said"]
     assert error.startswith("limited: ExecutorError: ")
     assert str(group) in error
-    assert rest == ["True", *WHOLE]
+    assert rest == WHOLE
 
 
 @pytest.mark.parametrize("spare", [0, 1, 3, 6])
@@ -122,7 +122,20 @@ def test_threads_that_can_t_be_started_fail_a_save_with_the_cure(spare: int, tmp
     error, *rest = told["said"]
     assert error.startswith("limited: ")
     assert "ulimit -u" in error
-    assert rest == ["True", *WHOLE]
+    assert rest == WHOLE
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2, 4])
+def test_too_many_open_files_fail_a_request_and_a_save_with_the_cure(
+    spare: int, tmp_path: Path, moto: S3Server
+) -> None:
+    environment = Environment(settings={"limit": "files", "spare": spare})
+    settings = {**environment.settings, "uri": f"s3://{moto.new_bucket()}/run"}
+    asked, saved, *rest = run(environment, tmp_path, moto.environment, settings)["said"]
+    for error in (asked, saved) if spare == 0 else (saved,):
+        assert error.startswith("limited: ")
+        assert "ulimit -n" in error
+    assert rest == WHOLE
 
 
 def run(
