@@ -15,6 +15,7 @@ from typing import Final
 
 _STANDARD: Final = (0, 1, 2)
 _FIRST: Final = 3
+_filled: list[int] = []
 
 
 def fill_standard() -> None:
@@ -28,6 +29,12 @@ def fill_standard() -> None:
             os.fstat(fd)
         except OSError:
             _fill(fd)
+            _filled.append(fd)
+
+
+def filled() -> tuple[int, ...]:
+    """Return the standard descriptors that were closed and are /dev/null since."""
+    return tuple(_filled)
 
 
 def _fill(fd: int) -> None:

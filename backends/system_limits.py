@@ -145,7 +145,7 @@ class Workers(ThreadPoolExecutor):
         try:
             return super().submit(fn, *args, **kwargs)
         except RuntimeError as error:
-            raise no_thread(self._thread_name_prefix, error) from error
+            raise no_thread(self._thread_name_prefix or "of a pool", error) from error
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:

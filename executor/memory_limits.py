@@ -15,8 +15,8 @@ from typing import Final
 from cloudckpt.backends.errors import ExecutorError
 
 PROCESS_BYTES: Final = 256 << 20
-"""Memory of its own that a checkpoint process takes: 200 MiB were measured with torch 2.13 for the CPU, of which
-nearly all is there once its modules are imported, and 236 MiB after saves of 200 MiB to S3."""
+"""Memory of its own that a checkpoint process takes. Measured with torch 2.13 for the CPU: 200 MiB once its
+modules are imported, and 236 MiB after saves of 200 MiB to S3."""
 _ROOT_LIMIT: Final = 1 << 60
 """Version 1 writes "no limit" as a number of bytes above this."""
 _PROC: Final = Path("/proc")
@@ -28,7 +28,7 @@ class Room:
     """Memory that is left.
 
     Attributes:
-        nbytes: how much, the cache of files, reclaimable, included.
+        nbytes: how much; the cache of files, which can be reclaimed, is part of it.
         swap: bytes that may be moved to disk beyond that.
         limit: the limit that it is left of; the machine's memory for the machine.
         owner: whose limit it is, such as ``the control group /sys/fs/cgroup/job (memory.max)``.
@@ -41,7 +41,7 @@ class Room:
 
 
 def least_room(proc: Path = _PROC, groups: Path = _GROUPS) -> Room | None:
-    """Return the room of whichever has least, the machine or one of the control groups; None if none tells."""
+    """Return the least room, that of the machine or of a control group; None where nothing is told."""
     return min(_rooms(proc, groups), key=lambda room: room.nbytes + room.swap, default=None)
 
 

@@ -32,8 +32,9 @@ class MainScript:
         path = getattr(main, "__file__", None)
         if path is None:
             return described
-        if not os.path.isabs(path) and process.ORIGINAL_DIR is not None:  # noqa: PTH117 - a path as it was typed
-            path = os.path.join(process.ORIGINAL_DIR, path)  # noqa: PTH118
+        began: str | None = getattr(process, "ORIGINAL_DIR", None)
+        if not os.path.isabs(path) and began is not None:  # noqa: PTH117 - a path as it was typed
+            path = os.path.join(began, path)  # noqa: PTH118
         return described | {"init_main_from_path": os.path.normpath(path)}
 
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from cloudckpt.backends import system_limits
+from cloudckpt.backends.descriptors import fill_standard, filled, kept_clear
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.options import Options
 from cloudckpt.executor import memory_limits, unpickle
@@ -46,7 +47,8 @@ def machine(options: Options, state_size: int | None, ranks: int) -> Iterator[Fi
     most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     own = most if most != resource.RLIM_INFINITY and os.geteuid() != 0 else None  # root may have any number
     yield threads(own, system_limits.pids_room(), ranks * (_THREADS + 2 * options.concurrency))
-    yield standard_streams([fd for fd in (0, 1, 2) if not _is_open(fd)])
+    fill_standard()
+    yield standard_streams(filled())
     yield working_directory(unpickle.working_directory())
 
 
@@ -126,7 +128,7 @@ def threads(limit: int | None, room: tuple[int, str] | None, needed: int) -> Fin
 
 
 def standard_streams(closed: Sequence[int]) -> Finding:
-    """Judge the descriptors 0, 1 and 2, of which some may be ``closed``."""
+    """Judge the descriptors 0, 1 and 2, of which some were ``closed`` at the start."""
     if not closed:
         return Finding("standard streams", "ok", "the descriptors 0, 1 and 2 are open")
     what = (
@@ -144,14 +146,6 @@ def working_directory(path: str | None) -> Finding:
     return Finding("working directory", "warning", what, "Start the job in a folder that stays, such as /")
 
 
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
-
-
 def _shm() -> tuple[int | None, int]:
     try:
         room = os.statvfs(_SHM)
@@ -165,7 +159,7 @@ def _memfd() -> bool:
     if not hasattr(os, "memfd_create"):
         return False
     try:
-        os.close(os.memfd_create("cloudckpt", os.MFD_CLOEXEC))
+        os.close(kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC)))
     except OSError:
         return False
     return True

@@ -18,6 +18,7 @@ import pytest
 
 from support.mounts import SMALL_SHM, private_mounts
 from support.servers import S3Server
+from support.trainers import TrainerProcess
 
 JOB = Path(__file__).parents[1] / "support" / "container_job.py"
 GROUPS = Path("/sys/fs/cgroup")
@@ -36,7 +37,7 @@ SHELL = ("sh", "-c")
 CLOSED = (*SHELL, 'exec "$@" <&- >&- 2>&-', "sh")
 FEW_FILES = (*SHELL, 'ulimit -n 64; exec "$@"', "sh")
 READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,bind,ro / && ! touch /usr/written && exec "$@"'
-C_LOCALE = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+C_LOCALE: dict[str, str | None] = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ ENVIRONMENTS = {
 def test_a_whole_job(name: str, tmp_path: Path, s3_server_named: Callable[[str], S3Server]) -> None:
     environment = ENVIRONMENTS[name]
     tmp_path.chmod(0o777)
-    uri, variables = f"file://{tmp_path}/run", {}
+    uri = f"file://{tmp_path}/run"
+    variables: dict[str, str] = {}
     if environment.on_s3:
         moto = s3_server_named("moto")
         uri, variables = f"s3://{moto.new_bucket()}/run", moto.environment
@@ -123,6 +125,44 @@ def test_threads_that_can_t_be_started_fail_a_save_with_the_cure(spare: int, tmp
     assert error.startswith("limited: ")
     assert "ulimit -u" in error
     assert rest == WHOLE
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_rank_without_threads_tells_the_others_at_once(warm: bool, tmp_path: Path) -> None:
+    """They would wait for `start_timeout`, or with a process that serves for `save_timeout`."""
+    group_of = {"init_method": f"file://{tmp_path}/meeting", "world_size": 2}
+    times = {"save_timeout": 250.0, "start_timeout": 250.0}
+    with control_group("pids") as group, contextlib.ExitStack() as stack:
+        first, second = [
+            stack.enter_context(
+                TrainerProcess(
+                    tmp_path, *(into(group) if rank else ()), rank=rank, executor=times, **group_of
+                )
+            ).started()
+            for rank in range(2)
+        ]
+        both = (first, second)
+        if warm:
+            for trainer in both:
+                trainer.tell("warmup")
+            for trainer in both:
+                trainer.answer()
+        (group / "pids.max").write_text((group / "pids.current").read_text())
+        for trainer in both:
+            trainer.tell("begin", 1)
+        for trainer in both:
+            trainer.answer()
+        for trainer in both:
+            outcome = trainer.ask("result")
+            assert outcome["error"] == "ExecutorError"
+            assert "ulimit -u" in outcome["said"]
+        (group / "pids.max").write_text("max")
+        for trainer in both:
+            trainer.tell("begin", 2)
+        for trainer in both:
+            trainer.answer()
+        for trainer in both:
+            assert trainer.ask("result") == {"error": None}
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 4])

@@ -97,7 +97,7 @@ def limits(
     settings: dict[str, Any], checkpointer: Any, state: Callable[[float], Any], said: list[str]
 ) -> None:
     """Narrow the control group that this process is in, see a save fail, and widen it again."""
-    import cloudckpt
+    import cloudckpt  # noqa: PLC0415 - see main
 
     group, of = settings.get("group"), settings.get("limit")
     if of == "files":
@@ -105,7 +105,7 @@ def limits(
     if not group or not of:
         return
     if of == "memory":
-        from cloudckpt.executor.memory_limits import PROCESS_BYTES
+        from cloudckpt.executor.memory_limits import PROCESS_BYTES  # noqa: PLC0415
 
         file = Path(group) / "memory.limit_in_bytes"
         stat = dict(line.split() for line in (Path(group) / "memory.stat").read_text().splitlines())
