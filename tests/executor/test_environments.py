@@ -133,15 +133,15 @@ def test_a_rank_without_threads_tells_the_others_at_once(warm: bool, tmp_path: P
     group_of = {"init_method": f"file://{tmp_path}/meeting", "world_size": 2}
     times = {"save_timeout": 250.0, "start_timeout": 250.0}
     with control_group("pids") as group, contextlib.ExitStack() as stack:
-        first, second = [
+        made = [
             stack.enter_context(
                 TrainerProcess(
                     tmp_path, *(into(group) if rank else ()), rank=rank, executor=times, **group_of
                 )
-            ).started()
+            )
             for rank in range(2)
         ]
-        both = (first, second)
+        both = [trainer.started() for trainer in made]
         if warm:
             for trainer in both:
                 trainer.tell("warmup")
