@@ -29,6 +29,8 @@ OWN: Final[Mapping[str, tuple[str, ...]]] = {
         "on_busy",
         "save_timeout",
         "start_timeout",
+        "interface",
+        "port_range",
         "preemption_grace",
         "progress",
         "on_event",

@@ -32,6 +32,7 @@ from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.last_call import Heard, LastCall
+from cloudckpt.executor.network.options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.fitting import FittingPlanner
@@ -77,6 +78,11 @@ class Checkpointer:
         start_timeout: seconds that ranks wait for each other.
         progress: show on rank 0 how far saves and loads are: as tqdm's bars on a terminal where that is
             installed, and else by a line in the log every ten seconds.
+        interface: the interface, address or network by which the checkpoint processes reach each other, as
+            ``"eth1"``, ``"10.0.3.7"`` or ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``,
+            ``GLOO_SOCKET_IFNAME``, or the address from which a rank reaches training's store.
+        port_range: the first and last port that they may listen on, as ``"29600-29699"``; by default
+            ``CLOUDCKPT_PORT_RANGE``, or any port.
         preemption_grace: seconds that are left after SIGTERM or SIGUSR1. The ranks agree on a call of
             `async_save` or `save` that is next, save that step, whatever is due, and raise `Preempted`, which
             ends the process. None leaves signals alone; so does a handler that somebody else has put.
@@ -107,6 +113,8 @@ class Checkpointer:
         start_timeout: float = 300.0,
         preemption_grace: float | None = 25.0,
         progress: bool = True,
+        interface: str | None = None,
+        port_range: PortRange | None = None,
         on_event: OnEvent | None = None,
         process_group: dist.ProcessGroup | None = None,
         trust: bool = False,
@@ -126,6 +134,8 @@ class Checkpointer:
             start_timeout,
             snapshots=snapshots,
             on_busy=on_busy,
+            interface=interface,
+            port_range=port_range,
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._rank = own_rank(process_group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cloudckpt.executor.network.options import NetworkOptions
 from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.snapshot import Snapshot
 
@@ -13,7 +14,8 @@ from cloudckpt.executor.snapshot import Snapshot
 class Hello:
     """The first message: who the process is, and where it meets the others.
 
-    Without a place it saves alone. ``group_timeout`` is in seconds.
+    Without a place it saves alone. ``deadline`` is that of the start, by `time.monotonic`, which all
+    processes of a host share. ``group_timeout`` is in seconds.
     """
 
     rank: int
@@ -22,7 +24,8 @@ class Hello:
     log_level: int
     main_script: dict[str, Any]
     place: MeetingPlace | None
-    start_timeout: float
+    network: NetworkOptions
+    deadline: float
     group_timeout: float
     disable_automatic_gc: bool
     disable_manual_gc: bool
@@ -30,10 +33,15 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The process has met the others and serves, or tells the pickled error that keeps it from that."""
+    """The process has met the others and serves, or tells the pickled error that keeps it from that.
+
+    ``network`` describes its network, ``warning`` what is wrong with it.
+    """
 
     generation: int
     failure: bytes | None = None
+    network: str | None = None
+    warning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.layout import Layout
+from cloudckpt.executor.network.options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
 from cloudckpt.executor.store_council import StoreCouncil
@@ -53,6 +54,11 @@ class ProcessExecutor:
             cancelled) or ``"raise"`` an ``ExecutorError``. All ranks do as rank 0 must.
         use_prefix_store: where the processes meet, as in `ProcessGroupInfo`; by default
             ``DCP_USE_PREFIX_STORE`` and, where that says nothing, the store that training has.
+        interface: the interface, address or network (``"eth1"``, ``"10.0.3.7"``, ``"10.0.0.0/8"``) by which
+            the processes reach each other; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the
+            address from which each rank reaches that store.
+        port_range: the first and last port on which they may listen, as ``"29600-29699"`` or a pair; by
+            default ``CLOUDCKPT_PORT_RANGE``, or whatever ports the system chooses.
 
     Raises:
         ConfigurationError: an argument can't be used, or ``CLOUDCKPT_CPUS`` can't.
@@ -66,6 +72,8 @@ class ProcessExecutor:
         snapshots: int = 1,
         on_busy: OnBusy = "wait",
         use_prefix_store: bool | None = None,
+        interface: str | None = None,
+        port_range: PortRange | None = None,
     ) -> None:
         for name, seconds in (("save_timeout", save_timeout), ("start_timeout", start_timeout)):
             if not 0 < seconds < threading.TIMEOUT_MAX:
@@ -82,6 +90,7 @@ class ProcessExecutor:
             )
         quiet.check()
         descriptors.fill_standard()
+        self._network = NetworkOptions.given(interface, port_range)
         self._save_timeout = save_timeout
         self._start_timeout = start_timeout
         self._on_busy = on_busy
@@ -286,12 +295,13 @@ class ProcessExecutor:
             return self._supervisor
         if not no_dist and grouped() and dist.get_world_size(process_group) > 1:
             if self._meeting is None:
-                self._meeting = Meeting(process_group, self._use_prefix_store)
+                self._meeting = Meeting(process_group, self._use_prefix_store, self._network)
             self._place = self._meeting.place(self._start_timeout)
             self._council = StoreCouncil(self._place)
         terms = Terms(
             rank=self._place.rank if self._place is not None else 0,
             place=self._place,
+            network=self._network,
             save_timeout=self._save_timeout,
             start_timeout=self._start_timeout,
             disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),

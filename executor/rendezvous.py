@@ -1,28 +1,36 @@
-"""Where the checkpoint processes of a job meet: in the store that training has, or in one of their own.
+"""Rendezvous of a job's checkpoint processes: in the store that training has, or in one of their own.
 
-No port is probed and then bound: a store of our own takes whatever port the system gives it.
+No port is probed and then bound: a store of our own is opened on the socket that listens already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
+import time
 import uuid
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.printable import one_line
+from cloudckpt.executor.network import absence, addresses
+from cloudckpt.executor.network.hosting import Offer, common, master_address
+from cloudckpt.executor.network.members import endpoint, said_by_hosts
+from cloudckpt.executor.network.options import NetworkOptions
 
 _LARGEST_PORT = 65535
+_REACH = 10.0
+"""Seconds for a connection to a store that has just been opened."""
 
 
 class ProcessGroupInfo:
@@ -57,6 +65,7 @@ class ProcessGroupInfo:
         self, process_group: dist.ProcessGroup | None = None, use_prefix_store: bool | None = None
     ) -> None:
         in_group = grouped()
+        options = NetworkOptions.given()
         self.local_rank: int = dist.get_node_local_rank(fallback_rank=0)
         self.global_rank: int = dist.get_rank(process_group) if in_group else 0
         self.world_size: int = dist.get_world_size(process_group) if in_group else 1
@@ -67,16 +76,27 @@ class ProcessGroupInfo:
         self.disable_manual_gc: bool = flag("DCP_DISABLE_MANUAL_GC")
         self._hosted: TCPStore | None = None
 
-        def choose() -> tuple[str, int]:
+        def choose() -> tuple[str, int] | Offer:
             if self.use_prefix_store:
                 return existing_store()
-            self._hosted, host = host_store()
-            return host, self._hosted.port
+            offer = open_store(options)
+            self._hosted = offer.server
+            return offer
 
         ranks = _DistWrapper(process_group, use_dist=in_group, coordinator_rank=0)
-        address = ranks.broadcast("find a store for the checkpoint processes", choose)
-        self.tcp_store_master_addr: str = address[0]
-        self.tcp_store_master_port: int = address[1]
+        found = ranks.broadcast("find a store for the checkpoint processes", choose)
+        if isinstance(found, Offer):
+            offer = found
+
+            def pick(reached: list[list[str]]) -> tuple[str, int]:
+                address = common(reached)
+                if address is None:
+                    raise out_of_reach(offer, [rank for rank, some in enumerate(reached) if not some])
+                return address, offer.port
+
+            found = ranks.all_reduce("reach the store", lambda: offer.reached(_REACH), pick)
+        self.tcp_store_master_addr: str = found[0]
+        self.tcp_store_master_port: int = found[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the store itself, which stays with the process that opened it."""
@@ -96,28 +116,59 @@ class MeetingPlace:
     host: str
     port: int
     prefix: str
+    group: str = "world"
 
     def connect(self, name: str, timeout: float) -> Store:
         """A connection of its own to the part of the store under ``name``; ``timeout`` in seconds.
 
         Raises:
-            DistError: it can't be reached.
+            ExecutorError: it can't be reached.
         """
         # One connection serves one caller at a time, and a wait keeps it from all others.
-        store = TCPStore(
-            self.host, self.port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False
-        )
+        try:
+            store = TCPStore(
+                self.host,
+                self.port,
+                is_master=False,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
+            )
+        except DistError as error:
+            unreachable = self.unreachable(error)
+            absence.tell(self.group, self.rank, unreachable.message)
+            raise unreachable from error
         return PrefixStore(f"{self.prefix}/{name}", store)
+
+    def unreachable(self, error: Exception) -> ExecutorError:
+        """Return the error for a store that this rank can't connect to."""
+        found = addresses.addresses_of(self.host)
+        named = ", ".join(f"{endpoint(one, self.port)}{said_by_hosts(one)}" for one in found) or "no address"
+        if not addresses.is_address(self.host):
+            named = f"{endpoint(self.host, self.port)}, which is {named}"
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
+        return ExecutorError(
+            f"rank {self.rank} on host {socket.gethostname()} can't open a connection to the store at "
+            f"{named}: {reason}",
+            rank=self.rank,
+            hint=f"Let every host of the job open connections to port {self.port} of that host while the job "
+            "runs, and see that its process is alive; the next save tries again",
+        )
 
 
 class Meeting:
-    """How the ranks of an executor find their place; asked again after a failure, it goes on where it was."""
+    """The way in which the ranks of an executor find their place.
 
-    def __init__(self, process_group: dist.ProcessGroup | None, use_prefix_store: bool | None) -> None:
+    After a failure, the next call goes on where it was.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup | None, use_prefix_store: bool | None, options: NetworkOptions
+    ) -> None:
         self._group = process_group
         self._rank = dist.get_rank(process_group)
         self._world_size = dist.get_world_size(process_group)
         self._choice = _choice(use_prefix_store)
+        self._options = options
         self._key: str | None = None
         self._told = False
         self.hosted: TCPStore | None = None
@@ -127,10 +178,11 @@ class Meeting:
 
         Raises:
             CheckpointException: rank 0 found nothing to meet in.
-            ExecutorError: rank 0 said nothing within ``timeout`` seconds.
+            ExecutorError: rank 0 said nothing within ``timeout`` seconds, or a rank can't reach its store.
         """
-        store = _own_connection(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - the one way to it
+        deadline = time.monotonic() + timeout
         group = self._group.group_name if self._group is not None else "world"
+        store = self._training_store(group, timeout)
         # One agreement for each executor that the group's ranks make, in the order in which they do.
         if self._key is None:
             count = store.add(f"cloudckpt/{group}/executors/{self._rank}", 1)
@@ -138,23 +190,41 @@ class Meeting:
         if self._rank == 0 and not self._told:
             store.set(self._key, pickle.dumps(self._decided()).hex())
             self._told = True
+        word = self._word(store, self._key, deadline)
+        decided = pickle.loads(bytes.fromhex(word.decode()))  # noqa: S301 - from rank 0
+        if isinstance(decided, BaseException):
+            raise decided
+        found, prefix = decided
+        if isinstance(found, Offer):
+            found = self._reached(found, group, deadline)
+        host, port = found or tcp_store_of_training() or _no_store()
+        return MeetingPlace(self._rank, self._world_size, host, port, prefix, group)
+
+    def _training_store(self, group: str, timeout: float) -> Store:
+        """The store of training through a connection of our own, so that waiting keeps it from nobody."""
+        address = tcp_store_of_training()
+        if address is not None:
+            return MeetingPlace(self._rank, self._world_size, *address, "cloudckpt", group).connect(
+                "meetings", timeout
+            )
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
+        clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
+        return clone() if clone is not None else store
+
+    def _word(self, store: Store, key: str, deadline: float) -> bytes:
+        left = max(0.01, deadline - time.monotonic())
         try:
-            store.wait([self._key], timedelta(seconds=timeout))
+            store.wait([key], timedelta(seconds=left))
+            return store.get(key)
         except RuntimeError as error:  # what a store raises, of TCP or of files
             raise ExecutorError(
-                f"rank 0 did not say within {timeout:g} s where the checkpoint processes meet",
+                f"rank 0 did not say within {left:.3g} s where the checkpoint processes meet",
                 rank=0,
                 hint="Every rank must save at the same steps; raise start_timeout if some come later",
             ) from error
-        decided = pickle.loads(bytes.fromhex(store.get(self._key).decode()))  # noqa: S301 - from rank 0
-        if isinstance(decided, BaseException):
-            raise decided
-        address, prefix = decided
-        host, port = address or tcp_store_of_training() or _no_store()
-        return MeetingPlace(self._rank, self._world_size, host, port, prefix)
 
-    def _decided(self) -> tuple[tuple[str, int] | None, str] | CheckpointException:
-        """Rank 0's word: an address, or None for the store that each rank is connected to already."""
+    def _decided(self) -> tuple[tuple[str, int] | Offer | None, str] | CheckpointException:
+        """Rank 0's word: an address, an offer, or None for the store that training has."""
         try:
             return self._choice(self), f"cloudckpt/{uuid.uuid4().hex}"
         except Exception as error:  # noqa: BLE001 - every rank is told
@@ -162,17 +232,27 @@ class Meeting:
                 "find a store for the checkpoint processes", {0: _wrap_exception(error)}
             )
 
-    def host(self) -> tuple[str, int]:
-        """Open a store here."""
-        self.hosted, address = host_store()
-        return address, self.hosted.port
+    def _reached(self, offer: Offer, group: str, deadline: float) -> tuple[str, int]:
+        """An address at which this rank reaches rank 0's store. Other ranks may use others."""
+        reached = offer.reached(max(0.1, deadline - time.monotonic()))
+        if reached:
+            return reached[0], offer.port
+        error = out_of_reach(offer, [self._rank])
+        absence.tell(group, self._rank, error.message)
+        raise error
 
-    def training_store_or_host(self) -> tuple[str, int] | None:
+    def host(self) -> Offer:
+        """Open a store here."""
+        offer = open_store(self._options)
+        self.hosted = offer.server
+        return offer
+
+    def training_store_or_host(self) -> Offer | None:
         """The store of training where all hosts can reach it, or one opened here."""
         return None if tcp_store_of_training() is not None else self.host()
 
 
-def _choice(use_prefix_store: bool | None) -> Callable[[Meeting], tuple[str, int] | None]:
+def _choice(use_prefix_store: bool | None) -> Callable[[Meeting], tuple[str, int] | Offer | None]:
     if use_prefix_store is None and "DCP_USE_PREFIX_STORE" not in os.environ:
         return Meeting.training_store_or_host
     wanted = flag("DCP_USE_PREFIX_STORE") if use_prefix_store is None else use_prefix_store
@@ -207,27 +287,36 @@ def existing_store() -> tuple[str, int]:
 
 def tcp_store_of_training() -> tuple[str, int] | None:
     """Host and port of the default group's store, where it is a TCP store."""
-    if not grouped():
-        return None
-    store = _bottom(dist.distributed_c10d._get_default_store())  # noqa: SLF001 - the one way to it
+    store = absence.training_store()
     return (store.host, store.port) if isinstance(store, TCPStore) else None
 
 
-def host_store() -> tuple[TCPStore, str]:
-    """Open a store on a port that the system picks, and say under which name this host is reached."""
-    names = [socket.getfqdn(), socket.gethostname(), "127.0.0.1"]
-    # MASTER_ADDR is where rank 0 of the job is, which need not be this group's.
-    if (not grouped() or dist.get_rank() == 0) and os.environ.get("MASTER_ADDR"):
-        names.insert(0, os.environ["MASTER_ADDR"])
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    for name in names:
-        try:
-            with closing(socket.create_connection((name, store.port), timeout=5)):
-                return store, name
-        except OSError:
-            continue
-    raise ConfigurationError(
-        f"no name of this host leads to itself: {', '.join(names)}", hint="Set MASTER_ADDR to its address"
+def open_store(options: NetworkOptions) -> Offer:
+    """Open a store on this host, and say under which addresses it may be reached.
+
+    Raises:
+        ConfigurationError: this host has no such interface, or no port of the range is free.
+    """
+    preferred = master_address(dist.get_rank() if grouped() else 0)
+    training = tcp_store_of_training()
+    if training is not None:
+        # From the address by which this rank reaches training's store, others probably reach this rank.
+        with contextlib.suppress(OSError):
+            preferred.append(addresses.route_to(*training, _REACH).local)
+    return Offer.opened(options, preferred)
+
+
+def out_of_reach(offer: Offer, shut_out: list[int]) -> ExecutorError:
+    """Return the error for a store that rank 0 has opened and other ranks can't reach."""
+    ranks = ", ".join(map(str, shut_out))
+    return ExecutorError(
+        f"rank {ranks} can't reach the store that rank 0 has opened for the checkpoint processes at "
+        f"{offer.tried()}"
+        if shut_out
+        else f"the ranks reach the store that rank 0 has opened at no common address: {offer.tried()}",
+        rank=shut_out[0] if shut_out else None,
+        hint="Open the port between the hosts (port_range= keeps it within a range), name the address with "
+        "interface= or CLOUDCKPT_INTERFACE, or leave DCP_USE_PREFIX_STORE unset to use training's store",
     )
 
 
@@ -239,18 +328,6 @@ def flag(name: str) -> bool:
 def grouped() -> bool:
     """Whether training has a process group at all."""
     return dist.is_available() and dist.is_initialized()
-
-
-def _bottom(store: Store) -> Store:
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return store
-
-
-def _own_connection(store: Store) -> Store:
-    """The same store through another connection, so that waiting keeps it from nobody."""
-    clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
-    return clone() if clone is not None else store
 
 
 def _no_store() -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,14 +16,20 @@ from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures
 from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor.network import absence
+from cloudckpt.executor.network.members import endpoint
 from cloudckpt.executor.rendezvous import MeetingPlace
 
 T = TypeVar("T")
 
 _GRACE = 5.0
 """Seconds that an answer may take beyond the time it was asked to."""
+
+_NAMED = 8
+"""Ranks that an error names."""
 
 _REPORT = 30.0
 """Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
@@ -83,9 +90,7 @@ class StoreCouncil(Council):
         thread = threading.Thread(target=_into, args=(answer, ask), name=f"cloudckpt-{what}", daemon=True)
         try:
             thread.start()
-        except (
-            RuntimeError
-        ):  # no thread can be started: others are told all the same, in the store's own time
+        except RuntimeError:  # no thread can be started: the store's own timeouts have to do
             _into(answer, ask)
         try:
             return answer.result(timeout + _GRACE)
@@ -93,8 +98,9 @@ class StoreCouncil(Council):
             if isinstance(error, CheckpointError):
                 raise
             raise ExecutorError(
-                f"the ranks could not {what}: the store at {self._place.host}:{self._place.port} "
-                f"did not answer within {timeout:g} s ({type(error).__name__}: {error})",
+                f"the ranks could not {what}: the store at {endpoint(self._place.host, self._place.port)} "
+                f"did not answer rank {self._place.rank} on host {socket.gethostname()} within {timeout:g} s "
+                f"({type(error).__name__}: {one_line(error)})",
                 rank=self._place.rank,
                 hint="Look whether that host is up and reachable from here; the next save tries again",
             ) from error
@@ -102,7 +108,9 @@ class StoreCouncil(Council):
     def _join(self, standing: Standing, timeout: float) -> tuple[Agreement, int]:
         """The attempt's agreement and number, whoever wrote it."""
         deadline = time.monotonic() + timeout
-        store = self._place.connect("council", timeout)
+        # Half of the time: the others wait as long, and must learn why this rank does not join.
+        store = self._place.connect("council", timeout / 2)
+        absence.withdraw(self._place.group, self._place.rank)
         attempt = self._next
         while True:
             while store.check([f"{attempt}/agreement"]):
@@ -148,7 +156,14 @@ class StoreCouncil(Council):
         missing = [
             rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/standing/{rank}"])
         ]
-        named = ", ".join(str(rank) for rank in missing[:8]) + (", …" if len(missing) > 8 else "")  # noqa: PLR2004
+        for rank, reason in absence.reasons(self._place.group, missing[:_NAMED]).items():
+            cause = ExecutorError(
+                f"rank {rank} did not come to this save within {timeout:g} s: {reason}",
+                rank=rank,
+                hint="Open the port of the store between the hosts for connections made while the job runs",
+            )
+            return Agreement(attempt, refusal=failures.dumps(cause))
+        named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
         refusal = ExecutorError(
             f"rank {named} did not come to this save within {timeout:g} s"
             if missing

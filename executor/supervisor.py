@@ -20,6 +20,7 @@ from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.network.options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
 from cloudckpt.executor.rendezvous import MeetingPlace
@@ -59,6 +60,7 @@ class Terms:
 
     rank: int
     place: MeetingPlace | None
+    network: NetworkOptions
     save_timeout: float
     start_timeout: float
     disable_automatic_gc: bool
@@ -275,7 +277,8 @@ class Supervisor:
             log_level=_log.getEffectiveLevel(),
             main_script=MainScript.describe(),
             place=terms.place,
-            start_timeout=terms.start_timeout,
+            network=terms.network,
+            deadline=time.monotonic() + terms.start_timeout,
             group_timeout=terms.start_timeout + terms.save_timeout + 60,
             disable_automatic_gc=terms.disable_automatic_gc,
             disable_manual_gc=terms.disable_manual_gc,
@@ -284,6 +287,10 @@ class Supervisor:
         ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
         if ready.failure is not None:
             raise failures.loads(ready.failure)
+        if ready.network is not None:
+            _log.info("%s", ready.network)
+        if ready.warning is not None and terms.rank == 0:  # the same on every rank
+            _log.warning("%s", ready.warning)
         process.serves = True
         self._arenas.beside = 0  # what it takes, it has taken
         return process

@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -30,6 +29,7 @@ from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.network.group import Formation, Network
 from cloudckpt.executor.planning import PlanCache, fingerprint
 from cloudckpt.executor.progress import ProgressBoard
 from cloudckpt.executor.watch import watched
@@ -41,6 +41,9 @@ _BEAT = 1.0
 
 _LAST_WORDS = 0.5
 """Seconds for messages to be written at the end."""
+
+_MARGIN = 2.0
+"""Seconds before the trainer's deadline at which forming a group ends, to say what failed."""
 
 _NO_FRAMES = traceback.StackSummary()
 """An error that comes from another process has its traceback in its notes."""
@@ -57,14 +60,17 @@ def main(connection_fd: int, board_fd: int) -> None:
     try:
         _begin("cloudckpt-end", _end_when_told, worker, hello.parent_pid)
         quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
-        _meet(hello)
+        network = _meet(hello)
         _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
         connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
         return
     if hello.disable_automatic_gc:
         gc.disable()
-    connection.send(Ready(hello.generation))
+    ready = Ready(hello.generation)
+    if network is not None:
+        ready = Ready(hello.generation, network=str(network), warning=network.warning)
+    connection.send(ready)
     worker.serve()
     # No farewell to the group: a rank that has to be waited for may be gone.
     background_log.flush()
@@ -82,22 +88,24 @@ def _start_error(error: Exception, hello: Hello) -> Exception:
         f"the checkpoint process of rank {hello.rank} could not meet the others: "
         f"{type(error).__name__}: {error}",
         rank=hello.rank,
-        hint="Look whether every host can reach every other (GLOO_SOCKET_IFNAME names the interface)",
+        hint="Look whether every host can reach every other; interface= or CLOUDCKPT_INTERFACE names the "
+        "interface or address",
     )
 
 
-def _meet(hello: Hello) -> None:
-    """Form the group of this generation, and prove it."""
+def _meet(hello: Hello) -> Network | None:
+    """Form the group of this generation, and prove it; None for a process that saves alone."""
     if hello.place is None:
-        return
-    dist.init_process_group(
-        "gloo",
-        store=hello.place.connect(f"group/{hello.generation}", hello.start_timeout),
-        rank=hello.place.rank,
-        world_size=hello.place.world_size,
-        timeout=timedelta(seconds=hello.group_timeout),
-    )
+        return None
+    network = Formation(
+        hello.place,
+        name=f"group/{hello.generation}",
+        options=hello.network,
+        deadline=hello.deadline - _MARGIN,
+        collective_timeout=hello.group_timeout,
+    ).form()
     dist.barrier()
+    return network
 
 
 def _beat(board: ProgressBoard, parent_pid: int) -> None:

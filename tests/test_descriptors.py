@@ -53,7 +53,15 @@ def test_bytes_are_taken_by_files_and_by_pipes_with_room(tmp_path: Path) -> None
     os.close(write)
 
 
-LOW = ("os.open(", "os.pipe(", "memfd_create(", "socketpair(", "pidfd_open(", "os.dup(", "socket.socket(")
+LOW = (
+    "os.open(",
+    "os.pipe(",
+    "memfd_create(",
+    "socketpair(",
+    "pidfd_open(",
+    "os.dup(",
+    "socket.socket(socket.AF_UNIX",
+)
 
 
 def test_only_one_module_makes_descriptors_by_itself() -> None:

@@ -12,7 +12,8 @@ from rich.text import Text
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
-from cloudckpt.doctor import Finding, examine
+from cloudckpt.doctor import Finding, Rendezvous, examine
+from cloudckpt.executor.network.options import NetworkOptions
 
 _STYLES: Final[Mapping[str, str]] = {
     "ok": "green",
@@ -26,17 +27,27 @@ _NARROWEST: Final = 20
 """Columns that text is given on the narrowest terminal."""
 
 
-def doctor(target: Target, *, state_size: int | None, ranks: int, as_json: bool) -> bool:
+def doctor(
+    target: Target,
+    *,
+    state_size: int | None,
+    ranks: int,
+    rendezvous: Rendezvous | None,
+    network: NetworkOptions,
+    as_json: bool,
+) -> bool:
     """Examine a place, print each finding as it is made, and tell whether none failed.
 
     Raises:
         ConfigurationError: an option can't be used, or a library is missing.
     """
     if as_json:
-        findings = examine(target, state_size=state_size, ranks=ranks)
+        findings = examine(target, state_size=state_size, ranks=ranks, rendezvous=rendezvous, network=network)
     else:
         output.say(target.uri, "bold")
-        findings = examine(target, state_size=state_size, ranks=ranks, found=_say)
+        findings = examine(
+            target, state_size=state_size, ranks=ranks, rendezvous=rendezvous, network=network, found=_say
+        )
     ok = all(finding.state != "failed" for finding in findings)
     if as_json:
         told = [dataclasses.asdict(finding) for finding in findings]

@@ -14,10 +14,15 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.exam import Exam, open_exam
 from cloudckpt.backends.target import Target
 from cloudckpt.doctor.machine import machine
+from cloudckpt.doctor.network import Rendezvous, not_tried, own_name
+from cloudckpt.doctor.network import ranks as ranks_meet
 from cloudckpt.doctor.tries import Tries
+from cloudckpt.executor.network.options import NetworkOptions
 
-__all__ = ["Finding", "State", "examine"]
+__all__ = ["Finding", "Rendezvous", "State", "examine"]
 
+_MEETING: Final = 120.0
+"""Seconds that ranks have to meet and to reach each other: their commands may be started by hand."""
 _RETRIES: Final = 2
 _TIMEOUT: Final = 20.0
 """Seconds: who wants to know what is wrong does not want to wait as long as a save would."""
@@ -28,6 +33,8 @@ def examine(
     *,
     state_size: int | None = None,
     ranks: int = 1,
+    rendezvous: Rendezvous | None = None,
+    network: NetworkOptions | None = None,
     found: Callable[[Finding], None] = lambda _: None,
 ) -> list[Finding]:
     """Examine a place, and this machine, for a job that is to checkpoint there.
@@ -38,6 +45,8 @@ def examine(
         target: the URI of the run, with the options that the job will have.
         state_size: bytes of a rank's state, to compare memory with.
         ranks: of the job on this machine.
+        rendezvous: where the job's ranks meet, each of which examines its host. Rank 0 alone tries the place.
+        network: the job's interface and ports.
         found: told of each finding as it is made.
 
     Raises:
@@ -49,14 +58,26 @@ def examine(
         findings.append(finding)
         found(finding)
 
+    for finding in machine(target.options, state_size, ranks):
+        say(finding)
+    say(own_name())
+    if rendezvous is None:
+        say(not_tried())
+    else:
+        for finding in ranks_meet(rendezvous, network or NetworkOptions.given(), _MEETING):
+            say(finding)
+    if rendezvous is None or rendezvous.rank == 0:
+        _examine_place(target, say)
+    return findings
+
+
+def _examine_place(target: Target, say: Callable[[Finding], None]) -> None:
     options = target.options
     hasty = {"retries": min(options.retries, _RETRIES), "timeout": min(options.timeout, _TIMEOUT)}
     quick = replace(target, options=options.model_copy(update=hasty))
     with open_store(quick) as store, contextlib.closing(open_exam(quick)) as exam:
         litter = Litter(store)
         try:
-            for finding in machine(options, state_size, ranks):
-                say(finding)
             for finding in _tried(Tries(store, exam, litter), exam):
                 say(finding)
         finally:
@@ -64,7 +85,6 @@ def examine(
             left = litter.clear()
         if not untouched:
             say(_leftovers(left))
-    return findings
 
 
 def _tried(tries: Tries, exam: Exam) -> Iterator[Finding]:

@@ -1,0 +1,1 @@
+"""The network of a job's checkpoint processes: addresses, reachability, and the group that they form."""

@@ -1,0 +1,76 @@
+"""Word of a rank that can't open connections to the store, through the one that training opened before.
+
+A firewall may let through what is connected already, and nothing new. Without this word the other ranks would
+only see that the rank does not join.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Final
+
+import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, distributed_c10d
+
+_PATIENCE: Final = 3.0
+"""Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
+_told: Final[set[tuple[str, int]]] = set()
+
+
+def training_store() -> Store | None:
+    """Return the store of training's default group, without its prefixes; None without a group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    store = distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
+
+
+def tell(group: str, rank: int, reason: str) -> None:
+    """Tell the other ranks of a group why this one is absent, if training's connection still carries it."""
+    store = training_store()
+    if store is not None:
+        _told.add((group, rank))
+        _bounded(lambda: store.set(_key(group, rank), reason))
+
+
+def withdraw(group: str, rank: int) -> None:
+    """Delete what `tell` told, once the rank is back."""
+    store = training_store()
+    if store is not None and (group, rank) in _told:
+        _told.discard((group, rank))
+        _bounded(lambda: store.delete_key(_key(group, rank)))
+
+
+def reasons(group: str, ranks: Iterable[int]) -> dict[int, str]:
+    """Return what absent ranks have told; nothing for a rank that told nothing."""
+    store, found = training_store(), dict[int, str]()
+
+    def read() -> None:
+        for rank in ranks:
+            if store is not None and store.check([_key(group, rank)]):
+                found[rank] = store.get(_key(group, rank)).decode()
+
+    _bounded(read)
+    return dict(found)
+
+
+def _bounded(run: Callable[[], object]) -> None:
+    def quietly() -> None:
+        try:
+            run()
+        except RuntimeError:  # whatever a store raises: there is nobody else to tell
+            return
+
+    thread = threading.Thread(target=quietly, name="cloudckpt-absence", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started: the others find out by themselves
+        return
+    thread.join(_PATIENCE)
+
+
+def _key(group: str, rank: int) -> str:
+    return f"cloudckpt/{group}/absent/{rank}"
