@@ -26,9 +26,11 @@ _START = (
     # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.
     # SIGUSR1, which some schedulers send to every process of a job, is for the trainer to act on.
     "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1}); "
-    "sys.path[:] = json.loads(sys.argv[1]); "
-    # Before the imports, which take most of its memory.
-    "from cloudckpt.executor.memory_limits import volunteer; volunteer(); "
+    "sys.path[:] = json.loads(sys.argv[1])\n"
+    # When memory runs out, the kernel takes this process first: the trainer can go on without it. Said before
+    # the imports, which take most of its memory.
+    "import contextlib, pathlib\n"
+    "with contextlib.suppress(OSError): pathlib.Path('/proc/self/oom_score_adj').write_text('1000')\n"
     "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 """The whole program: nothing of the trainer's main script runs again."""

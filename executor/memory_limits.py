@@ -6,7 +6,6 @@ there, or says something else than it should, counts as no limit: reading about 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +78,6 @@ def killer_since(before: dict[str, int], proc: Path = _PROC, groups: Path = _GRO
     """Return who has killed a process for want of memory since the counts ``before``: the smallest group."""
     now = kills(proc, groups)
     return next((owner for owner, count in now.items() if count > before.get(owner, count)), None)
-
-
-def volunteer(proc: Path = _PROC) -> None:
-    """Have the kernel take this process first when memory runs out; the trainer can go on without it."""
-    with contextlib.suppress(OSError):  # no such file, or one that is read-only
-        (proc / "self" / "oom_score_adj").write_text("1000")
 
 
 def _rooms(proc: Path, groups: Path) -> Iterator[Room]:

@@ -43,7 +43,8 @@ def _no_cloud_settings_of_the_user() -> Iterator[None]:
         yield
 
 
-class _SettledLog(pytest.LogCaptureFixture):
+# Final for type checkers; there is no other way in.
+class _SettledLog(pytest.LogCaptureFixture):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
     """What was logged, also by threads that don't wait for their messages to be handled."""
 
     @property

@@ -22,10 +22,12 @@ class Blocked(logging.Handler):
         super().__init__()
         self.go = threading.Event()
         self.messages: list[str] = []
+        self.records: list[logging.LogRecord] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         self.go.wait(60)
         self.messages.append(record.getMessage())
+        self.records.append(record)
 
 
 @pytest.fixture
@@ -62,9 +64,12 @@ def test_a_thread_of_ours_does_not_wait_for_a_handler_and_what_is_too_much_is_co
     add(handlers, blocked)
     log = background_log.logger(NAME)
     count = 3 * background_log._MOST
-    thread = threading.Thread(
-        target=lambda: [log.warning("%d", number) for number in range(count)], name="cloudckpt-test"
-    )
+
+    def many() -> None:
+        for number in range(count):
+            log.warning("%d", number)
+
+    thread = threading.Thread(target=many, name="cloudckpt-test")
     thread.start()
     thread.join(60)
     assert not thread.is_alive()
@@ -109,10 +114,8 @@ def test_a_message_of_the_program_is_written_when_its_call_returns(
 
 
 def test_levels_and_places_are_those_of_the_logger_by_that_name(handlers: list[logging.Handler]) -> None:
-    records: list[logging.LogRecord] = []
     handler = Blocked()
     handler.go.set()
-    handler.addFilter(lambda record: records.append(record) is None)
     add(handlers, handler)
     log = background_log.logger(NAME)
     real = logging.getLogger(NAME)
@@ -120,5 +123,5 @@ def test_levels_and_places_are_those_of_the_logger_by_that_name(handlers: list[l
     log.warning("not told")
     log.error("told")
     real.setLevel(logging.NOTSET)
-    (record,) = records
+    (record,) = handler.records
     assert (record.name, record.module, record.getMessage()) == (NAME, "test_background_log", "told")

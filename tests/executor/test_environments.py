@@ -91,9 +91,10 @@ def test_a_whole_job(name: str, tmp_path: Path, s3_server_named: Callable[[str],
     if environment.on_s3:
         moto = s3_server_named("moto")
         uri, variables = f"s3://{moto.new_bucket()}/run", moto.environment
-    for settings, expected in (({}, WHOLE), ({"only_load": True}, ["loaded 4"])):
-        told = run(environment, tmp_path, variables, {**environment.settings, **settings, "uri": uri})
-        assert told == {"said": expected}
+    settings = {**environment.settings, "uri": uri}
+    assert run(environment, tmp_path, variables, settings) == {"said": WHOLE}
+    told = run(environment, tmp_path, variables, {**settings, "only_load": True})
+    assert told == {"said": ["loaded 4"]}
 
 
 @pytest.mark.parametrize("margin", [-8, 24])
@@ -114,6 +115,19 @@ def test_a_memory_limit_below_the_need_is_an_error_and_one_above_it_is_enough(
     assert rest == WHOLE
 
 
+def test_where_memory_runs_out_the_checkpoint_process_goes_and_the_error_names_the_group(
+    tmp_path: Path,
+) -> None:
+    with control_group("memory") as group:
+        environment = Environment(prefix=into(group), settings={"limit": "too late", "group": str(group)})
+        told = run(environment, tmp_path, {}, {**environment.settings, "uri": f"{tmp_path}/run"})
+    error, *rest = told["said"]
+    assert error.startswith("ExecutorDiedError: ")
+    assert f"was killed by SIGKILL (exit code -9), as the control group {group} ran out of memory" in error
+    assert "Give the job more memory" in error
+    assert rest == WHOLE
+
+
 @pytest.mark.parametrize("spare", [0, 1, 3, 6])
 def test_threads_that_can_t_be_started_fail_a_save_with_the_cure(spare: int, tmp_path: Path) -> None:
     with control_group("pids") as group:
@@ -130,14 +144,15 @@ def test_threads_that_can_t_be_started_fail_a_save_with_the_cure(spare: int, tmp
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_rank_without_threads_tells_the_others_at_once(warm: bool, tmp_path: Path) -> None:
     """They would wait for `start_timeout`, or with a process that serves for `save_timeout`."""
-    group_of = {"init_method": f"file://{tmp_path}/meeting", "world_size": 2}
-    times = {"save_timeout": 250.0, "start_timeout": 250.0}
+    arguments: dict[str, Any] = {
+        "init_method": f"file://{tmp_path}/meeting",
+        "world_size": 2,
+        "executor": {"save_timeout": 250.0, "start_timeout": 250.0},
+    }
     with control_group("pids") as group, contextlib.ExitStack() as stack:
         made = [
             stack.enter_context(
-                TrainerProcess(
-                    tmp_path, *(into(group) if rank else ()), rank=rank, executor=times, **group_of
-                )
+                TrainerProcess(tmp_path, *(into(group) if rank else ()), rank=rank, **arguments)
             )
             for rank in range(2)
         ]

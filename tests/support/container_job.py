@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from typing import Any
 
 SECONDS = 90.0
 MIB = 1 << 20
+HUNGRY = f"""
+with open("/proc/self/oom_score_adj", "w") as file:
+    file.write("900")
+taken = b"x" * {96 * MIB}
+input()
+"""
 
 
 def main(settings: dict[str, Any]) -> list[str]:
@@ -104,6 +111,9 @@ def limits(
         few_files(settings["spare"], checkpointer, state(1.0), said)
     if not group or not of:
         return
+    if of == "too late":
+        run_out(Path(group) / "memory.limit_in_bytes", checkpointer, state(1.0), said)
+        return
     if of == "memory":
         from cloudckpt.executor.memory_limits import PROCESS_BYTES  # noqa: PLC0415
 
@@ -127,6 +137,22 @@ def limits(
     except cloudckpt.CheckpointError as error:
         said.append(f"limited: {type(error).__name__}: {error}")
     file.write_text(wide)
+
+
+def run_out(limit: Path, checkpointer: Any, values: dict[str, Any], said: list[str]) -> None:
+    """Take more memory than the group has, while the checkpoint process serves a save."""
+    checkpointer.warmup(values)
+    os.kill(checkpointer._executor.pid, signal.SIGSTOP)
+    handle = checkpointer.async_save(1, values)
+    used = int((limit.parent / "memory.usage_in_bytes").read_text())
+    limit.write_text(str(used + 32 * MIB))
+    # While the memory of one that was killed is freed, the kernel may kill another: this, and not the job.
+    hungry = subprocess.Popen([sys.executable, "-I", "-S", "-c", HUNGRY], stdin=subprocess.PIPE)
+    error = handle.exception(SECONDS)
+    said.append(f"{type(error).__name__}: {error}")
+    limit.write_text("-1")
+    hungry.kill()
+    hungry.communicate()
 
 
 def few_files(spare: int, checkpointer: Any, values: dict[str, Any], said: list[str]) -> None:
