@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import enum
 import functools
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -38,7 +38,7 @@ from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore,
 from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.upload import StagedObject
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 _ASKED_ONE_BY_ONE = 64
 """Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""
 _COMPLETED_AT_FIRST = 8

@@ -8,7 +8,6 @@ while the conversion lasts, and deleted at its end.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import uuid
@@ -21,11 +20,12 @@ from typing import Annotated, Final
 import pydantic
 from pydantic import Field
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
 from cloudckpt.backends.marker import SILENT_FOR, SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectStore, PendingUpload, Upload
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _PREFIX: Final = ".cloudckpt-convert."
 LEASE: Final = re.compile(rf"(?:.*/)?{re.escape(_PREFIX)}[0-9a-f]{{32}}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import TypeVar
 
 from cloudckpt.backends.checking import Checking
@@ -13,6 +13,7 @@ from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
+from cloudckpt.backends.system_limits import Workers
 from cloudckpt.backends.upload import Observer
 
 _A = TypeVar("_A")
@@ -85,7 +86,7 @@ class Downloader:
         requests += [(name, request, None) for name, request in self._merged(wanted)]
         if self._begun is not None:
             self._begun(sum(request.size for _, request, _ in requests))
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
+        with Workers(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
             futures = [pool.submit(self._serve, *request) for request in requests]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -111,7 +112,7 @@ class Downloader:
 
     def each(self, task: Callable[[_A], _B], arguments: Sequence[_A]) -> list[_B]:
         """Run small reads side by side; results in order."""
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
+        with Workers(self._concurrency, thread_name_prefix="cloudckpt-read") as pool:
             return list(pool.map(task, arguments))
 
     def fetch(self, name: str, offset: int, size: int) -> bytes:

@@ -7,7 +7,6 @@ names that this library gives are ever touched.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import convert_lease
+from cloudckpt.backends import background_log, convert_lease
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -34,7 +33,7 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, PROBE, STEP
 from cloudckpt.backends.target import Target
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 OWN: Final[Mapping[str, tuple[str, ...]]] = {
     "Checkpointer": (

@@ -9,7 +9,6 @@ touches anything else; a save that finds its marker gone does not commit.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import socket
@@ -20,11 +19,18 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from cloudckpt.backends.errors import CommitError, ObjectNotFoundError, PreconditionFailedError, StorageError
+from cloudckpt.backends import background_log, system_limits
+from cloudckpt.backends.errors import (
+    CommitError,
+    ExecutorError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StorageError,
+)
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 MARKER: Final = re.compile(r"(?:.*/)?\.cloudckpt-save\.[0-9a-f]{32}")
 """Names of markers; each speaks for the folder that it is in."""
@@ -72,9 +78,14 @@ class SaveMarker:
         self._kept = _Kept(store, name or marker_name(save_id), _content(save_id, rank, notes or {}))
         self._kept.put()
         self._stop = threading.Event()
-        threading.Thread(
+        renewal = threading.Thread(
             target=_keep_renewed, args=(self._kept, self._stop, every), name="cloudckpt-marker", daemon=True
-        ).start()
+        )
+        try:
+            system_limits.start(renewal)
+        except ExecutorError:
+            self._kept.remove()
+            raise
         weakref.finalize(self, self._stop.set)
 
     def check(self) -> None:

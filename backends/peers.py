@@ -21,6 +21,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Self
 
+from cloudckpt.backends import descriptors
+
 _HELLO = struct.Struct("@BI")
 """What a call is for, and which rank it comes from."""
 _LENGTH = struct.Struct("@Q")
@@ -156,7 +158,7 @@ class Lobby:
 
     def __init__(self, about: str, memory_limit: int) -> None:
         """Open the door to ranks that load what ``about`` names; ``memory_limit`` is this one's, in bytes."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = descriptors.unix_socket()
         name = f"cloudckpt-{secrets.token_hex(16)}"
         self._socket.bind(_abstract(name))
         self._socket.listen(_WAITING)
@@ -202,7 +204,7 @@ class Lobby:
 
     def _let_in(self, wait: float, patience: float) -> None:
         self._socket.settimeout(wait)
-        connection, _ = self._socket.accept()
+        connection = descriptors.unix_socket(self._socket.accept()[0])
         if _user(connection) != os.geteuid():
             connection.close()
             return
@@ -226,7 +228,10 @@ def call(door: Door, purpose: Purpose, rank: int, patience: float) -> Link:
     Raises:
         LostPeerError: it is not there.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection = descriptors.unix_socket()
+    except OSError as error:
+        raise LostPeerError(str(error)) from error
     try:
         connection.settimeout(min(patience, _LONGEST))
         connection.connect(_abstract(door.address))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import struct
 import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import LARGEST_CHUNK
 from cloudckpt.backends.download import LARGEST_READ, Downloader, Job
@@ -24,8 +23,9 @@ from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, 
 from cloudckpt.backends.ranges import GAP, Arrival, Extent, Request
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.sharing import Offer, Task, tasks_of
+from cloudckpt.backends.system_limits import Workers
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _NUMBER = struct.Struct("@Q")
 _LEADER = 0
@@ -159,7 +159,7 @@ class SharedReads:
                 missing[task.reader][number] = _Missing(task.name, extents)
         for (name, _, _), extent in known.items():
             rest[name].append(extent)
-        with ThreadPoolExecutor(len(missing) or 1, "cloudckpt-peer") as pool, contextlib.ExitStack() as links:
+        with Workers(len(missing) or 1, "cloudckpt-peer") as pool, contextlib.ExitStack() as links:
             taking = [
                 pool.submit(self._take, rank, links.enter_context(link), of_rank)
                 for rank, of_rank in missing.items()

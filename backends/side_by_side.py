@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system_limits import Workers
 
 _T = TypeVar("_T")
 
@@ -33,7 +34,7 @@ def outcomes_of(
     """
     if not tasks:
         return []
-    with ThreadPoolExecutor(min(most, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
+    with Workers(min(most, len(tasks)), thread_name_prefix="cloudckpt-commit") as pool:
         return _Crew(tasks, pool, limit or (lambda: most)).work_off()
 
 
@@ -44,7 +45,7 @@ class _Crew(Generic[_T]):
     interpreter's lock. So there are no more workers than tasks that may run.
     """
 
-    def __init__(self, tasks: Sequence[Task[_T]], pool: ThreadPoolExecutor, limit: Callable[[], int]) -> None:
+    def __init__(self, tasks: Sequence[Task[_T]], pool: Workers, limit: Callable[[], int]) -> None:
         self._count = len(tasks)
         self._coming = deque(enumerate(tasks))
         self._outcomes: dict[int, _T | BaseException] = {}
@@ -70,14 +71,16 @@ class _Crew(Generic[_T]):
         """Have as many workers as are allowed, and not more than there are tasks.
 
         Raises:
-            RuntimeError: there can't be as many threads.
+            ExecutorError: no thread can be started.
         """
         for _ in range(min(self._allowed() - self._working, len(self._coming))):
             self._working += 1
             try:
                 self._pool.submit(self._work)
-            except RuntimeError:
+            except ExecutorError:
                 self._working -= 1
+                if self._working:  # those that there are go on
+                    return
                 raise
 
     def _work(self) -> None:
@@ -95,8 +98,7 @@ class _Crew(Generic[_T]):
     def _next(self) -> tuple[int, Task[_T]] | None:
         """Take a task, or go: where there is none, and where others are enough."""
         with self._changed:
-            with contextlib.suppress(RuntimeError):  # those that there are go on
-                self._hire()
+            self._hire()
             if self._coming and self._working <= self._allowed():
                 return self._coming.popleft()
             self._working -= 1

@@ -230,7 +230,13 @@ class _Place:
     @classmethod
     def _of_path(cls, path: str, query: str) -> _Place:
         # Not Path.resolve, which follows symbolic links: the URI keeps the name that the user knows.
-        absolute = "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
+        try:
+            absolute = "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
+        except OSError as error:
+            raise ConfigurationError(
+                f"{path!r} is relative, and the working directory was deleted",
+                hint="Give an absolute path, or start the job in a folder that stays",
+            ) from error
         return cls(f"file://{_escaped(absolute)}", "file", "", absolute, query)
 
     @classmethod

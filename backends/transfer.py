@@ -7,14 +7,13 @@ destination says how far a copy is. See ``docs/design/0020-copies.md``.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cloudckpt.backends import commit, layout
+from cloudckpt.backends import background_log, commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.committed import listed_metadata
@@ -44,7 +43,7 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
@@ -19,6 +19,7 @@ from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
+from cloudckpt.backends.system_limits import Workers
 from cloudckpt.backends.tally import Tally
 
 Observer = Callable[[str, int], None]
@@ -112,7 +113,7 @@ class Uploader:
                 flight any more. Uploads are left open for the caller to abort.
         """
         sending: list[_Sending] = []
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
+        with Workers(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
             try:
                 sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
                 self._send_parts(pool, sending, list(objects.values()))
@@ -131,7 +132,7 @@ class Uploader:
 
     def _send_parts(
         self,
-        pool: ThreadPoolExecutor,
+        pool: Workers,
         sending: Sequence[_Sending],
         objects: Sequence[tuple[Iterable[Segment], int]],
     ) -> None:
@@ -147,7 +148,7 @@ class Uploader:
                 self._room.acquire()
                 one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ()), 0, None))
 
-    def _send_next(self, pool: ThreadPoolExecutor, one: _Sending, rest: Iterator[Window]) -> bool:
+    def _send_next(self, pool: Workers, one: _Sending, rest: Iterator[Window]) -> bool:
         """Hand out an object's next part; False where there is none, or no use in it."""
         window = None if self._failed.is_set() else next(rest, None)
         if window is None:

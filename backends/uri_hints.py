@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _LOST_COLON: Final = re.compile(r"(?P<protocol>s3a?|gs|gcs)//+(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
 _AMAZON: Final = r"amazonaws\.com(?:\.cn)?"
@@ -98,7 +98,7 @@ def advice(uri: str, otherwise: str) -> str:
     """
     try:
         here = Path.cwd()
-    except FileNotFoundError:  # the current folder was removed
+    except OSError:  # the working directory was deleted
         return otherwise
     below = uri.removeprefix(f"file://{here}/")
     if uri == below or not is_like_a_bucket(below):
@@ -113,7 +113,12 @@ def new_folder(typed: str) -> str | None:
     Args:
         typed: the path as it was given.
     """
-    return str(Path.cwd() / typed) if "/" in typed.strip("/") and is_like_a_bucket(typed) else None
+    if "/" not in typed.strip("/") or not is_like_a_bucket(typed):
+        return None
+    try:
+        return str(Path.cwd() / typed)
+    except OSError:  # the working directory was deleted: there is no such folder to be made
+        return None
 
 
 def warn_of_new_folder(typed: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import traceback
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout, stage, uri_hints, written
+from cloudckpt.backends import background_log, commit, layout, stage, uri_hints, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.collection import no_collection
@@ -42,7 +41,7 @@ from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 class StorageWriter(Addressed, dcp_storage.StorageWriter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import warnings
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.app_state import AppState
+from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -47,7 +47,7 @@ from cloudckpt.watch import Watch
 
 OnFailure = Literal["raise", "warn"]
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 class Checkpointer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -11,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends import background_log, system_limits
+from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.signals import Listener
@@ -19,7 +19,10 @@ from cloudckpt.signals import Listener
 _RESERVE = 5.0
 """Seconds of the grace time that are kept for giving up, or a fifth of it where that is less."""
 
-_log = logging.getLogger(__name__)
+_LAST_WORDS = 1.0
+"""Seconds for messages to be written when the grace time is over."""
+
+_log = background_log.logger(__name__)
 
 
 class Preempted(SystemExit):
@@ -146,9 +149,13 @@ class Preemption:
         _log.warning("%s on rank %s: the next step is the last, and is saved", name, rank)
         if self._grace is not None:
             self._deadline = time.monotonic() + self._grace
-            threading.Thread(
+            hurry = threading.Thread(
                 target=self._hurry, args=(name, self._grace), name="cloudckpt-grace", daemon=True
-            ).start()
+            )
+            try:
+                system_limits.start(hurry)
+            except ExecutorError as error:
+                _log.warning("the end of the grace time is not enforced: %s", error)
 
     def _hurry(self, name: str, grace: float) -> None:
         """See to it that the process ends in time, whatever its main thread is in."""
@@ -164,7 +171,7 @@ class Preemption:
             self._listener.interrupt(name, Preempted(name))
             time.sleep(reserve)
         _log.error("%s: the grace time is over, and this process ends as it is", name)
-        logging.shutdown()
+        background_log.shut_down(min(_LAST_WORDS, reserve))
         os._exit(_status(name))
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 import threading
 import time
 from typing import Any, Protocol
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.printable import one_line
 
 _TELL = 10.0
 """Seconds between two lines about one transfer, and before its first."""
 _GIB = 1 << 30
+_LINE = 512
+"""Bytes that drawing a bar takes."""
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 class Display(Protocol):
@@ -53,6 +55,8 @@ class Bars:
         self._lock = threading.Lock()
 
     def show(self, name: str, phase: str, done: int, total: int) -> None:
+        if not background_log.stderr_takes(_LINE):
+            return  # a terminal that is stopped: the next look draws it, and no save waits
         with self._lock:
             bar = self._bars.get(name)
             if bar is None:
@@ -67,7 +71,7 @@ class Bars:
 
     def end(self, name: str) -> None:
         with self._lock:
-            if (bar := self._bars.pop(name, None)) is not None:
+            if (bar := self._bars.pop(name, None)) is not None and background_log.stderr_takes(_LINE):
                 bar.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +11,14 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _METRIC = "metric"
 """The note by which ``keep_best`` goes."""

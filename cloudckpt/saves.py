@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import wait
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
@@ -13,7 +13,7 @@ from cloudckpt.executor import SaveHandle
 _REMEMBERED = 16
 """Saves that are under way or have failed: more than there can be under way."""
 
-_log = logging.getLogger("cloudckpt.checkpointer")
+_log = background_log.logger("cloudckpt.checkpointer")
 
 Follow = Callable[[bool], bool]
 """Rank 0's value, on every rank; each gives its own."""

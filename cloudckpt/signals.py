@@ -6,7 +6,6 @@ long as it lasts. The interpreter writes the signal's number to a pipe at once.
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -14,12 +13,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
+from cloudckpt.backends import background_log, descriptors, system_limits
+from cloudckpt.backends.errors import ExecutorError
+
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers say it with: torchrun, Kubernetes and spot machines the first, Slurm the second as well."""
 
 _STOP = b"\0"
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 class Listener:
@@ -91,10 +93,16 @@ class _Ears:
         if not self._forks:
             os.register_at_fork(before=self._hold, after_in_parent=self._let, after_in_child=self._leave)
             self._forks = True
-        self._read, self._write = os.pipe()
+        with system_limits.explained("listen to SIGTERM and SIGUSR1"):
+            self._read, self._write = descriptors.pipe()
         os.set_blocking(self._write, False)
         self._thread = threading.Thread(target=self._listen, name="cloudckpt-signals", daemon=True)
-        self._thread.start()
+        try:
+            system_limits.start(self._thread)
+        except ExecutorError:
+            os.close(self._read)
+            os.close(self._write)
+            raise
         for one in free:
             signal.signal(one, self._handle)
         self._taken = free

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from cloudckpt.backends import background_log, system_limits
+from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.events import (
     CheckpointInfo,
     Committed,
@@ -21,7 +22,7 @@ from cloudckpt.events import (
 from cloudckpt.executor import SaveHandle
 from cloudckpt.progress import Display
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _LOOK = 0.1
 """Seconds between two looks at the saves under way; an end is heard of at once."""
@@ -106,8 +107,12 @@ class Watch:
         with self._changed:
             self._saves.append(_Save(step, uri, self._rank, handle, blocked, pruned))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
+                try:
+                    system_limits.start(thread)
+                    self._thread = thread
+                except ExecutorError as error:  # `finish` tells of it, or the thread of a later save
+                    _log.warning("what becomes of step %d is told later: %s", step, error)
             self._changed.notify()
         handle.add_done_callback(lambda _: self._wake())
 
@@ -125,7 +130,9 @@ class Watch:
         """Wait until all is told of the saves that have ended, and of those under way once they have."""
         with self._changed:
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None:
+            self._run()
+        elif thread is not threading.current_thread():
             thread.join()
 
     def _wake(self) -> None:

@@ -8,15 +8,22 @@ import itertools
 import mmap
 import os
 import secrets
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
 
+from cloudckpt.backends import descriptors
 from cloudckpt.backends.devices import lock_pages, unlock_pages
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system_limits import open_files_cure
+from cloudckpt.executor import memory_limits
 
 _GRAIN = 2 << 20
 """Bytes to which sizes are rounded up: a huge page."""
+
+_STEP = 64 << 20
+"""Bytes that are taken at once."""
 
 _identities = itertools.count()
 
@@ -28,13 +35,17 @@ class Arena:
     memory, and it grows and shrinks in place. Elsewhere it is POSIX shared memory, which is as large as the
     system lets such a segment be and is made anew when it has to grow.
 
+    Args:
+        beside: tells how many bytes of memory must be left beside it.
+
     Attributes:
         fd: its descriptor; -1 before there is memory.
         nbytes: its size.
         identity: changes when another descriptor has to be given to the checkpoint process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Callable[[], int] = lambda: 0) -> None:
+        self._beside = beside
         self.fd = -1
         self.nbytes = 0
         self.identity = -1
@@ -53,27 +64,42 @@ class Arena:
         """Be at least ``nbytes`` large, and not more than twice that: what it held before is lost.
 
         Raises:
-            ExecutorError: there is not that much memory.
+            ExecutorError: there is not that much memory, or no descriptor for it.
         """
         wanted = max(1, -(-nbytes // _GRAIN)) * _GRAIN
         if wanted <= self.nbytes <= 2 * wanted:
             return
         self._unmap()
-        if self.fd == -1 or (wanted > self.nbytes and not _GROWS_IN_PLACE):
-            self._release()
-            self.fd, self.identity = new_descriptor(), next(_identities)
         try:
+            if self.fd == -1 or (wanted > self.nbytes and not _GROWS_IN_PLACE):
+                self._release()
+                self.fd, self.identity = new_descriptor(), next(_identities)
+            if wanted > self.nbytes:
+                self._grow(wanted)
             os.ftruncate(self.fd, wanted)
-            if wanted > self.nbytes and hasattr(os, "posix_fallocate"):
-                # Memory that isn't there shows here as an error and not later as a bus error.
-                os.posix_fallocate(self.fd, self.nbytes, wanted - self.nbytes)
+            self._remap(wanted)
         except OSError as error:
+            self._unmap()
             self._release()
             raise ExecutorError(
                 f"a snapshot needs {wanted:,} bytes of shared memory, and there is no room: {error.strerror}",
-                hint=f"Give the job more memory, or save a smaller state{_LIMIT}",
+                hint=open_files_cure(error) or f"Give the job more memory, or save a smaller state{_LIMIT}",
             ) from error
-        self._remap(wanted)
+        except ExecutorError:
+            self._release()
+            raise
+
+    def _grow(self, wanted: int) -> None:
+        """Have memory behind it: what is missing shows here as an error, and not later as a bus error.
+
+        Other ranks on the machine may take memory at the same time. So each step looks at what is left.
+        """
+        if not hasattr(os, "posix_fallocate"):
+            return
+        for start in range(self.nbytes, wanted, _STEP):
+            what = f"a snapshot of {wanted:,} bytes, of which {start:,} are there,"
+            memory_limits.require(wanted - start + self._beside(), what)
+            os.posix_fallocate(self.fd, start, min(_STEP, wanted - start))
 
     def follow(self, nbytes: int) -> None:
         """Map it anew, at the size that the other process has given it."""
@@ -146,7 +172,7 @@ _LIMIT = (
 def new_descriptor() -> int:
     """A descriptor of shared memory of no size yet."""
     if _GROWS_IN_PLACE:
-        return os.memfd_create("cloudckpt", os.MFD_CLOEXEC)
+        return descriptors.kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC))
     return _shared_memory_descriptor()
 
 
@@ -156,4 +182,4 @@ def _shared_memory_descriptor() -> int:
     name = f"/cloudckpt-{secrets.token_hex(6)}"
     fd = posix.shm_open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR, mode=0o600)
     posix.shm_unlink(name)
-    return int(fd)
+    return descriptors.kept_clear(int(fd))

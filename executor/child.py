@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -15,7 +16,8 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cloudckpt.executor import quiet, unpickle
+from cloudckpt.backends import descriptors, system_limits
+from cloudckpt.executor import interpreter, memory_limits, quiet, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest
 from cloudckpt.executor.progress import ProgressBoard
@@ -24,7 +26,11 @@ _START = (
     # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.
     # SIGUSR1, which some schedulers send to every process of a job, is for the trainer to act on.
     "import json, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1}); "
-    "sys.path[:] = json.loads(sys.argv[1]); "
+    "sys.path[:] = json.loads(sys.argv[1])\n"
+    # When memory runs out, the kernel takes this process first: the trainer can go on without it. Said before
+    # the imports, which take most of its memory.
+    "import contextlib, pathlib\n"
+    "with contextlib.suppress(OSError): pathlib.Path('/proc/self/oom_score_adj').write_text('1000')\n"
     "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 """The whole program: nothing of the trainer's main script runs again."""
@@ -41,22 +47,21 @@ class CheckpointProcess:
     """
 
     def __init__(self, hello: Hello, board: ProgressBoard) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT, 0))
         self.generation = hello.generation
         self.serves = False
         self._described: dict[int, int] = {}
-        with theirs:
-            fds = (theirs.fileno(), board.fd)
-            self._process = subprocess.Popen(  # noqa: S603 - this interpreter, on our own module
-                [sys.executable, "-c", _START, json.dumps(unpickle.search_path()), *map(str, fds)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=fds,
-                process_group=0,
-                env=os.environ | {"OMP_NUM_THREADS": str(quiet.threads())},
-            )
-        self._connection = Connection(ours.detach())
-        self._exit = _ExitWatch(self._process)
+        self._kills = memory_limits.kills()
+        with system_limits.explained("start the checkpoint process"), contextlib.ExitStack() as undo:
+            ours, theirs = descriptors.socket_pair()
+            undo.callback(ours.close)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_TIMEOUT, 0))
+            with theirs:
+                self._process = _started(theirs.fileno(), board.fd)
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            self._exit = _ExitWatch(self._process)
+            self._connection = Connection(ours.detach())
+            undo.pop_all()
         self.send(hello)
 
     @property
@@ -107,6 +112,10 @@ class CheckpointProcess:
             return None
         return pickle.loads(self._connection.recv_bytes())  # noqa: S301 - from our own process
 
+    def killer(self) -> str | None:
+        """Return who has killed a process for want of memory since this one was started."""
+        return memory_limits.killer_since(self._kills)
+
     def exit_code(self, timeout: float) -> int | None:
         """Its exit code, negative for a signal; None when it doesn't end within ``timeout`` seconds."""
         try:
@@ -129,6 +138,20 @@ class CheckpointProcess:
         return gone
 
 
+def _started(*fds: int) -> subprocess.Popen[bytes]:
+    """Start the program, which inherits these descriptors."""
+    search_path = json.dumps(unpickle.search_path())
+    return subprocess.Popen(  # noqa: S603 - this interpreter, on our own module
+        [sys.executable, *interpreter.options(), "-c", _START, search_path, *map(str, fds)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=fds,
+        process_group=0,
+        # Libraries look for their own files from there, which fails in one that was deleted.
+        cwd=None if unpickle.working_directory() is not None else "/",
+        env=os.environ | {"OMP_NUM_THREADS": str(quiet.threads())},
+    )
+
+
 class _ExitWatch:
     """Something that `multiprocessing.connection.wait` finds ready when the process has ended.
 
@@ -137,12 +160,12 @@ class _ExitWatch:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         if hasattr(os, "pidfd_open"):
-            self._fd = os.pidfd_open(process.pid)
+            self._fd = descriptors.kept_clear(os.pidfd_open(process.pid))
             return
-        self._fd, write = os.pipe()
-        threading.Thread(
-            target=_close_at_exit, args=(process, write), name="cloudckpt-exit", daemon=True
-        ).start()
+        self._fd, write = descriptors.pipe()
+        system_limits.start(
+            threading.Thread(target=_close_at_exit, args=(process, write), name="cloudckpt-exit", daemon=True)
+        )
 
     def fileno(self) -> int:
         return self._fd

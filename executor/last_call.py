@@ -9,7 +9,6 @@ rank lets no further call through. Without a notice a call costs a counter.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from typing import Any
 
 from torch.distributed import Store
 
+from cloudckpt.backends import background_log, system_limits
+from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.rendezvous import MeetingPlace
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _LONG = timedelta(days=365)
 """How long a notice may fail to come: a run may take months."""
@@ -136,8 +137,13 @@ class LastCall:
 
     def _begin(self, name: str, run: Callable[[], None]) -> None:
         thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
+        try:
+            system_limits.start(thread)
+        except ExecutorError as error:  # training goes on, and a notice does not reach this rank's last call
+            _log.warning("this rank can't agree on a last step with others: %s", error)
+            self._give_up()
+        else:
+            self._threads.append(thread)
 
     def _connect(self, place: MeetingPlace) -> None:
         try:

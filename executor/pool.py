@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 
 from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.memory_limits import PROCESS_BYTES
 
 
 class ArenaPool:
     """As many arenas as snapshots may be held at once. They keep their pages from save to save."""
 
     def __init__(self, snapshots: int) -> None:
-        self._arenas = [Arena() for _ in range(snapshots)]
+        self.beside = PROCESS_BYTES
+        """Bytes of memory that a snapshot leaves to a checkpoint process that is still to be started."""
+        self._arenas = [self._new() for _ in range(snapshots)]
         self._free = list(range(snapshots))
         self._changed = threading.Condition()
 
@@ -42,8 +45,11 @@ class ArenaPool:
 
     def replace(self, index: int) -> None:
         """Leave an arena to a process that can't be ended, and give back a new one."""
-        self._arenas[index] = Arena()
+        self._arenas[index] = self._new()
         self.release(index)
+
+    def _new(self) -> Arena:
+        return Arena(lambda: self.beside)
 
     def close(self) -> None:
         """Give the memory back."""

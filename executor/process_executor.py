@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot
@@ -88,6 +89,7 @@ class ProcessExecutor:
                 hint='Put what it does under if __name__ == "__main__", or the class into a module',
             )
         quiet.check()
+        descriptors.fill_standard()
         self._network = NetworkOptions.given(interface, port_range)
         self._save_timeout = save_timeout
         self._start_timeout = start_timeout

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 
 _NICENESS = 10
@@ -83,13 +84,18 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
                 os.sched_setaffinity(task, cpus)
             if hasattr(os, "setpriority"):
                 os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
-    # Others' loggers stay at warnings: what the store's client logs for debugging holds signed headers.
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"%(asctime)s [checkpoint process, rank {rank}, generation {generation}] "
-        "%(levelname)s %(name)s: %(message)s",
-        force=True,
+    # Nobody may read standard error, and a save does not wait for who does: a queue and a thread are between.
+    stream = logging.StreamHandler()
+    stream.setFormatter(
+        logging.Formatter(
+            f"%(asctime)s [checkpoint process, rank {rank}, generation {generation}] "
+            "%(levelname)s %(name)s: %(message)s"
+        )
     )
+    # Others' loggers stay at warnings: what the store's client logs for debugging holds signed headers.
+    handler = background_log.BackgroundHandler(stream)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)  # they would go to standard error by themselves
     logging.getLogger("cloudckpt").setLevel(log_level)
     # A mesh's process groups are the trainer's; planning a save asks for its shape alone.
     logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)

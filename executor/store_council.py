@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import DistError, DistStoreError, Store
 
+from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures
@@ -86,7 +87,11 @@ class StoreCouncil(Council):
     def _bounded(self, what: str, ask: Callable[[], T], timeout: float) -> T:
         """The answer of a store that may be cut off, in which case it would never return."""
         answer: Future[T] = Future()
-        threading.Thread(target=_into, args=(answer, ask), name=f"cloudckpt-{what}", daemon=True).start()
+        thread = threading.Thread(target=_into, args=(answer, ask), name=f"cloudckpt-{what}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started: the store's own timeouts have to do
+            _into(answer, ask)
         try:
             return answer.result(timeout + _GRACE)
         except (TimeoutError, DistError) as error:
@@ -201,14 +206,20 @@ class _StoreTrial(Trial):
 
     def watch(self, wake: Callable[[], None], timeout: float) -> None:
         self._wake = wake
-        threading.Thread(
-            target=self._listen, args=(timeout,), name=f"cloudckpt-verdict-{self.attempt}", daemon=True
-        ).start()
+        system_limits.start(
+            threading.Thread(
+                target=self._listen, args=(timeout,), name=f"cloudckpt-verdict-{self.attempt}", daemon=True
+            )
+        )
 
     def report(self, failure: bytes | None, *, sound: bool) -> None:
-        threading.Thread(
+        thread = threading.Thread(
             target=self._tell, args=(failure, sound), name=f"cloudckpt-report-{self.attempt}", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started
+            self._tell(failure, sound)
 
     def _listen(self, timeout: float) -> None:
         key = f"{self.attempt}/verdict"

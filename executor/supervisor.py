@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import queue
 import threading
@@ -11,12 +11,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures, snapshot
 from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.handle import Delivery
+from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
 from cloudckpt.executor.network.options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
@@ -25,7 +27,7 @@ from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _GRACE = 5.0
 """Seconds left for the other ranks' word, and for a process to end by itself."""
@@ -75,14 +77,32 @@ class Supervisor:
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._pending: list[Job] = []
         self._process: CheckpointProcess | None = None
-        self._board = ProgressBoard()
-        self._alarm = Alarm()
         self._vigil: Vigil | None = None
         self._abandoned = False
         self._unkillable = False
-        # A daemon, or the interpreter could not end before close(), which an exit handler calls, is called.
-        self._thread = threading.Thread(target=self._run, name="cloudckpt-supervisor", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        with contextlib.suppress(ExecutorError):  # a job tries again, and has every rank told
+            self._equip()
+
+    def _equip(self) -> None:
+        """Have what serving takes: a board, an alarm and a thread.
+
+        Raises:
+            ExecutorError: the system lets this process have no more descriptors or threads.
+        """
+        if self._thread is not None:
+            return
+        with contextlib.ExitStack() as undo:
+            with system_limits.explained("prepare to save in the background"):
+                self._board = ProgressBoard()
+                undo.callback(self._board.close)
+                self._alarm = Alarm()
+                undo.callback(self._alarm.close)
+            # A daemon, or the interpreter could not end before an exit handler has called close().
+            thread = threading.Thread(target=self._run, name="cloudckpt-supervisor", daemon=True)
+            system_limits.start(thread)
+            self._thread = thread
+            undo.pop_all()
 
     @property
     def pid(self) -> int | None:
@@ -100,29 +120,39 @@ class Supervisor:
         """Serve a job after those before it."""
         self._pending.append(job)
         job.delivery.follow(lambda: self._progress(job.number))
-        self._jobs.put(job)
+        try:
+            self._equip()
+        except ExecutorError as error:
+            job.failure = job.failure or error
+            self._serve(job)  # here, where it can only fail: the other ranks are not left waiting
+        else:
+            self._jobs.put(job)
 
     def close(self, timeout: float | None) -> bool:
         """Serve what was submitted, end the process, and tell whether all that ended in time.
 
         What has not ended after ``timeout`` seconds, or by a Ctrl-C, is given up.
         """
+        thread = self._thread
+        if thread is None:
+            return True
         self._jobs.put(None)
         try:
-            self._thread.join(timeout)
+            thread.join(timeout)
         finally:
-            if self._thread.is_alive():
-                self._abandon()
+            if thread.is_alive():
+                self._abandon(thread)
+        background_log.flush()
         return not self._abandoned
 
-    def _abandon(self) -> None:
+    def _abandon(self, thread: threading.Thread) -> None:
         self._abandoned = True
         vigil, process = self._vigil, self._process
         if vigil is not None:
             vigil.abandoned = True
         self._alarm.ring()
-        self._thread.join(_GRACE)
-        if self._thread.is_alive() and process is not None:
+        thread.join(_GRACE)
+        if thread.is_alive() and process is not None:
             process.end(0)  # the thread waits for a store that is cut off: nothing else can be left behind
         error = ExecutorError("the executor was closed before the save ended", rank=self._terms.rank)
         for job in list(self._pending):
@@ -134,9 +164,9 @@ class Supervisor:
                 try:
                     self._serve(job)
                 except failures.ANY as error:  # a bug of ours must not leave the others waiting
-                    _log.exception("the supervisor failed")
                     self._end_process()
                     self._finish(job, None, error)
+                    _log.exception("the supervisor failed")
             self._council.leave(_GRACE)
         finally:
             self._end_process()
@@ -159,13 +189,19 @@ class Supervisor:
         except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
             self._finish(job, None, job.failure or error)
             return
-        trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
+        try:
+            trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
+        except ExecutorError as error:  # no thread for it
+            trial.report(failures.dumps(error), sound=False)
+            self._end_process()
+            self._finish(job, None, error)
+            return
         sealed, failure = self._attempt(job, trial)
         self._finish(job, sealed, failure)
 
     def _stage(self, job: Job) -> None:
         """Take the snapshot of a state that came as a future."""
-        if job.state is None or job.arena is None:
+        if job.state is None or job.arena is None or job.failure is not None:
             return
         try:
             state = job.state.result(self._terms.save_timeout)
@@ -256,6 +292,7 @@ class Supervisor:
         if ready.warning is not None and terms.rank == 0:  # the same on every rank
             _log.warning("%s", ready.warning)
         process.serves = True
+        self._arenas.beside = 0  # what it takes, it has taken
         return process
 
     def _watch(self, process: CheckpointProcess, trial: Trial, job: Job) -> Vigil:
@@ -307,11 +344,13 @@ class Supervisor:
             return
         if isinstance(failure, CheckpointError):
             failure.located(uri=job.uri)
+        job.delivery.failed(failure, replace(last, phase="failed"))
         uri, said = one_line(job.uri or "nothing"), one_line(failure)
         _log.error("the save of %s failed: %s: %s", uri, type(failure).__name__, said)
-        job.delivery.failed(failure, replace(last, phase="failed"))
 
     def _progress(self, number: int) -> Progress:
+        if self._thread is None:
+            return Progress(0, 0, "waiting")
         reading = self._board.read()
         return reading.progress if reading.save == number else Progress(0, 0, "waiting")
 
@@ -321,6 +360,7 @@ class Supervisor:
 
     def _end_process(self) -> None:
         process, self._process = self._process, None
+        self._arenas.beside = PROCESS_BYTES
         if process is not None and not process.end(_GRACE):
             self._unkillable = True
             _log.error(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import sys
-from multiprocessing import spawn
+from multiprocessing import process, spawn
 from typing import Any
 
 
@@ -22,9 +23,19 @@ class MainScript:
     @classmethod
     def describe(cls) -> dict[str, Any]:
         """What the checkpoint process needs to import it: made in the trainer."""
-        prepared = spawn.get_preparation_data("cloudckpt")
-        needed = ("init_main_from_name", "init_main_from_path", "sys_argv")
-        return {key: prepared[key] for key in needed if key in prepared}
+        # As multiprocessing.spawn.get_preparation_data does, which fails where the working directory is gone.
+        described: dict[str, Any] = {"sys_argv": sys.argv}
+        main = sys.modules["__main__"]
+        name = getattr(main.__spec__, "name", None)
+        if name is not None:
+            return described | {"init_main_from_name": name}
+        path = getattr(main, "__file__", None)
+        if path is None:
+            return described
+        began: str | None = getattr(process, "ORIGINAL_DIR", None)
+        if not os.path.isabs(path) and began is not None:  # noqa: PTH117 - a path as it was typed
+            path = os.path.join(began, path)  # noqa: PTH118
+        return described | {"init_main_from_path": os.path.normpath(path)}
 
     @classmethod
     def expect(cls, description: dict[str, Any]) -> None:
@@ -59,5 +70,25 @@ def loads(data: bytes) -> Any:
 
 
 def search_path() -> list[str]:
-    """Where the trainer finds its modules, so that the checkpoint process finds the same."""
-    return [path or sys.path[0] or "." for path in sys.path]
+    """Return where the trainer finds its modules, so that the checkpoint process finds the same.
+
+    What lies below a working directory that was deleted is left out: nothing can be imported from there, and
+    Python fails on such an entry.
+    """
+    here = working_directory()
+    found: list[str] = []
+    for path in sys.path:
+        one = path or sys.path[0] or "."
+        if os.path.isabs(one):  # noqa: PTH117 - entries are strings, which may name archives
+            found.append(one)
+        elif here is not None:
+            found.append(os.path.join(here, one))  # noqa: PTH118
+    return found
+
+
+def working_directory() -> str | None:
+    """Return the working directory, None where it was deleted or can't be reached."""
+    try:
+        return os.getcwd()  # noqa: PTH109 - a string, for entries of sys.path
+    except OSError:
+        return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
 from multiprocessing import connection
 from typing import TypeVar
 
+from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTimeoutError
 from cloudckpt.executor.child import CheckpointProcess, exit_words
 from cloudckpt.executor.council import Trial
@@ -38,7 +40,7 @@ class Alarm:
     """A pipe that wakes the supervisor."""
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()
+        self._read, self._write = descriptors.pipe()
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._closing = threading.Lock()
@@ -144,13 +146,17 @@ class Vigil:
         """The error for a process that has ended."""
         reading = self._reading()
         phase = reading.progress.phase
+        code = self._process.exit_code(_TICK)
+        killer = self._process.killer() if code == -signal.SIGKILL else None
+        memory = f", as {killer} ran out of memory," if killer else ""
+        cure = "Give the job more memory, or lower memory_limit. " if killer else ""
         return ExecutorDiedError(
             f"the checkpoint process of rank {self._rank} (pid {self._process.pid}) "
-            f"{exit_words(self._process.exit_code(_TICK))} {_where(reading)}",
+            f"{exit_words(code)}{memory} {_where(reading)}",
             uri=self._uri,
             object_name=reading.progress.object_name,
             rank=self._rank,
-            hint="Training goes on, and the next save starts a new process" + _COMMITS.get(phase, ""),
+            hint=f"{cure}Training goes on, and the next save starts a new process" + _COMMITS.get(phase, ""),
         )
 
     def _reading(self) -> Reading:

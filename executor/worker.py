@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import pickle
 import signal
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
+from cloudckpt.backends import background_log, descriptors, system_limits
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
@@ -33,10 +34,13 @@ from cloudckpt.executor.planning import PlanCache, fingerprint
 from cloudckpt.executor.progress import ProgressBoard
 from cloudckpt.executor.watch import watched
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _BEAT = 1.0
 """Seconds between signs of life."""
+
+_LAST_WORDS = 0.5
+"""Seconds for messages to be written at the end."""
 
 _MARGIN = 2.0
 """Seconds before the trainer's deadline at which forming a group ends, to say what failed."""
@@ -47,31 +51,34 @@ _NO_FRAMES = traceback.StackSummary()
 
 def main(connection_fd: int, board_fd: int) -> None:
     """Serve the trainer at the other end of the connection until it is gone, or has had enough."""
+    descriptors.fill_standard()
     connection = Connection(connection_fd)
     hello: Hello = unpickle.loads(connection.recv_bytes())
     unpickle.MainScript.expect(hello.main_script)
     board = ProgressBoard.attach(board_fd)
     worker = Worker(hello, connection, board)
-    threading.Thread(
-        target=_end_when_told, args=(worker, hello.parent_pid), name="cloudckpt-end", daemon=True
-    ).start()
     try:
+        _begin("cloudckpt-end", _end_when_told, worker, hello.parent_pid)
         quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
         network = _meet(hello)
+        _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
         connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
         return
     if hello.disable_automatic_gc:
         gc.disable()
-    threading.Thread(target=_beat, args=(board, hello.parent_pid), name="cloudckpt-beat", daemon=True).start()
     ready = Ready(hello.generation)
     if network is not None:
         ready = Ready(hello.generation, network=str(network), warning=network.warning)
     connection.send(ready)
     worker.serve()
     # No farewell to the group: a rank that has to be waited for may be gone.
-    logging.shutdown()
+    background_log.flush()
     os._exit(0)
+
+
+def _begin(name: str, run: Callable[..., None], *arguments: object) -> None:
+    system_limits.start(threading.Thread(target=run, args=arguments, name=name, daemon=True))
 
 
 def _start_error(error: Exception, hello: Hello) -> Exception:
@@ -117,6 +124,7 @@ def _end_when_told(worker: Worker, trainer: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         _log.debug("a SIGTERM that was not the trainer's is left to it")
     worker.give_up()
+    background_log.flush(_LAST_WORDS)
     os._exit(128 + signal.SIGTERM)
 
 

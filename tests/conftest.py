@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cloudckpt.backends import background_log
 from support import live
 from support.fake_gcs import FakeGCS, shared_fake_gcs_server
 from support.gcs import GCSServer, shared_gcs_server
@@ -39,6 +41,29 @@ def _no_cloud_settings_of_the_user() -> Iterator[None]:
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield
+
+
+# Final for type checkers; there is no other way in.
+class _SettledLog(pytest.LogCaptureFixture):  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+    """What was logged, also by threads that don't wait for their messages to be handled."""
+
+    @property
+    def records(self) -> list[logging.LogRecord]:
+        background_log.flush(10)
+        return super().records
+
+    @property
+    def text(self) -> str:
+        background_log.flush(10)
+        return super().text
+
+
+@pytest.fixture
+def caplog(request: pytest.FixtureRequest) -> Iterator[pytest.LogCaptureFixture]:
+    """Messages of the test, as pytest's own fixture has them."""
+    log = _SettledLog(request.node, _ispytest=True)
+    yield log
+    log._finalize()
 
 
 @pytest.fixture(scope="session")

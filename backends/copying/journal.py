@@ -8,7 +8,6 @@ its word that could do harm: an upload is asked for at the store, and parts have
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import Annotated, Final, Literal
 import pydantic
 from pydantic import Field
 
+from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.copying.transit import Edge
 from cloudckpt.backends.errors import (
     CommitError,
@@ -32,7 +32,7 @@ from cloudckpt.backends.marker import marker_name
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 JOURNAL_NAME: Final = ".cloudckpt-copy"
 JOURNAL: Final = re.compile(rf"(?:.*/)?{re.escape(JOURNAL_NAME)}")
@@ -134,7 +134,7 @@ class CopyJournal:
         self._wake, self._ended = threading.Event(), threading.Event()
         self._version = self._taken_over()
         self._thread = threading.Thread(target=self._keep, name="cloudckpt-journal", daemon=True)
-        self._thread.start()
+        system_limits.start(self._thread)
 
     @property
     def found(self) -> Mapping[str, Entry]:

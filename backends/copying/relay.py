@@ -11,7 +11,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 
 from cloudckpt.backends import commit
 from cloudckpt.backends.checksum import algorithm_for
@@ -31,6 +31,7 @@ from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.system_limits import Workers
 from cloudckpt.backends.upload import Observer, StagedObject
 
 
@@ -94,7 +95,7 @@ class Relay:
         self._waiting.extend(originals)
         count = self._options.concurrency
         try:
-            with ThreadPoolExecutor(count, thread_name_prefix="cloudckpt-copy") as pool:
+            with Workers(count, thread_name_prefix="cloudckpt-copy") as pool:
                 workers = [pool.submit(self._work) for _ in range(count)]
                 try:
                     wait(workers, return_when=FIRST_EXCEPTION)

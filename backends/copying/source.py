@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -21,6 +20,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.names import check_name
+from cloudckpt.backends.system_limits import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Checkpoint:
             IntegrityError: one is missing, or has another size than the metadata says.
         """
         names = sorted(self.least)
-        with ThreadPoolExecutor(concurrency, thread_name_prefix="cloudckpt-copy") as pool:
+        with Workers(concurrency, thread_name_prefix="cloudckpt-copy") as pool:
             found = dict(zip(names, pool.map(functools.partial(_stat, store), names), strict=True))
         for name, info in found.items():
             least, exact = self.least[name], self.exact.get(name)

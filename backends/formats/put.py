@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends import commit, convert_lease, layout
+from cloudckpt.backends import background_log, commit, convert_lease, layout
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.upload import Observer, Uploader
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

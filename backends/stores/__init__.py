@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends import descriptors
+from cloudckpt.backends.errors import ConfigurationError, StorageError
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
 __all__ = ["open_store"]
@@ -26,7 +28,9 @@ def open_store(target: Target) -> ObjectStore:
 
     Raises:
         ConfigurationError: the libraries for the target's protocol are not installed.
+        StorageError: they could not be read.
     """
+    descriptors.fill_standard()
     module, name = _STORES.get(target.protocol, _ANY_OTHER)
     try:
         store = getattr(importlib.import_module(f"cloudckpt.backends.stores.{module}"), name)
@@ -39,5 +43,11 @@ def open_store(target: Target) -> ObjectStore:
             f"{error.name or 'a library'}, which {target.protocol}:// needs, is not installed",
             uri=target.uri,
             hint=install,
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"the modules for {target.protocol}:// could not be read: {error.strerror or error}",
+            uri=target.uri,
+            hint=open_files_cure(error),
         ) from error
     return cast(ObjectStore, store(target))

@@ -9,6 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from cloudckpt.backends import descriptors
+
 _BUFFERS_PER_CALL = min(os.sysconf("SC_IOV_MAX"), 1024)
 _NOT_REMOVED = frozenset(
     {errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -122,7 +124,7 @@ def remove_empty_folders(folder: Path, below: Path) -> None:
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
     """Open a descriptor and close it; an error in closing is raised, as a late write error may come so."""
-    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    fd = descriptors.opened(path, flags)
     try:
         yield fd
     finally:
@@ -166,7 +168,7 @@ def lock(fd: int, *, shared: bool = False, wait: bool = True) -> bool:
 def is_locked(path: Path) -> bool:
     """Return True if another descriptor holds the lock of a file; False if the file can't be opened."""
     try:
-        fd = os.open(path, os.O_RDONLY | _AS_IT_IS)
+        fd = descriptors.opened(path, os.O_RDONLY | _AS_IT_IS)
     except OSError:
         return False
     try:
@@ -181,7 +183,7 @@ def unused(path: Path) -> Iterator[bool]:
     fd = None
     for access in (os.O_RDWR, os.O_RDONLY):  # over NFS an exclusive lock takes the right to write
         with contextlib.suppress(OSError):
-            fd = os.open(path, access | _AS_IT_IS)
+            fd = descriptors.opened(path, access | _AS_IT_IS)
             break
     if fd is None:  # gone, or without the right to open it, which removing it does not take
         yield True

@@ -46,6 +46,7 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.runs import runs
+from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
 _UPLOADS = ".cloudckpt-uploads"
@@ -297,7 +298,9 @@ class FsspecStore(ObjectStore):
             raise UnansweredError(message, uri=self.uri, object_name=name) from error
         except Exception as error:  # each file system has exceptions of its own, with no common root
             message = f"{self._target.protocol}:// failed: {type(error).__name__}"
-            raise StorageError(message, uri=self.uri, object_name=name) from error
+            raise StorageError(
+                message, uri=self.uri, object_name=name, hint=open_files_cure(error)
+            ) from error
 
 
 def _arguments(target: Target) -> dict[str, Any]:

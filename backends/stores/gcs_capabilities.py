@@ -10,7 +10,6 @@ the probe deletes.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import document
@@ -30,7 +30,7 @@ from cloudckpt.backends.stores.gcs_write import begin_session, delete, insert
 from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)
 _AGAIN: Final = 2

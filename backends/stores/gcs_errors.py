@@ -28,6 +28,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores.response_body import BrokenOffError
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
+from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
 CANCELLED: Final = 499
@@ -154,6 +155,8 @@ def _error_of(answer: RefusedError, target: Target, endpoint: str) -> Checkpoint
 
 
 def _error_without_answer(error: Exception, endpoint: str) -> CheckpointError:
+    if (cure := open_files_cure(error)) is not None:
+        return StorageError(f"no connection to {endpoint}: too many files are open", hint=cure)
     match error:
         case google.DefaultCredentialsError():
             return AccessDeniedError("no usable Google credentials were found", hint=_LOGIN_HINT)

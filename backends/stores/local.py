@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
     Arrived,
@@ -244,8 +245,8 @@ class LocalStore(ObjectStore):
             try:
                 self._made_root |= not self._root.is_dir()
                 files.make_folders(hidden.parent)
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                return os.open(hidden, flags, 0o666)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+                return descriptors.opened(hidden, flags)
             except FileNotFoundError:  # another process removed the folder, which was empty until now
                 if attempt == _OPEN_TRIES - 1:
                     raise
@@ -289,7 +290,7 @@ class LocalStore(ObjectStore):
     def _pending(self, upload: Upload) -> Iterator[int]:
         """Open the hidden file of an upload."""
         try:
-            fd = os.open(self._tree.hidden(upload), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = descriptors.opened(self._tree.hidden(upload), os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError as error:
             raise self._ended(upload) from error
         try:

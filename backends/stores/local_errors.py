@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ObjectNotFoundError, StorageError
+from cloudckpt.backends.system_limits import open_files_cure
 
 NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 """Errors that mean that no object has the name."""
@@ -23,7 +24,6 @@ _HINTS: Final = {
     errno.EDQUOT: "The disk quota is used up: make room, then save again",
     errno.EFBIG: "The file system or a limit of the process allows no file of this size",
     errno.ENAMETOOLONG: "Shorten the name: a hidden file beside it needs 42 bytes more",
-    errno.EMFILE: "Raise the limit on open files (ulimit -n)",
     errno.EOPNOTSUPP: "The file system lacks hard links or locks, without which no condition can be kept",
     errno.ENOLCK: "The file system lacks locks on folders, without which an update can't be conditional",
     errno.EIO: "The disk or the network file system fails",
@@ -50,7 +50,7 @@ def translated(uri: str, name: str | None, *, writing: bool) -> Iterator[None]:
     except CheckpointError:
         raise
     except OSError as error:
-        kind, hint = StorageError, _HINTS.get(error.errno or 0)
+        kind, hint = StorageError, _HINTS.get(error.errno or 0) or open_files_cure(error)
         if error.errno in NOT_THERE and not writing:
             kind, hint = ObjectNotFoundError, None
         elif error.errno in _DENIED:

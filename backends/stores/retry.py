@@ -9,7 +9,6 @@ would multiply with ours, and an answer lost to one of them would never be heard
 from __future__ import annotations
 
 import enum
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from typing import Final, Generic, TypeVar
 
 import tenacity
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.stores.pace import Pace
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.1, max=10.0)
 """Seconds: anything up to 0.1, 0.2, 0.4 and so on, and from the eighth pause on up to 10."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import (
     ConfigurationError,
@@ -54,7 +54,7 @@ _MIN_PART = 5 << 20
 _MAX_PART = 5 << 30
 _MAX_PARTS = 10_000
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 
 class S3Store(ObjectStore):

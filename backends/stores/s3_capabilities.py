@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import enum
 import itertools
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from typing import Any, Final
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import ALGORITHMS, CRC32C, CRC64NVME
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.stores.names import probe_name
@@ -33,7 +33,7 @@ from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import is_of_credentials, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
 
-_log = logging.getLogger(__name__)
+_log = background_log.logger(__name__)
 
 _ANOTHER_TAG: Final = "0" * 32
 """The entity tag of no object of the probe."""

@@ -25,6 +25,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.s3_codes import is_about_caller, is_known, meaning_of, quoted
+from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
 _ACTIONS: Mapping[str, str] = {
@@ -151,6 +152,8 @@ def _error_for(error: BaseException, target: Target, endpoint: str) -> Checkpoin
 
 
 def _error_before_answer(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
+    if (hint := open_files_cure(error)) is not None:
+        return StorageError(f"no connection to {endpoint}: too many files are open", hint=hint)
     match error:
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
             return AccessDeniedError("no usable AWS credentials were found", hint=_LOGIN_HINT)

@@ -1,15 +1,19 @@
-"""What the machine gives a job that checkpoints: shared memory, memory, descriptors."""
+"""What the machine gives a job that checkpoints: memory, descriptors, threads, a working directory."""
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from cloudckpt.backends import system_limits
+from cloudckpt.backends.descriptors import fill_standard, filled, kept_clear
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.options import Options
+from cloudckpt.executor import memory_limits, unpickle
+from cloudckpt.executor.memory_limits import Room
 
 _GIB: Final = 1 << 30
 _SHM: Final = Path("/dev/shm")  # noqa: S108 - looked at, and nothing is put there
@@ -19,6 +23,8 @@ _OF_A_PROCESS: Final = 32
 """Descriptors that a checkpoint process has open beside its requests: 11 as measured on one rank, and
 those of its process group."""
 _PLENTY: Final = 1024
+_THREADS: Final = 24
+"""Threads and processes of a trainer's saves and its checkpoint process, beside those that carry requests."""
 _MORE_SHM: Final = (
     "docker run --shm-size=8g (or --ipc=host); in Kubernetes an emptyDir with medium: Memory at /dev/shm"
 )
@@ -33,8 +39,17 @@ def machine(options: Options, state_size: int | None, ranks: int) -> Iterator[Fi
         ranks: of the job on this machine.
     """
     yield shared_memory(*_shm(), snapshot=None if state_size is None else state_size * ranks, memfd=_memfd())
-    yield memory(available(), None if state_size is None else ranks * (state_size + options.memory_limit))
+    needed = None
+    if state_size is not None:
+        needed = ranks * (state_size + options.memory_limit + memory_limits.PROCESS_BYTES)
+    yield memory(memory_limits.least_room(), needed)
     yield descriptors(*resource.getrlimit(resource.RLIMIT_NOFILE), options.concurrency)
+    most, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    own = most if most != resource.RLIM_INFINITY and os.geteuid() != 0 else None  # root may have any number
+    yield threads(own, system_limits.pids_room(), ranks * (_THREADS + 2 * options.concurrency))
+    fill_standard()
+    yield standard_streams(filled())
+    yield working_directory(unpickle.working_directory())
 
 
 def shared_memory(size: int | None, free: int, *, snapshot: int | None, memfd: bool) -> Finding:
@@ -58,15 +73,15 @@ def shared_memory(size: int | None, free: int, *, snapshot: int | None, memfd: b
     return Finding("shared memory", "ok", f"{has}{'; snapshots do without' if memfd else ''}")
 
 
-def memory(free: int | None, needed: int | None) -> Finding:
-    """Judge the memory that is ``free`` by what a job's snapshots and transfers need, where that is known."""
-    if free is None:
+def memory(room: Room | None, needed: int | None) -> Finding:
+    """Judge the memory that is left by what a job's snapshots and processes need, where that is known."""
+    if room is None:
         return Finding("memory", "unknown", "the system does not tell how much is free")
-    has = f"{_size(free)} are free for this container or machine"
+    has = f"{_size(room.nbytes)} are free of {_size(room.limit)}, the limit of {room.owner}"
     if needed is None:
         return Finding("memory", "ok", f"{has}; say --state-size to have it compared with what a save needs")
-    wants = f"{has}, and snapshots and transfers need {_size(needed)}"
-    if needed > free:
+    wants = f"{has}, and snapshots, transfers and checkpoint processes need {_size(needed)}"
+    if needed > room.nbytes:
         advice = "Give the job more memory, fewer ranks a machine, or a smaller state; lower memory_limit"
         return Finding("memory", "failed", wants, advice)
     return Finding("memory", "ok", wants)
@@ -93,49 +108,42 @@ def descriptors(soft: int, hard: int, concurrency: int) -> Finding:
     return Finding("descriptors", "ok", has)
 
 
-def available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of memory that are free for this process: the machine's, and those of its control groups."""
-    found = [one for one in (_of_machine(proc), *_of_groups(proc, groups)) if one is not None]
-    return min(found, default=None)
+def threads(limit: int | None, room: tuple[int, str] | None, needed: int) -> Finding:
+    """Judge the limits on threads and processes, which count as one.
+
+    Args:
+        limit: of this user (``ulimit -u``); None where there is none.
+        room: how many more the container may have, and which limit says so; None where none does.
+        needed: how many a job's saves start on this machine.
+    """
+    if limit is None and room is None:
+        return Finding("threads", "ok", "no limit on threads and processes")
+    said = [f"this user may have {limit:,} (ulimit -u)"] if limit is not None else []
+    said += [f"{room[0]:,} more may be started (limit of {room[1]})"] if room is not None else []
+    has = f"threads and processes: {' and '.join(said)}"
+    if min(one for one in (limit, room and room[0]) if one is not None) < needed:
+        advice = "ulimit -u 4096 before the job starts; docker run --pids-limit; podPidsLimit in Kubernetes"
+        return Finding("threads", "failed", f"{has}, and saves start up to {needed:,}", advice)
+    return Finding("threads", "ok", has)
 
 
-def _of_machine(proc: Path) -> int | None:
-    for line in _read(proc / "meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return None
+def standard_streams(closed: Sequence[int]) -> Finding:
+    """Judge the descriptors 0, 1 and 2, of which some were ``closed`` at the start."""
+    if not closed:
+        return Finding("standard streams", "ok", "the descriptors 0, 1 and 2 are open")
+    what = (
+        f"closed: {', '.join(map(str, closed))}; what a library opens may get that number and be printed to"
+    )
+    advice = "Start the job with < /dev/null and its output in a file; a save puts /dev/null in their place"
+    return Finding("standard streams", "warning", what, advice)
 
 
-def _of_groups(proc: Path, groups: Path) -> Iterator[int | None]:
-    """What is left below the limit of each group that this process is in, and of those above it."""
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        _, kinds, path = line.split(":", 2)
-        if kinds not in ("", "memory"):
-            continue
-        # In a container the group's own folder is the root that is mounted.
-        root = groups / kinds if kinds else groups
-        below = Path(path.lstrip("/"))
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes") if kinds else ("memory.max", "memory.current")
-        )
-        for folder in (root / below, *((root / above) for above in below.parents), root):
-            yield _left(folder, *names)
-
-
-def _left(folder: Path, limit: str, usage: str) -> int | None:
-    most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
-    if not most.isdecimal() or not used.isdecimal():  # "max", or no such group
-        return None
-    stat = dict(line.split(maxsplit=1) for line in _read(folder / "memory.stat").splitlines())
-    given_up = int(stat.get("inactive_file", "0"))  # the cache of files, which makes room
-    return max(0, int(most) - int(used) + given_up)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+def working_directory(path: str | None) -> Finding:
+    """Judge the working directory; ``path`` is None where it was deleted."""
+    if path is not None:
+        return Finding("working directory", "ok", f"{path} is there")
+    what = "it was deleted or can't be reached: relative paths mean nothing, and libraries may not load"
+    return Finding("working directory", "warning", what, "Start the job in a folder that stays, such as /")
 
 
 def _shm() -> tuple[int | None, int]:
@@ -151,7 +159,7 @@ def _memfd() -> bool:
     if not hasattr(os, "memfd_create"):
         return False
     try:
-        os.close(os.memfd_create("cloudckpt", os.MFD_CLOEXEC))
+        os.close(kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC)))
     except OSError:
         return False
     return True

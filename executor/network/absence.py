@@ -65,7 +65,10 @@ def _bounded(run: Callable[[], object]) -> None:
             return
 
     thread = threading.Thread(target=quietly, name="cloudckpt-absence", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be started: the others find out by themselves
+        return
     thread.join(_PATIENCE)
 
 

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 
+from cloudckpt.backends import system_limits
+
 
 class GivenUp(Exception):
     """The caller no longer waits for the connections."""
@@ -59,7 +61,7 @@ class Mesh:
             except BaseException as error:  # noqa: BLE001 - the caller raises it
                 made.set_exception(error)
 
-        threading.Thread(target=make, name="cloudckpt-gloo", daemon=True).start()
+        system_limits.start(threading.Thread(target=make, name="cloudckpt-gloo", daemon=True))
         while not given_up():
             if wait([made], 1.0).done:
                 self._backend = made.result()

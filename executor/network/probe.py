@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, cast
 
+from cloudckpt.backends import system_limits
+from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.members import endpoint, said_by_hosts
 
@@ -39,7 +41,11 @@ class ProbeListener:
         self._listener = listener
         self.port: int = listener.getsockname()[1]
         self._thread = threading.Thread(target=self._accept, name="cloudckpt-probe", daemon=True)
-        self._thread.start()
+        try:
+            system_limits.start(self._thread)
+        except ExecutorError:
+            listener.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,8 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.local_exam import file_system_of
 from cloudckpt.backends.target import Target
 from cloudckpt.doctor import Finding, examine
-from cloudckpt.doctor.machine import available, memory, shared_memory
+from cloudckpt.doctor.machine import memory, shared_memory, standard_streams, threads, working_directory
+from cloudckpt.executor import memory_limits
 from support.commands import COLUMNS, Ran, in_a_pipe, on_a_terminal, options_of
 from support.findings import ABORTED, assert_only, by_check, doctor, failed, ruled
 from support.gcs import GCSServer
@@ -109,8 +110,24 @@ def test_a_state_that_memory_is_too_small_for(folder: Place) -> None:
     status, found = doctor(folder, "--state-size", "1TiB", "--ranks-per-host", "8")
     assert status == 1
     assert_only(found, "memory")
-    assert "8,194.0 GiB" in found["memory"]["what"]
+    assert "8,196.0 GiB" in found["memory"]["what"]
     assert doctor(folder, "--state-size", "1MiB")[0] == 0
+
+
+def test_a_limit_on_processes_below_what_saves_start() -> None:
+    found = threads(4096, (3, "/sys/fs/cgroup/pids.max"), 88)
+    assert found.state == "failed" and "/sys/fs/cgroup/pids.max" in found.what and "ulimit -u" in found.advice
+    assert threads(10, None, 88).state == "failed"
+    assert threads(None, (88, "pids.max"), 88).state == threads(None, None, 88).state == "ok"
+
+
+def test_closed_standard_streams_and_a_deleted_working_directory_are_warned_of(folder: Place) -> None:
+    assert standard_streams([]).state == working_directory("/").state == "ok"
+    assert working_directory(None).state == "warning"
+    command = ["sh", "-c", 'exec "$@" <&- 2>&-', "sh", *COMMAND, folder.uri]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found = by_check(Ran(0, ran.stdout))["standard streams"]
+    assert found["state"] == "warning" and found["what"].startswith("closed: ")
 
 
 def test_where_there_are_no_memory_files_a_snapshot_has_to_fit_dev_shm() -> None:
@@ -121,49 +138,8 @@ def test_where_there_are_no_memory_files_a_snapshot_has_to_fit_dev_shm() -> None
     assert shared_memory(None, 0, snapshot=9 << 30, memfd=True).state == "ok"
 
 
-MEMINFO = "MemTotal: 90 kB\nMemAvailable: 8192 kB\n"
-
-
-@pytest.mark.parametrize(
-    ("group", "files", "free"),
-    [
-        ("0::/", {}, 8 << 20),
-        ("0::/", {"memory.max": "max", "memory.current": "5"}, 8 << 20),
-        ("0::/", {"memory.max": "4194304", "memory.current": "3145728"}, 1 << 20),
-        ("0::/a/b", {"a/memory.max": "2097152", "a/memory.current": "0", "a/b/memory.max": "max"}, 2 << 20),
-        ("0::/", {"memory.max": "9", "memory.current": "9", "memory.stat": "anon 1\ninactive_file 4"}, 4),
-        (
-            "4:memory:/x",
-            {"memory/memory.limit_in_bytes": "1048576", "memory/memory.usage_in_bytes": "1048576"},
-            0,
-        ),
-        ("3:cpu:/x", {"memory/memory.limit_in_bytes": "1", "memory/memory.usage_in_bytes": "1"}, 8 << 20),
-    ],
-    ids=[
-        "none",
-        "no limit",
-        "a limit",
-        "a limit above",
-        "a cache",
-        "of the first version",
-        "of another kind",
-    ],
-)
-def test_memory_is_what_the_machine_and_every_control_group_leave(
-    tmp_path: Path, group: str, files: dict[str, str], free: int
-) -> None:
-    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    for name, text in {"meminfo": MEMINFO, "self/cgroup": f"{group}\n"}.items():
-        (proc / name).parent.mkdir(parents=True, exist_ok=True)
-        (proc / name).write_text(text)
-    for name, text in files.items():
-        (groups / name).parent.mkdir(parents=True, exist_ok=True)
-        (groups / name).write_text(text)
-    assert available(proc, groups) == free
-
-
 def test_a_system_that_tells_nothing_is_not_judged(tmp_path: Path) -> None:
-    assert available(tmp_path, tmp_path) is None
+    assert memory_limits.least_room(tmp_path, tmp_path) is None
     assert memory(None, 1).state == "unknown"
     assert file_system_of(tmp_path, tmp_path / "mountinfo") == ""
 

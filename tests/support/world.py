@@ -35,9 +35,7 @@ from support.turnstile import (
     is_private,
 )
 
-POOLS = tuple(
-    f"cloudckpt.backends.{module}.ThreadPoolExecutor" for module in ("side_by_side", "download", "upload")
-)
+POOLS = tuple(f"cloudckpt.backends.{module}.Workers" for module in ("side_by_side", "download", "upload"))
 OPENERS = tuple(f"cloudckpt.backends.{module}.open_store" for module in ("addressed", "delete", "gc"))
 T = TypeVar("T")
 
