@@ -22,6 +22,7 @@ from pydantic import ByteSize, Field, SecretStr
 from cloudckpt.backends.endpoint_url import fault_of, may_hold_secret
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.keywords import check_known, is_secret, warn_of_variables
+from cloudckpt.backends.undecoded import refuse_undecoded
 
 ENVIRONMENT_PREFIX = "CLOUDCKPT_"
 
@@ -269,22 +270,24 @@ class Layers:
             for name, value in self.environment.items()
             if name in honoured and not (name == "checksum" and value in _CHECKSUMS["s3"] - checksums)
         }
+        for name, value in {**background, **asked}.items():
+            refuse_undecoded(value, self._source(name))
         try:
             return Options.model_validate({**background, **asked})
         except pydantic.ValidationError as error:
             raise self._explained(error) from None  # pydantic's own text would show the value of a secret
 
+    def _source(self, name: str) -> str:
+        """Name an option by where it was given."""
+        if name in self.keywords:
+            return f"option {name!r}"
+        if name in self.query:
+            return f"option {name!r} in the query"
+        return f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}"
+
     def _explained(self, error: pydantic.ValidationError) -> ConfigurationError:
         name = str(error.errors(include_url=False, include_input=False)[0]["loc"][0])
-        if name in self.keywords:
-            source, value = f"option {name!r}", self.keywords[name]
-        elif name in self.query:
-            source, value = f"option {name!r} in the query", self.query[name]
-        else:
-            source, value = (
-                f"environment variable {ENVIRONMENT_PREFIX}{name.upper()}",
-                self.environment[name],
-            )
+        source, value = self._source(name), {**self.environment, **self.query, **self.keywords}[name]
         fault = fault_of(value) if name == "endpoint_url" and isinstance(value, str) and value else None
         if fault is not None:
             shown = "" if fault.secret else f"is {value!r}, which "

@@ -4,7 +4,7 @@ Spelling of names. In a URI with a protocol, ``?`` starts the options and ``#`` 
 and other fsspec protocols the rest is literal, as in the ``aws`` and ``gcloud`` command lines and in fsspec:
 ``%20`` is three characters of a key. In a ``file:`` URI percent escapes are read, as RFC 8089 has it. A
 plain path without ``://`` is taken as it is, with any ``?``, ``#`` and ``%``; its canonical URI escapes
-those three.
+those three, and bytes that are no text in this locale.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
-from urllib.parse import unquote
+from urllib.parse import unquote, unquote_to_bytes
 
 import fsspec
 
@@ -28,6 +28,7 @@ from cloudckpt.backends.options import (
     parse_query,
     where_credentials_belong,
 )
+from cloudckpt.backends.undecoded import UTF8_LOCALE, has_undecoded, refuse_undecoded
 from cloudckpt.backends.uri_hints import refuse_address
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
@@ -205,6 +206,7 @@ class _Place:
         _check_spelling(protocol, rest, query)
         if protocol == "file":
             return cls._of_file(rest, query)
+        refuse_undecoded(rest + query, "a checkpoint's URI", uri=f"{protocol}://{rest}")
         rest = rest.removesuffix("/")
         if protocol in _WITH_BUCKET:
             return cls._of_bucket(protocol, rest, query)
@@ -225,13 +227,15 @@ class _Place:
                 uri=f"file://{rest}",
                 hint=f"Write it like {_EXAMPLES['file']}, or give a plain path",
             )
-        return cls._of_path(f"/{unquote(path, errors='surrogateescape')}", query)
+        refuse_undecoded(query, "a checkpoint's URI", uri=f"file://{rest}")
+        # By their bytes: what a path's bytes mean is up to the locale.
+        return cls._of_path(os.fsdecode(unquote_to_bytes(_fsencoded(f"/{path}"))), query)
 
     @classmethod
     def _of_path(cls, path: str, query: str) -> _Place:
         # Not Path.resolve, which follows symbolic links: the URI keeps the name that the user knows.
         try:
-            absolute = "/" + os.path.abspath(path).lstrip("/")  # noqa: PTH100
+            absolute = "/" + os.path.abspath(os.fsdecode(_fsencoded(path))).lstrip("/")  # noqa: PTH100
         except OSError as error:
             raise ConfigurationError(
                 f"{path!r} is relative, and the working directory was deleted",
@@ -266,7 +270,27 @@ class _Place:
 
 
 def _escaped(path: str) -> str:
-    return path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    """Spell a path for a URI: bytes that are no text in this locale are escaped, too."""
+    spelt = path.replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    if not has_undecoded(spelt):
+        return spelt
+    return "".join(f"%{os.fsencode(one)[0]:02X}" if has_undecoded(one) else one for one in spelt)
+
+
+def _fsencoded(path: str) -> bytes:
+    """Return a path's bytes.
+
+    Raises:
+        ConfigurationError: it has a character that the file system's encoding has not.
+    """
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"a path has a character that file names here, which are in {error.encoding}, can't have",
+            uri=f"file://{path}",
+            hint=UTF8_LOCALE,
+        ) from error
 
 
 def _known_protocols() -> set[str]:

@@ -40,19 +40,32 @@ class AppState:
         self._state = state
 
     def as_dcp_has_it(self) -> dict[str, Any]:
-        """The state for ``dcp.save`` and ``dcp.load``.
+        """The state for ``dcp.save``.
 
         Raises:
             ConfigurationError: an optimizer's model is not in the state.
         """
         return {key: self._described(key, value) for key, value in self._state.items()}
 
+    def to_load(self) -> dict[str, Any]:
+        """The state for ``dcp.load``, which finds nothing in it that it would have to ask itself.
+
+        Raises:
+            ConfigurationError: an optimizer's model is not in the state.
+        """
+        described = self.as_dcp_has_it()
+        for key, value in self._stateful():
+            described[key] = value.state_dict()
+        return described
+
     def take(self, loaded: Mapping[str, Any]) -> None:
-        """Take over what ``dcp.load`` has made of `as_dcp_has_it`.
+        """Take over what ``dcp.load`` has made of `to_load`.
 
         Raises:
             ConfigurationError: a value can't be put into the state.
         """
+        for key, value in self._stateful():
+            value.load_state_dict(loaded[key])
         for key, value in self._state.items():
             if _is_plain(value, nn.Module):
                 set_model_state_dict(value, loaded[key])
@@ -60,7 +73,7 @@ class AppState:
             if _is_plain(value, Optimizer):
                 set_optimizer_state_dict(self._model_of(key, value), value, loaded[key])
         for key, value in list(self._state.items()):
-            if isinstance(value, nn.Module | Optimizer) or loaded[key] is value:
+            if loaded[key] is value or isinstance(value, nn.Module | Optimizer | Stateful):
                 continue
             if not isinstance(self._state, MutableMapping):
                 raise ConfigurationError(
@@ -68,6 +81,18 @@ class AppState:
                     hint="Give the state as a dict",
                 )
             self._state[key] = loaded[key]
+
+    def _stateful(self) -> list[tuple[str, Stateful]]:
+        """What is asked for its state as DCP would: all that has one but modules and optimizers.
+
+        In DCP's order: on every rank the same, for what they do may be a collective.
+        """
+        return [
+            (key, value)
+            for key, value in sorted(self._state.items(), key=lambda item: item[0])
+            if isinstance(value, Stateful)
+            and not (_is_plain(value, nn.Module) or _is_plain(value, Optimizer))
+        ]
 
     def _described(self, key: str, value: Any) -> Any:
         if _is_plain(value, nn.Module):

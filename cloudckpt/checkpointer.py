@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, get_args
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.app_state import AppState
 from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
-    CheckpointError,
     CheckpointNotFoundError,
     ConfigurationError,
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
-from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
-from cloudckpt.executor import ProcessExecutor, SaveHandle
+from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.network.options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
-from cloudckpt.fitting import FittingPlanner
+from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
-from cloudckpt.progress import Arriving, display
-from cloudckpt.ranks import agreed, own_rank
+from cloudckpt.progress import display
+from cloudckpt.ranks import agreed, own_rank, together
 from cloudckpt.retention import PruningWriter, Retention, pruned_by
 from cloudckpt.run import Run
 from cloudckpt.saves import Saves
@@ -161,8 +156,11 @@ class Checkpointer:
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
         agreed(self._run.prove, self._group)
-        state = None if state_dict is None else AppState(state_dict).as_dcp_has_it()
-        self._executor.warmup(state, process_group=self._group, no_dist=not grouped())
+        self._executor.warmup(
+            None if state_dict is None else lambda: AppState(state_dict).as_dcp_has_it(),
+            process_group=self._group,
+            no_dist=not grouped(),
+        )
 
     def async_save(
         self, step: int, state_dict: Mapping[str, Any], *, metric: float | None = None
@@ -178,8 +176,10 @@ class Checkpointer:
             metric: how good it is, for ``keep_best``: the higher the better. It is stored with the step.
 
         Raises:
-            ConfigurationError: the step is no number of one, or the state can't be saved.
+            ConfigurationError: the step is no number of one.
             CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
+            Exception: a ``state_dict()`` of the state raised it, in a single process. With several ranks the
+                handle raises it, on each.
             Preempted: the job was told to end, and this was its last step.
         """
         self._pass(step, state_dict, metric)
@@ -217,18 +217,25 @@ class Checkpointer:
             ConfigurationError: the state asks for what the step does not have, or has in another size.
             IntegrityError: it is damaged. Parts of the state may have been loaded.
         """
-        state = AppState(state_dict)
-        self._settle()
-        chosen = agreed(self._run.newest, self._group) if step is None else step
+
+        def begin() -> AppState:
+            state = AppState(state_dict)
+            self._settle()
+            return state
+
+        state, newest = together(begin, self._run.newest if step is None else lambda: None, self._group)
+        chosen = newest if step is None else step
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
+        loading = Loading(self._run, self._group, self._rank, self._trust, self._display)
         while True:
+            began = time.monotonic()
             try:
-                self._load(state, chosen)
+                uri = loading.load(state, chosen)
             except IntegrityError as error:
                 older = agreed(lambda: self._run.newest(before=chosen), self._group)  # noqa: B023 - called at once
                 if step is not None or not fallback or older is None:
@@ -238,6 +245,7 @@ class Checkpointer:
                 _log.warning("step %d is damaged, loading step %d: %s", chosen, older, error)
                 chosen = older
             else:
+                self._watch.tell(Loaded(chosen, uri, self._rank, time.monotonic() - began))
                 return chosen
 
     def latest_step(self) -> int | None:
@@ -261,13 +269,20 @@ class Checkpointer:
         agreed(lambda: self._run.unpin(step), self._group)
 
     def wait(self) -> None:
-        """Wait for every save under way.
+        """Wait for every save under way. Every rank calls it.
 
         Raises:
             CheckpointError: one failed, and nobody has asked its handle.
+            ExecutorError: a rank did not come within ``start_timeout``.
         """
-        self._settle()
-        self._saves.raise_unheard(self._follow_first)
+
+        def ended_badly() -> bool:
+            self._settle()
+            return self._saves.ended_badly
+
+        self._saves.raise_alike(
+            self._executor.confer(ended_badly, process_group=self._group, no_dist=not grouped())
+        )
 
     def preempt(self) -> None:
         """Have every rank save its next step as the last, as at a SIGTERM: for notices that are no signals.
@@ -300,7 +315,7 @@ class Checkpointer:
             return
         try:
             self._close(deliver=False)
-        except CheckpointError as failed:  # what ends the block is what counts
+        except failures.ANY as failed:  # what ends the block is what counts
             _log.warning("%s", failed)
 
     def _close(self, *, deliver: bool) -> None:
@@ -329,7 +344,7 @@ class Checkpointer:
                 raise TimeoutError("the saves before it took too long")
             info = self._save(step, state_dict, metric).result(self._preemption.remaining)
             _log.warning("the last step, %d, is committed", step)
-        except (CheckpointError, TimeoutError) as error:
+        except failures.ANY as error:
             _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
         raise self._preemption.ended(step, info)
 
@@ -352,51 +367,26 @@ class Checkpointer:
             pruned.extend(pruned_by(metadata))
             return CheckpointInfo(step, uri, sum(sizes.values()), len(sizes), done - began, when)
 
+        def begun(handle: SaveHandle[CheckpointInfo]) -> None:
+            handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
+            self._saves.add(step, handle)
+
+        def described() -> dict[str, Any]:
+            return AppState(state_dict).as_dcp_has_it()
+
         handle = self._executor.submit(
-            AppState(state_dict).as_dcp_has_it(),
+            # With other ranks the handle raises what this does, on all of them.
+            described if grouped() else described(),
             describe,
+            begun=begun,
             storage_writer=writer,
             process_group=self._group,
             no_dist=not grouped(),
         )
-        handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
-        self._saves.add(step, handle)
         if handle.staged.done() and not handle.cancelled():
             blocked = time.monotonic() - began
             self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
         return handle
-
-    def _load(self, state: AppState, step: int) -> None:
-        began = time.monotonic()
-        reader = StorageReader(self._run.at(step), trust=self._trust)
-        reader.take_metadata(agreed(reader.fetch_metadata, self._group))  # once, for all ranks
-        loaded = state.as_dcp_has_it()
-        name = f"step {step}, rank {self._rank}"
-        if self._display is not None:
-            arriving = Arriving(self._display, name)
-            reader.observe(arriving.arrived, arriving.begun)
-        try:
-            with warnings.catch_warnings():
-                # DCP says so on every load in a single process, which is what that means here.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(
-                    loaded,
-                    storage_reader=reader,
-                    planner=FittingPlanner(),
-                    process_group=self._group,
-                    no_dist=not grouped(),
-                )
-        except CheckpointException as error:
-            # The same on every rank: DCP has gathered them.
-            for rank, (failure, _) in sorted(error.failures.items()):
-                if isinstance(failure, CheckpointError):
-                    raise failure.located(uri=reader.checkpoint_id, rank=rank) from error
-            raise
-        finally:
-            if self._display is not None:
-                self._display.end(name)
-        state.take(loaded)
-        self._watch.tell(Loaded(step, reader.checkpoint_id, self._rank, time.monotonic() - began))
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends, until all is told of it."""

@@ -1,16 +1,23 @@
-"""Answers that all ranks of a job must share."""
+"""Answers and outcomes that all ranks of a job must share."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
-from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 
+_LAST_WORD = 10.0
+"""Seconds that a rank that was interrupted tries to tell the others: they may have been so themselves."""
+
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def own_rank(group: dist.ProcessGroup | None) -> int:
@@ -22,16 +29,141 @@ def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Ask on the group's first rank, and return its answer, or raise its error, on every one.
 
     A collective: every rank calls it. Without ``torch.distributed`` it asks here.
+
+    Raises:
+        ExecutorError: the first rank was interrupted, which raises its own exception itself.
+        BaseException: what ``ask`` raised, noted with the rank.
     """
     if not grouped():
         return ask()
-    box: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
+    rank = dist.get_rank(group)
+    own = _Outcome.of(ask, rank) if rank == 0 else None
+
+    def tell() -> _Word:
+        return _broadcast(own.word if own is not None else None, group)
+
+    return cast("T", _settled(own, tell))
+
+
+def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup | None) -> tuple[T, R]:
+    """Do something on every rank, and raise what it raised on any of them on every one.
+
+    A collective: every rank calls it. Without ``torch.distributed`` it does so here.
+
+    Args:
+        do: on every rank.
+        ask: on the group's first rank, after ``do``.
+        group: the ranks.
+
+    Returns:
+        What ``do`` returned on this rank, and what ``ask`` did on the first.
+
+    Raises:
+        ExecutorError: a rank was interrupted, which raises its own exception itself.
+        BaseException: what the lowest failing rank raised, noted with the rank.
+    """
+    if not grouped():
+        return do(), ask()
+    rank = dist.get_rank(group)
+    mine: list[T] = []
+
+    def act() -> R | None:
+        mine.append(do())
+        return ask() if rank == 0 else None
+
+    own = _Outcome.of(act, rank)
+
+    def tell() -> _Word:
+        told: list[bytes | None] | None = None
+        if rank == 0:
+            told = [None for _ in range(dist.get_world_size(group))]
+        dist.gather_object(own.word.failure, told, group=group, group_dst=0)
+        return _broadcast(_first(own.word, told) if told is not None else None, group)
+
+    answer = _settled(own, tell)
+    return mine[0], cast("R", answer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    """What goes to the other ranks: an answer, or a pickled error."""
+
+    answer: Any = None
+    failure: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome(Generic[T]):
+    """What a call came to on this rank: ``raised`` is what this rank itself raises."""
+
+    word: _Word
+    raised: BaseException | None = None
+
+    @classmethod
+    def of(cls, call: Callable[[], T], rank: int) -> _Outcome[T]:
         try:
-            box[0] = ask()
-        except CheckpointError as error:
-            box[1] = error
+            return cls(_Word(call()))
+        except BaseException as error:  # noqa: BLE001 - every rank raises it
+            told = failures.shared(error, rank)
+            raised = told if isinstance(error, failures.ANY) else error
+            return cls(_Word(failure=failures.dumps(told)), raised)
+
+    @property
+    def interrupted(self) -> bool:
+        return self.raised is not None and not isinstance(self.raised, failures.ANY)
+
+
+def _settled(own: _Outcome[Any] | None, tell: Callable[[], _Word]) -> Any:
+    """Tell the others, and return or raise what all ranks do."""
+    if own is None or own.raised is None:
+        word = tell()
+        if word.failure is not None:
+            raise failures.loads(word.failure)
+        return word.answer
+    if own.interrupted:
+        _within(_LAST_WORD, tell)
+        raise own.raised
+    try:
+        word = tell()
+    except Exception as lost:  # noqa: BLE001 - what this rank has to say comes before what keeps it from it
+        own.raised.add_note(f"the other ranks could not be told: {type(lost).__name__}: {lost}")
+        raise own.raised from own.raised.__cause__
+    told = own.raised if word.failure is None else failures.told_for(own.raised, failures.loads(word.failure))
+    raise told from told.__cause__
+
+
+def _first(own: _Word, told: list[bytes | None]) -> _Word:
+    """The lowest failing rank's error, with the others' as notes, or else the first rank's answer."""
+    failed = {rank: data for rank, data in enumerate(told) if data is not None}
+    if not failed:
+        return own
+    rank, *others = sorted(failed)
+    if not others:
+        return _Word(failure=failed[rank])
+    error = failures.loads(failed[rank])
+    failures.note_others(error, {other: failures.loads(failed[other]) for other in others})
+    return _Word(failure=failures.dumps(error))
+
+
+def _broadcast(word: _Word | None, group: dist.ProcessGroup | None) -> _Word:
+    box: list[Any] = [word]
     dist.broadcast_object_list(box, group=group, group_src=0)
-    if box[1] is not None:
-        raise box[1]
-    return cast("T", box[0])
+    return cast("_Word", box[0])
+
+
+def _within(seconds: float, tell: Callable[[], object]) -> None:
+    """Try for so long: a collective that the others never come to can't be interrupted otherwise."""
+    initialized: Callable[[], bool] = torch.cuda.is_initialized
+    device = torch.cuda.current_device() if initialized() else None
+
+    def run() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # a thread begins with the first
+        try:
+            tell()
+        except Exception:  # noqa: BLE001 - this rank raises what interrupted it
+            return
+
+    thread = threading.Thread(target=run, name="cloudckpt-last-word", daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.delete import delete_checkpoint
-from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
+from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
@@ -129,8 +129,9 @@ class PruningWriter(StorageWriter):
         try:
             # Goes to every rank with the metadata, which is stored already.
             metadata.__dict__[_PRUNED] = tuple(prune(self._run, self._retention))
-        except CheckpointError as error:
-            _log.warning("the save is committed; older steps stay until the next one: %s", error)
+        except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
+            said = f"{type(error).__name__}: {error}"
+            _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
 
 
 def pruned_by(metadata: Metadata) -> tuple[int, ...]:

@@ -44,11 +44,19 @@ class Saves:
         A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
         one rank alone. A rank that raised by itself would miss the save that the others go on with.
         """
+        self.raise_alike(not self._warn and follow_first(self.ended_badly))
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether a failure is to be raised that nobody has heard of on this rank."""
+        return not self._warn and any(handle.failed and not handle.heard for _, handle in self._saves)
+
+    def raise_alike(self, ended_badly: bool) -> None:
+        """Do as `raise_unheard`, with what rank 0 found."""
         if self._warn:
             self._tell_unheard()
             return
-        ended_badly = any(handle.failed and not handle.heard for _, handle in self._saves)
-        if follow_first(ended_badly):
+        if ended_badly:
             self.settle()
             self._raise_next(even_heard=True)
         # Rank 0 may learn of a failure later than this rank, and raise it then.

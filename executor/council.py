@@ -99,6 +99,14 @@ class Council(ABC):
         """The value that rank 0 gives; each rank gives its own and gets that one."""
 
     @abstractmethod
+    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:
+        """Return what the first rank said that said something, once it has; None when all came and none did.
+
+        Raises:
+            ExecutorError: a rank did not come within ``timeout`` seconds, or the store can't be reached.
+        """
+
+    @abstractmethod
     def leave(self, timeout: float) -> None:
         """Wait until the others have heard the last verdict: the store may end with this process."""
 
@@ -117,6 +125,9 @@ class SoloCouncil(Council):
 
     def follow_first(self, topic: str, value: bool, timeout: float) -> bool:  # noqa: ARG002 - the interface
         return value
+
+    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:  # noqa: ARG002 - the interface
+        return said
 
     def leave(self, timeout: float) -> None:
         """Nobody else listens."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import traceback
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.printable import one_line
 
 ANY = (Exception, CheckpointException)
@@ -26,9 +27,9 @@ def original(error: BaseException) -> BaseException:
         return noted(error)
     failures = sorted(error.failures.items())
     (rank, (first, frames)), others = failures[0], failures[1:]
-    first.add_note(f"raised on rank {rank}:\n" + "".join(traceback.format_list(frames)).rstrip())
-    for other, (failure, _) in others:
-        first.add_note(f"rank {other} failed too: {type(failure).__name__}: {one_line(failure)}")
+    if not _names_rank(first):
+        first.add_note(_raised_on(rank, "".join(traceback.format_list(frames))))
+    note_others(first, {other: failure for other, (failure, _) in others})
     return original(first) if isinstance(first, CheckpointException) else first
 
 
@@ -40,23 +41,132 @@ def noted(error: E) -> E:
     return error
 
 
+def shared(error: BaseException, rank: int) -> BaseException:
+    """Return an error of this rank as every rank raises it: noted with the rank and its traceback.
+
+    That is the error itself where it pickles, and else what `dumps` makes of it. An interruption, such as
+    Ctrl-C or ``SystemExit``, is this rank's own: the others raise an ``ExecutorError`` that names it.
+    """
+    if not isinstance(error, ANY):
+        told: BaseException = ExecutorError(
+            f"rank {rank} was interrupted by {type(error).__name__}",
+            rank=rank,
+            hint="The call failed on every rank; make it again if the job goes on",
+        )
+        told.__cause__ = error
+    elif _whole(error) is not None:
+        told = error
+    else:
+        told = loads(dumps(error))
+        told.__cause__ = error
+    if not _names_rank(told):
+        told.add_note(_raised_on(rank, "".join(traceback.format_tb(error.__traceback__))))
+    return told
+
+
+def told_for(own: BaseException | None, told: BaseException) -> BaseException:
+    """Return what to raise where this rank failed with ``own`` and all ranks were told ``told``.
+
+    That is what they were told. Where it is this rank's own, it still has its traceback.
+    """
+    if own is None:
+        return told
+    if _alike(own, told):
+        own.__notes__ = list(_notes(told))  # the other ranks' failures may be among them
+        return own
+    told.__context__ = own
+    return told
+
+
+def note_others(error: BaseException, others: Mapping[int, BaseException]) -> None:
+    """Note on the error that is raised what failed other ranks."""
+    for rank, failure in others.items():
+        error.add_note(f"rank {rank} failed too: {type(failure).__name__}: {one_line(failure)}")
+
+
 def dumps(error: BaseException) -> bytes:
-    """Pickle an error; one that doesn't survive that is told in the words of a CheckpointError."""
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)  # noqa: S301 - made on the line before
-    except Exception:  # noqa: BLE001 - a class of the caller's own may fail in any way
-        substitute = CheckpointError(f"{type(error).__name__}: {error}")
-        for note in getattr(error, "__notes__", ()):
-            substitute.add_note(note)
-        return pickle.dumps(substitute)
-    return data
+    """Pickle an error with its notes.
+
+    Where its own way of pickling loses its class or text, as that of a class whose constructor takes two
+    arguments and hands on one, it is made again without its constructor. One that doesn't pickle at all is
+    told in the words of a CheckpointError.
+    """
+    whole = _whole(error)
+    if whole is not None:
+        return whole
+    return pickle.dumps((CheckpointError(f"{type(error).__name__}: {_text(error)}"), _notes(error)))
 
 
 def loads(data: bytes) -> BaseException:
     """The error that `dumps` pickled, in a process of the same job."""
     try:
-        error = pickle.loads(data)  # noqa: S301 - from a process of this job
+        error, notes = pickle.loads(data)  # noqa: S301 - from a process of this job
+        str(error)
     except Exception as unreadable:  # noqa: BLE001 - a class that only the other process can import
         return CheckpointError(f"a failure could not be read here: {type(unreadable).__name__}: {unreadable}")
-    return error if isinstance(error, BaseException) else CheckpointError(f"no error but {error!r}")
+    if not isinstance(error, BaseException):
+        return CheckpointError(f"no error but {error!r}")
+    error.__notes__ = list(notes)
+    return error
+
+
+class _Remade:
+    """Pickles as an error that is made without its class's constructor."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> Any:
+        return _remade, (type(self._error), self._error.args, dict(self._error.__dict__))
+
+
+def _remade(cls: type[E], args: Iterable[Any], fields: dict[str, Any]) -> E:
+    error = cls.__new__(cls, *args)
+    error.args = tuple(args)
+    error.__dict__.update(fields)
+    return error
+
+
+def _whole(error: BaseException) -> bytes | None:
+    """The pickled error, where it survives that."""
+    for form in (error, _Remade(error)):
+        data = _pickled(form, _notes(error))
+        if data is not None and _alike(loads(data), error):
+            return data
+    data = _pickled(
+        error, _notes(error)
+    )  # its text may hold the address of an object, which is another there
+    return data if data is not None and type(loads(data)) is type(error) else None
+
+
+def _notes(error: BaseException) -> tuple[str, ...]:
+    return tuple(map(str, getattr(error, "__notes__", ())))
+
+
+def _pickled(form: object, notes: tuple[str, ...]) -> bytes | None:
+    try:
+        return pickle.dumps((form, notes))
+    except Exception:  # noqa: BLE001 - a class of the caller's own may fail in any way
+        return None
+
+
+def _alike(error: BaseException, other: BaseException) -> bool:
+    return type(error) is type(other) and _text(error) == _text(other)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failed:  # noqa: BLE001 - a class of the caller's own may fail in any way
+        return f"its text could not be made: {type(failed).__name__}"
+
+
+_RAISED_ON = "raised on rank "
+
+
+def _raised_on(rank: int, frames: str) -> str:
+    return f"{_RAISED_ON}{rank}:\n{frames}".rstrip()
+
+
+def _names_rank(error: BaseException) -> bool:
+    return any(note.startswith(_RAISED_ON) for note in _notes(error))

@@ -98,6 +98,10 @@ class Delivery:
         """The state may change from now on."""
         self.handle.staged.set_result(None)
 
+    def known(self) -> None:
+        """Note that this rank has raised what fails the save: nobody has to be told here."""
+        self.handle._heard = True  # noqa: SLF001 - see above
+
     def done(self, sealed: bytes | None, last: Progress) -> None:
         """End well, with pickled metadata."""
         handle = self.handle

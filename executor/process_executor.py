@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.writer import StorageWriter as OurWriter
-from cloudckpt.executor import failures, quiet, snapshot
+from cloudckpt.executor import outcomes, quiet, snapshot
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.last_call import Heard, LastCall
@@ -142,9 +142,10 @@ class ProcessExecutor:
 
     def submit(
         self,
-        state: dict[str, Any] | Future[dict[str, Any]],
+        state: dict[str, Any] | Future[dict[str, Any]] | Callable[[], dict[str, Any]],
         make: Callable[[Metadata], T],
         *,
+        begun: Callable[[SaveHandle[T]], object] | None = None,
         checkpoint_id: str | os.PathLike[str] | None = None,
         storage_writer: StorageWriter | None = None,
         planner: SavePlanner | None = None,
@@ -154,11 +155,14 @@ class ProcessExecutor:
     ) -> SaveHandle[T]:
         """Save as `execute_save` does, for a handle of what ``make`` makes of the metadata.
 
-        ``make`` is called once, by whoever first asks for the result.
+        ``make`` is called once, by whoever first asks for the result. A ``state`` that is a function is
+        called when it is its turn. What it raises fails the save on every rank, as all that keeps a rank from
+        taking its snapshot does. ``begun`` gets the handle before: an interruption, such as Ctrl-C, fails the
+        save on the other ranks and is raised here.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
+        self._calls += 1  # before what may fail on this rank alone: the others count this call
         supervisor = self._ready(process_group, no_dist)
-        self._calls += 1
         if self._on_busy != "wait" and self._council.follow_first(
             f"busy/{self._calls}", self._arenas.busy, self._start_timeout
         ):
@@ -178,49 +182,51 @@ class ProcessExecutor:
             no_dist=no_dist,
             use_collectives=use_collectives,
         )
-        try:
+        if begun is not None:
+            begun(job.delivery.handle)
+        with outcomes.joining(job, supervisor):
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
             job.arena = self._arenas.acquire()
             if isinstance(state, Future):
                 job.state = state
             else:
-                job.taken = snapshot.take(state, self._arenas[job.arena])
+                job.taken = snapshot.take(state() if callable(state) else state, self._arenas[job.arena])
                 job.delivery.staged()
-        except failures.ANY as error:  # the handle raises it, on every rank
-            job.failure = error
-        except BaseException:
-            if job.arena is not None:
-                self._arenas.release(job.arena)
-            raise
-        supervisor.submit(job)
         return job.delivery.handle
 
     def warmup(
         self,
-        state_dict: dict[str, Any] | None = None,
+        state_dict: dict[str, Any] | Callable[[], dict[str, Any]] | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
     ) -> None:
         """Start the process, meet the other ranks, prove the group, and touch a snapshot's memory.
 
-        Blocks until every rank has: what is wrong with the network is learned before step 0.
+        Blocks until every rank has: what is wrong with the network is learned before step 0. A state that is
+        a function is called for it.
 
         Raises:
             ExecutorError: a rank is missing, or the processes can't reach each other.
             ExecutorDiedError: a process ended while it started.
+            Exception: what a rank's state raised, or there is no memory for it: on every rank.
         """
-        supervisor = self._ready(process_group, no_dist)
         self._calls += 1
-        job = Job(number=self._calls, subject="warm-up", delivery=Delivery(_itself))
-        supervisor.submit(job)
+        supervisor = self._ready(process_group, no_dist)
+        proof = Job(number=self._calls, subject="warm-up", delivery=Delivery(_itself))
+        supervisor.submit(proof)
+        jobs = [proof]
         if state_dict is not None:
-            self._touch(snapshot.layout_of(state_dict))
-        job.delivery.handle.exception()
-        error = job.delivery.handle.exception()
-        if error is not None:
-            raise error
+            # Another, for while the process starts the memory is touched, which may fail on one rank alone.
+            self._calls += 1
+            jobs.append(Job(number=self._calls, subject="memory of a snapshot", delivery=Delivery(_itself)))
+            with outcomes.joining(jobs[1], supervisor):
+                self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
+        for job in jobs:
+            error = job.delivery.handle.exception()
+            if error is not None:
+                raise error
 
     def follow_first(
         self, value: bool, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
@@ -232,9 +238,31 @@ class ProcessExecutor:
         Raises:
             ExecutorError: rank 0 did not say within ``start_timeout``.
         """
+        self._asked += 1  # before what may fail on this rank alone
+        topic = f"asked/{self._asked}"
         self._ready(process_group, no_dist)
+        return self._council.follow_first(topic, value, self._start_timeout)
+
+    def confer(
+        self,
+        ask: Callable[[], bool],
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+    ) -> bool:
+        """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
+
+        By the store, without a collective. A "yes" of rank 0 does not wait for the others.
+
+        Raises:
+            ExecutorError: a rank did not come within ``start_timeout``, or was interrupted.
+        """
         self._asked += 1
-        return self._council.follow_first(f"asked/{self._asked}", value, self._start_timeout)
+        topic = f"asked/{self._asked}"
+        self._ready(process_group, no_dist)
+        if self._place is None:
+            return ask()
+        return outcomes.confer(self._council, topic, ask, self._place.rank, self._start_timeout)
 
     def last_call(
         self, heard: Heard, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False

@@ -69,6 +69,30 @@ class StoreCouncil(Council):
 
         return self._bounded(f"agree on {topic}", ask, timeout)
 
+    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:
+        def ask() -> bytes | None:
+            store = self._place.connect("topics", timeout)
+            word, came, heard = f"{topic}/word", f"{topic}/came", f"{topic}/heard-by"
+            if said is not None:
+                _write_once(store, word, said)
+            if store.add(came, 1) == self._place.world_size:
+                _write_once(store, word, None)
+            try:
+                store.wait([word], timedelta(seconds=timeout))
+            except DistStoreError:
+                late = ExecutorError(
+                    f"not every rank came to this call within {timeout:g} s",
+                    hint="Every rank must make the same calls; raise start_timeout if some come later",
+                )
+                _write_once(store, word, failures.dumps(late))
+            first: bytes | None = _value(store.get(word))
+            if store.add(heard, 1) == self._place.world_size:
+                for key in (word, came, heard):
+                    store.delete_key(key)
+            return first
+
+        return self._bounded(f"agree on {topic}", ask, timeout)
+
     def leave(self, timeout: float) -> None:
         last = self._last
         if self._place.rank != 0 or last is None:
@@ -258,7 +282,7 @@ def _into(answer: Future[T], ask: Callable[[], T]) -> None:
         answer.set_exception(error)
 
 
-def _write_once(store: Store, key: str, value: Agreement | Verdict) -> None:
+def _write_once(store: Store, key: str, value: Agreement | Verdict | bytes | None) -> None:
     store.compare_set(key, "", _text(value))
 
 

@@ -105,6 +105,11 @@ class Supervisor:
             undo.pop_all()
 
     @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self._terms.rank
+
+    @property
     def pid(self) -> int | None:
         """The checkpoint process's id, while one serves."""
         process = self._process
@@ -178,6 +183,8 @@ class Supervisor:
             self._finish(job, None, ExecutorError("the executor was closed before the save began"))
             return
         self._stage(job)
+        if job.failure is not None and self._terms.place is not None:
+            job.failure = failures.shared(job.failure, self._terms.rank)
         standing = Standing(
             call=job.number,
             subject=job.subject,
@@ -187,7 +194,9 @@ class Supervisor:
         try:
             trial = self._council.convene(standing, self._terms.start_timeout)
         except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
-            self._finish(job, None, job.failure or error)
+            alone = self._terms.place is None
+            told = job.failure if alone and job.failure is not None else failures.told_for(job.failure, error)
+            self._finish(job, None, told)
             return
         try:
             trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)

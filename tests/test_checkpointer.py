@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import wait
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import fully_shard
@@ -25,7 +27,9 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
-from support import states
+from cloudckpt.retention import PruningWriter, Retention
+from cloudckpt.run import Run
+from support import injected, states
 from support.gcs import gcs_server
 from support.places import Place
 from support.ranks import RankPool, RankPools
@@ -300,6 +304,40 @@ def test_a_deletion_that_was_cut_off_is_finished_after_the_next_commit(place: Pl
         checkpointer.save(4, numbered(4))
     folders = {name.partition("/")[0] for name in place.visible()}
     assert folders == {"step-0000000002", "step-0000000003", "step-0000000004"}
+
+
+def test_whatever_fails_in_retention_is_no_failure_of_the_save(
+    folder: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with run_at(folder) as checkpointer:
+        checkpointer.save(1, numbered(1))
+    run = Run(Target.parse(folder.uri))
+    with mock.patch.object(Run, "begun", side_effect=KeyError("lost")):
+        dcp.save(numbered(2), storage_writer=PruningWriter(run, 2, Retention(keep_last=1)))
+    assert run.steps() == [1, 2]
+    assert "older steps stay until the next one: KeyError: 'lost'" in caplog.text
+
+
+def test_a_single_process_raises_what_its_state_does_at_once_and_as_it_is(folder: Place) -> None:
+    error = injected.Unpicklable("mine")
+    state = {"sullen": injected.Sullen()}
+    with run_at(folder) as checkpointer:
+        checkpointer.save(1, state)
+        state["sullen"].saving = state["sullen"].loading = lambda: error
+        calls: list[Callable[[], object]] = [
+            lambda: checkpointer.warmup(state),
+            lambda: checkpointer.save(2, state),
+            lambda: checkpointer.load(state),
+        ]
+        for call in calls:
+            with pytest.raises(injected.Unpicklable) as caught:
+                call()
+            assert caught.value is error
+        for place in ("read_metadata", "local_plan", "read_data", "take"):
+            with injected.raising(place, lambda: error), pytest.raises(injected.Unpicklable) as caught:
+                checkpointer.load({"sullen": injected.Sullen()})
+            assert caught.value is error
+        assert checkpointer.load({"sullen": injected.Sullen()}) == 1
 
 
 def test_steps_between_those_of_the_policy_are_skipped(folder: Place) -> None:

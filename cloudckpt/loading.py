@@ -1,0 +1,177 @@
+"""Loading a step into a state, on every rank or on none: what fails on one of them is raised on all."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from cloudckpt.app_state import AppState
+from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.reader import StorageReader
+from cloudckpt.executor import failures
+from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.fitting import FittingPlanner
+from cloudckpt.progress import Arriving, Display
+from cloudckpt.ranks import together
+from cloudckpt.run import Run
+
+_READER = ("set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data")
+_PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish_plan")
+"""Methods that DCP calls and whose exceptions it sends to the other ranks, by pickle as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a run's steps are loaded: by these ranks, and shown on this display."""
+
+    run: Run
+    group: dist.ProcessGroup | None
+    rank: int
+    trust: bool
+    shown: Display | None
+
+    def load(self, state: AppState, step: int) -> str:
+        """Load a step into the state and return its checkpoint's URI. A collective of the group.
+
+        Raises:
+            CheckpointError: it is not there, does not fit or is damaged.
+            BaseException: what else failed on any rank, such as the state's own ``load_state_dict``.
+        """
+
+        def begin() -> tuple[StorageReader, dict[str, Any]]:
+            return StorageReader(self.run.at(step), trust=self.trust), state.to_load()
+
+        def fetch() -> bytes:  # once, for all ranks
+            return StorageReader(self.run.at(step), trust=self.trust).fetch_metadata()
+
+        (reader, loaded), metadata = together(begin, fetch, self.group)
+        reader.take_metadata(metadata)
+        name = f"step {step}, rank {self.rank}"
+        if self.shown is not None:
+            arriving = Arriving(self.shown, name)
+            reader.observe(arriving.arrived, arriving.begun)
+        try:
+            self._read(reader, loaded)
+        except BaseException:
+            self._end(name)
+            raise
+
+        def finish() -> None:
+            self._end(name)
+            state.take(loaded)
+
+        together(finish, lambda: None, self.group)
+        return reader.checkpoint_id
+
+    def _read(self, reader: StorageReader, loaded: dict[str, Any]) -> None:
+        planner = FittingPlanner()
+        carried = _Carried(self.rank, alone=not grouped())
+        carried.calls(reader, planner)
+        try:
+            with warnings.catch_warnings():
+                # DCP says so on every load in a single process, which is what that means here.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(
+                    loaded,
+                    storage_reader=reader,
+                    planner=planner,
+                    process_group=self.group,
+                    no_dist=not grouped(),
+                )
+        except CheckpointException as error:
+            carried.deliver(error, reader.checkpoint_id)
+
+    def _end(self, name: str) -> None:
+        if self.shown is not None:
+            self.shown.end(name)
+
+
+class _Carrier(Exception):
+    """Carries a pickled exception through DCP, which pickles exceptions itself."""
+
+
+@dataclass(slots=True)
+class _Carried:
+    """Has DCP carry exceptions from rank to rank that survive it.
+
+    DCP pickles what its reader and planner raise. An exception that does not pickle would fail the collective
+    on one rank and leave the others in it.
+    """
+
+    rank: int
+    alone: bool
+    """Without other ranks an exception is raised as it is."""
+    own: BaseException | None = None
+    """What this rank raised."""
+    absence: _Carrier | None = None
+    """Why this rank could not read the metadata."""
+
+    def calls(self, reader: StorageReader, planner: FittingPlanner) -> None:
+        """Have DCP's calls of these two raise what reaches every rank."""
+        # On the instances, which were made for this one load.
+        for name in _READER:
+            vars(reader)[name] = self._carrying(getattr(reader, name))
+        for name in _PLANNER:
+            vars(planner)[name] = self._carrying(getattr(planner, name))
+        read, plan = self._carrying(reader.read_metadata), planner.set_up_planner
+
+        # DCP takes any failure to read the metadata for its absence, looks for a rank's own, and would make
+        # an AssertionError of both. The planner, which it calls next, raises the error.
+        @functools.wraps(read)
+        def read_metadata(*args: Any, **keywords: Any) -> Metadata:
+            try:
+                metadata: Metadata = read(*args, **keywords)
+            except _Carrier as absence:
+                self.absence = absence
+                return Metadata({})
+            return metadata
+
+        def set_up_planner(*args: Any, **keywords: Any) -> None:
+            if self.absence is not None:
+                raise self.absence
+            plan(*args, **keywords)
+
+        vars(reader)["read_metadata"], vars(planner)["set_up_planner"] = read_metadata, set_up_planner
+
+    def _carrying(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)  # DCP looks at its signature
+        def carrying(*args: Any, **keywords: Any) -> Any:
+            try:
+                return method(*args, **keywords)
+            except _Carrier:
+                raise
+            except BaseException as error:
+                if self.alone:
+                    self.own = error
+                    raise _Carrier from error
+                told = failures.shared(error, self.rank)
+                self.own = told if isinstance(error, failures.ANY) else error
+                raise _Carrier(failures.dumps(told)) from error
+
+        return carrying
+
+    def deliver(self, error: CheckpointException, uri: str) -> NoReturn:
+        """Raise what failed the load: the lowest failing rank's exception, the same on every rank."""
+        failed = {rank: (_opened(failure), frames) for rank, (failure, frames) in error.failures.items()}
+        lowest = min(failed)
+        if self.own is None:
+            first = failures.original(CheckpointException("load", failed))
+        elif self.alone or not isinstance(self.own, failures.ANY):
+            first = self.own
+        else:
+            first = failures.told_for(self.own, failures.original(CheckpointException("load", failed)))
+        if isinstance(first, CheckpointError):
+            first.located(uri=uri, rank=lowest)
+        raise first from first.__cause__
+
+
+def _opened(error: BaseException) -> BaseException:
+    return failures.loads(*error.args) if isinstance(error, _Carrier) and error.args else error
