@@ -51,7 +51,7 @@ class S3Exam:
     def reach(self) -> Generator[Finding, None, bool]:
         with self._requests.explained():
             clients = self._requests.clients
-        there = yield from endpoint.reached(clients.endpoint, clients.verify)
+        there = yield from endpoint.reached(clients.route)
         if not there:
             return False
         found = self._credentials(clients)
