@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import urllib3.exceptions
 from aiohttp import http_exceptions as aiohttp_parser
+from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.printable import one_line
@@ -62,6 +63,7 @@ _NOT_YET_VALID: Final = 9
 _EXPIRED: Final = 10
 _OTHER_NAMES: Final = (62, 64)
 """Certificates for other hosts, and for other addresses."""
+_USE_ITS_NAME: Final = "Use the name that the certificate has, or give the server one for this name"
 _SET_THE_CLOCK: Final = "set it by NTP or chrony (a container has its host's clock)"
 
 
@@ -166,7 +168,7 @@ def is_lasting(error: BaseException) -> bool:
 
 def is_of_certificate(error: BaseException) -> bool:
     """Return True if the server's certificate was refused, before any request was sent."""
-    return any(isinstance(link, ssl.SSLCertVerificationError) for link in links(error))
+    return any(isinstance(link, (ssl.SSLCertVerificationError, WrongHostError)) for link in links(error))
 
 
 def readable(act: Callable[[], _T], route: Route) -> _T:
@@ -202,6 +204,9 @@ def cause_of(error: BaseException, route: Route, *, connecting: bool) -> Cause |
     found = list(links(error))
     of_proxy = any(isinstance(link, _OF_PROXIES) for link in found)
     for link in found:
+        if isinstance(link, WrongHostError):  # urllib3's own, where it compares names by itself
+            what = f"the certificate of {at} is for another host ({one_line(link)})"
+            return Cause(what, _USE_ITS_NAME, "tls")
         # aiohttp has subclasses without what the ssl module says of a certificate.
         if isinstance(link, ssl.SSLCertVerificationError) and hasattr(link, "verify_code"):
             return _certificate(link, _at(*proxy.address) if of_proxy and proxy else at, route)
@@ -293,7 +298,7 @@ def _certificate(error: ssl.SSLCertVerificationError, at: str, route: Route) -> 
         cure = f"Renew the server's certificate. If the clock is ahead, {_SET_THE_CLOCK}"
     elif error.verify_code in _OTHER_NAMES:
         what = f"the certificate of {at} is for another host ({one_line(error.verify_message)})"
-        cure = "Use the name that the certificate has, or give the server one for this name"
+        cure = _USE_ITS_NAME
     elif route.verify is True and not has_authorities():
         what = f"{what}: this machine has no CA certificates in {' or '.join(_places_of_authorities())}"
         cure = "Install the package ca-certificates, or name a file of authorities in SSL_CERT_FILE"

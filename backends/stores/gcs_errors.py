@@ -197,8 +197,9 @@ def foreign(answer: RefusedError, route: Route) -> str:
     """Return what to add to the hint for an answer that may be another's, empty for one in GCS's form."""
     if answer.reason:
         return ""
-    hint = ". The answer is not in GCS's form: a proxy or gateway may have given it"
-    return f"{hint}. {route.proxy.cure(route.host)}" if route.proxy is not None else hint
+    who = "a proxy or gateway" if route.proxy is None else f"the proxy {route.proxy}"
+    hint = f". The answer is not in GCS's form: {who} may have given it"
+    return hint if route.proxy is None else f"{hint}. {route.proxy.cure(route.host)}"
 
 
 def _not_gcs(answer: PageError, route: Route) -> StorageError:

@@ -32,8 +32,7 @@ NOT_A_STORE: Final[Mapping[str, tuple[bytes, str]]] = {
         "status 200",
     ),
     "a proxy's demand": (
-        b"HTTP/1.1 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic realm=x\r\n"
-        b"Content-Type: text/html\r\nContent-Length: 4\r\n\r\n<no>",
+        b"HTTP/1.1 407 Who are you\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<no>",
         "status 407",
     ),
 }
@@ -42,4 +41,4 @@ NOT_A_STORE: Final[Mapping[str, tuple[bytes, str]]] = {
 
 def redirection(url: str) -> bytes:
     """Return an answer that sends the client to a URL."""
-    return f"HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Type: text/html\r\nContent-Length: 0\r\n\r\n".encode()
+    return f"HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Length: 0\r\n\r\n".encode()
