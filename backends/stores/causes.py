@@ -312,10 +312,8 @@ def _certificate(error: ssl.SSLCertVerificationError, at: str, route: Route) -> 
 
 def has_authorities() -> bool:
     """Return True if there are certificates of authorities in OpenSSL's default places."""
-    paths = ssl.get_default_verify_paths()
-    if paths.cafile is not None and Path(paths.cafile).stat().st_size:
-        return True
-    return paths.capath is not None and any(Path(paths.capath).iterdir())
+    file, folder = map(Path, _places_of_authorities())
+    return (file.is_file() and file.stat().st_size > 0) or (folder.is_dir() and any(folder.iterdir()))
 
 
 def _places_of_authorities() -> tuple[str, str]:

@@ -223,6 +223,11 @@ def _error_without_answer(error: Exception, route: Route) -> CheckpointError:
             return _error_of_tokens(error)
         case google.GoogleAuthError() | HttpError():
             return AccessDeniedError(f"the Google credentials can't be renewed: {error}", hint=_LOGIN_HINT)
+        case _:
+            return _error_of_connection(error, route)
+
+
+def _error_of_connection(error: Exception, route: Route) -> CheckpointError:
     connecting = isinstance(error, (http.NewConnectionError, http.ConnectTimeoutError, http.ProxyError))
     cause = cause_of(error, route, connecting=connecting)
     if cause is not None and cause.sent:
