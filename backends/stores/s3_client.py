@@ -86,7 +86,7 @@ class Clients:
         )
         """For errors and doctor."""
         if self.endpoint.startswith("https:"):
-            _check_authorities(self.route.verify)
+            _check_authorities(self.route.verify, shown="verify" not in self.fs.client_kwargs)
         self._filter = ParamKwargsHelper(self.data)
 
     @property
@@ -159,11 +159,15 @@ class Clients:
                 self._completion.close()
 
 
-def _check_authorities(verify: bool | str) -> None:
-    """Check that the file or folder of authorities exists, which botocore finds out at each request."""
+def _check_authorities(verify: bool | str, *, shown: bool) -> None:
+    """Check that the file or folder of authorities exists, which botocore finds out at each request.
+
+    Errors show no values of ``storage_options``: ``shown`` is False for one of those.
+    """
     if isinstance(verify, str) and not Path(verify).exists():
+        path = f" {verify!r}" if shown else ""
         raise ConfigurationError(
-            f"the file of certificate authorities {verify!r} does not exist",
+            f"the file of certificate authorities{path} does not exist",
             hint="Check the variables AWS_CA_BUNDLE and REQUESTS_CA_BUNDLE, ca_bundle of the AWS profile, "
             "and verify in client_kwargs of storage_options",
         )
