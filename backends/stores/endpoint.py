@@ -2,59 +2,56 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
-import ssl
 from collections.abc import Generator
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from cloudckpt.backends.finding import Finding
+from cloudckpt.backends.stores.causes import Route, TunnelError, cause_of, words
+from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
 from cloudckpt.backends.stores.tls import context as tls_context
 
 _SECONDS: Final = 5.0
-_PORTS: Final = {"http": 80, "https": 443}
 _LATE: Final = 60.0
 _REFUSED: Final = 900.0
 """Seconds by which S3 lets the time of a signed request be off; Google's tokens go by the time as well."""
 _SET_IT: Final = "Have the host's clock set by NTP or chrony (a container has its host's)"
 
 
-def reached(endpoint: str, verify: bool | str = True) -> Generator[Finding, None, bool]:
-    """Look up the endpoint's host, connect, and speak TLS where it is https; whether all of it could be done.
+def reached(route: Route) -> Generator[Finding, None, bool]:
+    """Look up the server's host, connect, and speak TLS where the endpoint is one of https.
 
-    Where the environment names a proxy, that is what is connected to.
+    Where requests go through a proxy, it is looked up and connected to, and asked for a tunnel if need be.
 
-    Args:
-        endpoint: a URL.
-        verify: whether its certificate is checked; a path where one of one's own authorities is.
+    Returns:
+        True if all of it could be done.
     """
-    parts = urlsplit(endpoint)
-    host, port = parts.hostname or "", parts.port or _PORTS.get(parts.scheme, 443)
-    proxy = getproxies().get(parts.scheme)
-    through = ""
-    if proxy and not proxy_bypass(parts.netloc):
-        told = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port, through = told.hostname or "", told.port or 80, f", the proxy before {parts.hostname}"
+    parts, proxy = urlsplit(route.endpoint), route.proxy
+    yield _proxy(route)
+    target = (route.host, parts.port or PORTS.get(parts.scheme, 443))
+    host, port = target if proxy is None else proxy.address
+    through = "" if proxy is None else f", the proxy before {route.host}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        yield Finding(
-            "name",
-            "failed",
-            f"no address is known of {host}{through}: {error.strerror or error}",
-            "Check the spelling of endpoint_url and region, this machine's DNS and the proxy settings",
-        )
+        yield _failure("name", error, route)
         return False
     addresses = sorted({str(one[4][0]) for one in found})
     more = f" and {len(addresses) - 1} more" if len(addresses) > 1 else ""
     yield Finding(
         "name", "ok", f"{host}{through}" if host in addresses else f"{host} is {addresses[0]}{more}{through}"
     )
-    finding = _connected(host, port, parts.scheme == "https" and not through, verify, through)
-    yield finding
-    return finding.state == "ok"
+    try:
+        with socket.create_connection((host, port), timeout=_SECONDS) as connection:
+            yield from _spoken(connection, route, target, f"{host}:{port}")
+    except (OSError, http.client.HTTPException) as error:
+        yield _failure("connection", error, route)
+        return False
+    return True
 
 
 def clock(date: str | None, asked: float, answered: float, *, refused: bool = False) -> Finding:
@@ -108,32 +105,51 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes else f"{abs(seconds):.0f} s"
 
 
-def _connected(host: str, port: int, tls: bool, verify: bool | str, through: str) -> Finding:
-    at = f"{host}:{port}"
-    try:
-        with socket.create_connection((host, port), timeout=_SECONDS) as connection:
-            if not tls:
-                return Finding("connection", "ok", f"{at} takes connections{through}")
-            with tls_context(verify).wrap_socket(connection, server_hostname=host) as wrapped:
-                return Finding("connection", "ok", f"{at} takes connections, by {wrapped.version()}")
-    except ssl.SSLCertVerificationError as error:
-        what = f"the certificate of {at} is not to be trusted: {error.verify_message}"
-        return Finding(
-            "connection",
-            "failed",
-            what,
-            "Install the authority's certificate, and name it in AWS_CA_BUNDLE or SSL_CERT_FILE",
-        )
-    except ssl.SSLError as error:
-        what = f"{at} takes connections, and speaks no TLS: {error.reason or 'the handshake failed'}"
-        return Finding(
-            "connection", "failed", what, "Check the port and whether endpoint_url is one of http://"
-        )
-    except OSError as error:
-        why = "no answer" if isinstance(error, TimeoutError) else error.strerror or type(error).__name__
-        return Finding(
-            "connection",
-            "failed",
-            f"{at} takes no connection{through}: {why}",
-            "Check endpoint_url, the firewall, the routes and the proxy settings (HTTPS_PROXY, NO_PROXY)",
-        )
+def _proxy(route: Route) -> Finding:
+    if route.proxy is not None:
+        return Finding("proxy", "ok", f"requests to {route.host} go through {route.proxy}")
+    if (name := unused_all_proxy()) is not None:
+        what = f"none is used for {route.host}: {name} is set, which S3 and GCS clients do not use"
+        return Finding("proxy", "warning", what, "Set HTTPS_PROXY or HTTP_PROXY if requests need the proxy")
+    return Finding("proxy", "ok", f"none is used for {route.host}")
+
+
+def _spoken(
+    connection: socket.socket, route: Route, target: tuple[str, int], at: str
+) -> Generator[Finding, None, None]:
+    """Ask a proxy for a tunnel, and speak TLS, as far as requests do."""
+    proxy, is_tls = route.proxy, route.endpoint.startswith("https:")
+    if proxy is not None and proxy.url.startswith("https:"):
+        with tls_context(route.verify).wrap_socket(connection, server_hostname=proxy.address[0]) as wrapped:
+            yield Finding("connection", "ok", f"{at} takes connections, by {wrapped.version()}")
+        return
+    if proxy is not None and is_tls:
+        _open_tunnel(connection, proxy, target)
+    if is_tls:
+        with tls_context(route.verify).wrap_socket(connection, server_hostname=target[0]) as wrapped:
+            yield Finding("connection", "ok", f"{at} takes connections, by {wrapped.version()}")
+        return
+    yield Finding("connection", "ok", f"{at} takes connections")
+
+
+def _open_tunnel(connection: socket.socket, proxy: Proxy, target: tuple[str, int]) -> None:
+    """Have a proxy connect to the target.
+
+    Raises:
+        TunnelError: the proxy refused.
+        HTTPException: it does not speak HTTP.
+    """
+    host = f"[{target[0]}]:{target[1]}" if ":" in target[0] else f"{target[0]}:{target[1]}"
+    told = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+    connection.sendall(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{told}\r\n".encode())
+    answer = http.client.HTTPResponse(connection, method="CONNECT")
+    answer.begin()
+    if answer.status != HTTPStatus.OK:
+        raise TunnelError(answer.status, answer.reason)
+
+
+def _failure(check: str, error: Exception, route: Route) -> Finding:
+    cause = cause_of(error, route, connecting=True)
+    if cause is None:
+        return Finding(check, "failed", words(error), f"Check {route.settings}")
+    return Finding(check, "failed", cause.what, cause.cure)

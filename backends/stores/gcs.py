@@ -70,7 +70,7 @@ class GCSStore(ObjectStore):
 
     def probe(self) -> GCSCapabilities:
         """Return all that can be found out of the server, with more requests than a save needs."""
-        with explained(self._target, self._requests.client.endpoint):
+        with explained(self._target, self._requests.client.route):
             return server_of(self._requests).all(self._requests)
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
@@ -126,7 +126,7 @@ class GCSStore(ObjectStore):
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         del confirm  # the answer says all there is to know
         session, client = self._session(upload), self._requests.client
-        with explained(self._target, client.endpoint, upload.name):
+        with explained(self._target, client.route, upload.name):
             outcome = self._requests.outcome(session.ending(parts), on_behalf=True)
             if outcome.lost and isinstance(outcome.error, GoneError) and not client.is_google:
                 # An ended session of Google's answers again; an emulator forgets it.
@@ -167,14 +167,14 @@ class GCSStore(ObjectStore):
 
     def _supports_status(self, name: str) -> bool:
         """Return True if a session may be asked how many bytes it holds."""
-        with explained(self._target, self._requests.client.endpoint, name):
+        with explained(self._target, self._requests.client.route, name):
             return server_of(self._requests).upload_status(self._requests)
 
     def _discard(self, name: str, generation: str | None) -> None:
         self._requests.ask(lambda client: gcs_write.delete(self._requests, client, name, generation), name)
 
     def _put_support(self, name: str | None = None) -> PutSupport:
-        with explained(self._target, self._requests.client.endpoint, name):
+        with explained(self._target, self._requests.client.route, name):
             return server_of(self._requests).put(self._requests)
 
     def _conditions(self, name: str, condition: Condition) -> dict[str, str]:

@@ -12,9 +12,9 @@ import inspect
 import os
 import threading
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote, urlencode, urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import google.auth.exceptions
 import requests
@@ -24,9 +24,11 @@ from google.auth.transport.requests import Request
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
+from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
-from cloudckpt.backends.stores.gcs_errors import RefusedError
+from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
+from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
@@ -34,6 +36,8 @@ from cloudckpt.backends.version import __version__
 _CONNECT_SECONDS: Final = 5.0
 _ASKED: Final = 1 << 17
 """Bytes that http.client asks a body for; ``BuffersBody`` hands out more at a time."""
+_OF_OTHERS: Final = (301, 302, 303, 307, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
+"""Statuses that GCS does not answer with."""
 _ERROR_BYTES: Final = 1 << 16
 _OF_FSSPEC: Final = frozenset(
     {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "batch_size"}
@@ -48,12 +52,14 @@ class Client:
         options = target.options
         self.fs: Any = _file_system(options)
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
+        self.route = Route(self.endpoint, SETTINGS, proxy_of(self.endpoint))
+        """For errors and doctor."""
         self.paces = Paces.of(options.concurrency)
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays
         self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
-        self._pool = _pool(os.getpid(), self.endpoint, options.concurrency, options.timeout)
+        self._pool = _pool(os.getpid(), self.route.proxy, self.endpoint, options.concurrency, options.timeout)
 
     @property
     def is_google(self) -> bool:
@@ -93,6 +99,7 @@ class Client:
 
         Raises:
             RefusedError: it was answered with another status.
+            PageError: a web page was the answer.
         """
         sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
@@ -106,11 +113,14 @@ class Client:
         response = self._pool.urlopen(
             method, url, body=body, headers=sent, preload_content=False, decode_content=False, redirect=False
         )
-        if response.status < 300 or response.status in fine:  # noqa: PLR2004 - 308 is no redirection here
+        came, is_success = response.headers, response.status < 300  # noqa: PLR2004 - 308 is no redirection here
+        if response.status in _OF_OTHERS or (is_success and _is_page(response)):
+            response.close()
+            raise PageError(doing, response.status, came.get("Location"))
+        if is_success or response.status in fine:
             return response
         said = response.read(_ERROR_BYTES)
         response.release_conn()
-        came = response.headers
         raise RefusedError(doing, response.status, said, came.get("Retry-After"), came.get("Date"))
 
     def renew(self) -> bool:
@@ -155,18 +165,27 @@ def _file_system(options: Options) -> GCSFileSystem:
         ) from None
 
 
+def _is_page(response: urllib3.BaseHTTPResponse) -> bool:
+    """Tell a web page from an answer of GCS. One without a body may have the type of a page, too."""
+    headers = response.headers
+    is_html = headers.get("Content-Type", "").startswith("text/html")
+    named = any(name.lower().startswith(("x-goog-", "x-guploader-")) for name in headers)
+    return is_html and not named and headers.get("Content-Length") != "0"
+
+
 @functools.lru_cache(maxsize=8)
-def _pool(process: int, endpoint: str, concurrency: int, timeout: float) -> urllib3.PoolManager:
+def _pool(
+    process: int, proxy: Proxy | None, endpoint: str, concurrency: int, timeout: float
+) -> urllib3.PoolManager:
     """Connections to one server, kept from one save or load to the next."""
-    del process  # a process that was forked must not use its parent's
-    parts = urlsplit(endpoint)
+    del process, endpoint  # a process that was forked must not use its parent's, nor one server another's
     settings: dict[str, Any] = {
         "maxsize": max(concurrency, ON_BEHALF) + 2,
         "blocksize": _ASKED,
         "retries": False,
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
     }
-    proxy = getproxies().get(parts.scheme)
-    if proxy and not proxy_bypass(parts.netloc):
-        return urllib3.ProxyManager(proxy, **settings)
-    return urllib3.PoolManager(**settings)
+    if proxy is None:
+        return urllib3.PoolManager(**settings)
+    told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+    return urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)

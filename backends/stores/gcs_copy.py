@@ -32,7 +32,7 @@ def copied(requests: Requests, original: Requests, info: ObjectInfo) -> ObjectIn
     """
     if not requests.target.options.reaches_as(original.target.options):
         return None
-    with explained(requests.target, requests.client.endpoint, info.name):
+    with explained(requests.target, requests.client.route, info.name):
         is_conditional = server_of(requests).copy_source(requests)
     try:
         if not is_conditional and not _is_unchanged(original, info):
@@ -67,7 +67,7 @@ def _rewritten(requests: Requests, original: Requests, info: ObjectInfo) -> Obje
         return document(answer, client.endpoint)
 
     endpoint = requests.client.endpoint
-    with explained(requests.target, endpoint, info.name):
+    with explained(requests.target, requests.client.route, info.name):
         while True:
             outcome = requests.outcome(rewrite)
             if status_of(outcome.error) in _NO_REWRITE:

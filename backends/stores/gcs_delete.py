@@ -97,5 +97,5 @@ class _Batch:
         """
         name, refused = self._refused or (None, error)
         if refused is not None:
-            with explained(self._requests.target, self._requests.client.endpoint, name):
+            with explained(self._requests.target, self._requests.client.route, name):
                 raise refused

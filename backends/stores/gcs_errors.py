@@ -26,11 +26,27 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.stores.causes import (
+    USER_OF_PROXY,
+    Route,
+    UnreadableError,
+    cause_of,
+    ended_cure,
+    is_lasting,
+    is_of_certificate,
+    origin,
+    words,
+)
+from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.response_body import BrokenOffError
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
+SETTINGS: Final = "the option endpoint_url or STORAGE_EMULATOR_HOST"
+"""Names of what says where the server is, for errors."""
+_TOKENS: Final = "https://oauth2.googleapis.com"
+"""The server that gives out most tokens."""
 CANCELLED: Final = 499
 """What GCS answers to a session that is cancelled."""
 _PERMISSIONS: Mapping[str, str] = {
@@ -68,6 +84,15 @@ class RefusedError(Exception):
         self.reason, self.message = _reason_of(body)
 
 
+class PageError(RefusedError):
+    """An answer that GCS does not give: a web page, a redirection, or a proxy's demand for a password."""
+
+    def __init__(self, doing: str, status: int, location: str | None) -> None:
+        super().__init__(doing, status, b"")
+        self.location = location
+        """Its ``Location``."""
+
+
 def _reason_of(body: bytes) -> tuple[str, str]:
     """The reason and the text of Google's JSON error document, as far as there is one."""
     try:
@@ -75,7 +100,8 @@ def _reason_of(body: bytes) -> tuple[str, str]:
         reasons = [one.get("reason", "") for one in error.get("errors", ())]
         return next(iter(reasons), ""), str(error.get("message", ""))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return "", body[:200].decode(errors="replace").strip()
+        is_page = body.lstrip()[:9].lower().startswith((b"<html", b"<!doctype"))
+        return "", "a web page" if is_page else body[:200].decode(errors="replace").strip()
 
 
 def status_of(error: Exception | None) -> int:
@@ -86,14 +112,22 @@ def status_of(error: Exception | None) -> int:
 def judge(error: Exception) -> Judgement:
     """Say what an exception of one attempt means; what is not known is final."""
     match error:
+        case PageError():
+            return Judgement(Verdict.FINAL)
         case RefusedError():
             return _of_answer(error)
+        case UnreadableError():
+            return Judgement(Verdict.MISMATCH, Reply.LOST)
         case HttpError(code=code) if str(code) == str(int(HTTPStatus.UNAUTHORIZED)):
             return Judgement(Verdict.RENEW, Reply.NEVER_ASKED)
         case google.TransportError():  # of the server that gives out tokens
             return Judgement(Verdict.TRANSIENT, Reply.NEVER_ASKED)
         case BrokenOffError():
             return Judgement(Verdict.TRANSIENT)  # its headers had come
+        case _ if is_of_certificate(error):
+            return Judgement(Verdict.MISMATCH, Reply.NEVER_ASKED)
+        case http.HTTPError() if is_lasting(error):
+            return Judgement(Verdict.MISMATCH, Reply.LOST)
         case http.NewConnectionError() | http.ConnectTimeoutError() | http.ProxyError():
             return Judgement(Verdict.UNREACHABLE, Reply.NEVER_ASKED)
         case http.SSLError():
@@ -118,26 +152,29 @@ def _of_answer(answer: RefusedError) -> Judgement:
 
 
 @contextlib.contextmanager
-def explained(target: Target, endpoint: str, name: str | None = None) -> Iterator[None]:
+def explained(target: Target, route: Route, name: str | None = None) -> Iterator[None]:
     """Turn what a request raises within the block into one error of ours that has ``uri`` and object."""
     try:
         yield
     except CheckpointError as error:
         raise error.located(uri=target.uri, object_name=name) from error.__cause__
     except RefusedError as error:
-        raise _error_of(error, target, endpoint).located(uri=target.uri, object_name=name) from error
+        raise _error_of(error, target, route).located(uri=target.uri, object_name=name) from error
     except _FAILURES as error:
-        raise _error_without_answer(error, endpoint).located(uri=target.uri, object_name=name) from error
+        raise _error_without_answer(error, route).located(uri=target.uri, object_name=name) from error
 
 
-def _error_of(answer: RefusedError, target: Target, endpoint: str) -> CheckpointError:
+def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointError:
+    if isinstance(answer, PageError):
+        return _not_gcs(answer, route)
     said = f"{answer.doing} failed with status {answer.status} ({answer.reason or 'no reason'})"
     match answer.status:
         case HTTPStatus.UNAUTHORIZED:
-            return AccessDeniedError(f"{endpoint} refused the credentials", hint=_LOGIN_HINT)
+            return AccessDeniedError(f"{route.endpoint} refused the credentials", hint=_LOGIN_HINT)
         case HTTPStatus.FORBIDDEN:
             needed = _PERMISSIONS.get(answer.doing, answer.doing)
             hint = f"The account needs {needed} on the bucket {target.bucket!r}"
+            hint += foreign(answer, route)
             return AccessDeniedError(f"GCS denied to {answer.doing}: {answer.message}", hint=hint)
         case HTTPStatus.NOT_FOUND:
             return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
@@ -151,21 +188,67 @@ def _error_of(answer: RefusedError, target: Target, endpoint: str) -> Checkpoint
         case HTTPStatus.BAD_REQUEST if any(word in answer.message.lower() for word in _BAD_BYTES):
             return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
         case _:
+            if route.proxy is not None and not answer.reason:  # which may be the proxy's answer
+                message = f"{said}, through the proxy {route.proxy}"
+                return StorageError(message, hint=route.proxy.cure(route.host))
             return StorageError(f"{said}: {answer.message}")
 
 
-def _error_without_answer(error: Exception, endpoint: str) -> CheckpointError:
+def foreign(answer: RefusedError, route: Route) -> str:
+    """Return what to add to the hint for an answer that may be another's, empty for one in GCS's form."""
+    if answer.reason:
+        return ""
+    who = "a proxy or gateway" if route.proxy is None else f"the proxy {route.proxy}"
+    hint = f". The answer is not in GCS's form: {who} may have given it"
+    return hint if route.proxy is None else f"{hint}. {route.proxy.cure(route.host)}"
+
+
+def _not_gcs(answer: PageError, route: Route) -> StorageError:
+    told = f", a redirection to {origin(answer.location)}" if answer.location else ""
+    hint = f"Check {SETTINGS}: a web server, a proxy or a network's login page has answered"
+    if answer.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        hint = f"{USER_OF_PROXY}. {hint}"
+    if route.proxy is not None:
+        hint = f"{hint}. {route.proxy.cure(route.host)}"
+    message = (
+        f"the endpoint {route} answered to {answer.doing}, but not as GCS does (status {answer.status}{told})"
+    )
+    return StorageError(message, hint=hint)
+
+
+def _error_without_answer(error: Exception, route: Route) -> CheckpointError:
     if (cure := open_files_cure(error)) is not None:
-        return StorageError(f"no connection to {endpoint}: too many files are open", hint=cure)
+        return StorageError(f"no connection to {route}: too many files are open", hint=cure)
     match error:
         case google.DefaultCredentialsError():
             return AccessDeniedError("no usable Google credentials were found", hint=_LOGIN_HINT)
+        case google.TransportError():
+            return _error_of_tokens(error)
         case google.GoogleAuthError() | HttpError():
             return AccessDeniedError(f"the Google credentials can't be renewed: {error}", hint=_LOGIN_HINT)
-        case http.NewConnectionError() | http.ConnectTimeoutError() | http.ProxyError() | http.SSLError():
-            hint = "Check the option endpoint_url, the network and STORAGE_EMULATOR_HOST"
-            return StorageError(f"{endpoint} can't be reached: {error}", hint=hint)
-        case http.HTTPError() | TimeoutError() | ConnectionError() | BrokenOffError():
-            return UnansweredError(f"{endpoint} did not answer to the end: {type(error).__name__} {error}")
         case _:
-            return StorageError(f"the request to {endpoint} failed: {error}")
+            return _error_of_connection(error, route)
+
+
+def _error_of_connection(error: Exception, route: Route) -> CheckpointError:
+    connecting = isinstance(error, (http.NewConnectionError, http.ConnectTimeoutError, http.ProxyError))
+    cause = cause_of(error, route, connecting=connecting)
+    if cause is not None and cause.sent:
+        return UnansweredError(cause.what, hint=cause.cure)
+    if cause is not None:
+        return StorageError(f"cannot reach the endpoint {route.endpoint}: {cause.what}", hint=cause.cure)
+    if isinstance(error, (http.HTTPError, TimeoutError, ConnectionError, BrokenOffError)):
+        message = f"{route} did not answer to the end: {words(error)}"
+        return UnansweredError(message, hint=ended_cure(route))
+    return StorageError(f"the request to {route} failed: {words(error)}")
+
+
+def _error_of_tokens(error: Exception) -> CheckpointError:
+    """Return the error for a server of tokens that can't be reached, or does not answer."""
+    proxy = proxy_of(_TOKENS)
+    through = f", through the proxy {proxy}" if proxy is not None else ""
+    cure = proxy.cure(origin(_TOKENS).removeprefix("https://")) if proxy is not None else ""
+    return AccessDeniedError(
+        f"the server that renews the Google credentials did not answer{through}: {words(error)}",
+        hint=f"{cure}. {_LOGIN_HINT}" if cure else _LOGIN_HINT,
+    )

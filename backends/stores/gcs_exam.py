@@ -12,10 +12,11 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
+from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_answers import document
 from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, server_of
 from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge
+from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, judge
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.target import Target
@@ -44,14 +45,14 @@ class GCSExam:
 
     def reach(self) -> Generator[Finding, None, bool]:
         try:
-            with explained(self._target, self._target.options.endpoint_url or "GCS"):
+            with explained(self._target, Route(self._target.options.endpoint_url or "GCS", SETTINGS)):
                 client = self._held = Client(self._target)
         except ConfigurationError:
             raise
         except CheckpointError as error:
             yield Finding("credentials", "failed", error.message, error.hint or "")
             return False
-        there = yield from endpoint.reached(client.endpoint)
+        there = yield from endpoint.reached(client.route)
         if not there:
             return False
         findings, goes_on = self._bucket(client)
@@ -90,7 +91,7 @@ class GCSExam:
             return
         with contextlib.closing(Requests(self._target)) as requests:
             try:
-                with explained(self._target, self._held.endpoint):
+                with explained(self._target, self._held.route):
                     yield reported(server_of(requests).all(requests))
             except CheckpointError as error:
                 yield Finding("features", "unknown", error.message, error.hint or "")
@@ -123,7 +124,7 @@ class GCSExam:
             return Finding(check, "failed", what, "Create it, or check its name and the endpoint")
         try:
             assert self._held is not None  # noqa: S101 - it was asked
-            with explained(self._target, self._held.endpoint):
+            with explained(self._target, self._held.route):
                 raise error
         except CheckpointError as told:
             check = "credentials" if isinstance(told, AccessDeniedError) else check

@@ -10,9 +10,10 @@ from typing import Final, TypeVar
 from urllib.parse import quote
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
+from cloudckpt.backends.stores.causes import Route, readable
 from cloudckpt.backends.stores.gcs_answers import document
 from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge, status_of
+from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, foreign, judge, status_of
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.target import Target
 
@@ -42,7 +43,7 @@ class Requests:
             ConfigurationError: an option can't be used.
             AccessDeniedError: no credentials were found.
         """
-        with explained(self.target, self.target.options.endpoint_url or "GCS"), self._lock:
+        with explained(self.target, Route(self.target.options.endpoint_url or "GCS", SETTINGS)), self._lock:
             if self._held is None or self._held[0] != os.getpid():
                 self._held = (os.getpid(), Client(self.target))
             return self._held[1]
@@ -58,7 +59,7 @@ class Requests:
         Raises:
             StorageError: with the object's ``name``, where there is one.
         """
-        with explained(self.target, self.client.endpoint, name):
+        with explained(self.target, self.client.route, name):
             return self.outcome(act, on_behalf=on_behalf).result()
 
     def read(self, act: Callable[[Client], _T], name: str) -> _T:
@@ -72,7 +73,7 @@ class Requests:
             AccessDeniedError: the account may not read it, or may neither read it nor list.
         """
         outcome = self.outcome(act)
-        with explained(self.target, self.client.endpoint, name):
+        with explained(self.target, self.client.route, name):
             if status_of(outcome.error) == HTTPStatus.FORBIDDEN:
                 listed = self.outcome(self._listing(name))
                 if (
@@ -82,7 +83,8 @@ class Requests:
                     raise AccessDeniedError(
                         f"GCS denied to {outcome.error.doing} and to list: {outcome.error.message}",
                         hint=f"The account needs storage.objects.get on the bucket {self.bucket!r}, "
-                        "and storage.objects.list to tell a missing object from a denied one",
+                        "and storage.objects.list to tell a missing object from a denied one"
+                        f"{foreign(outcome.error, self.client.route)}",
                     ) from outcome.error
                 if not listed.result():
                     raise ObjectNotFoundError("no such object") from outcome.error
@@ -98,7 +100,7 @@ class Requests:
             retries=options.retries,
             seconds=max(_LEAST_SECONDS, options.timeout * _TIMEOUTS),
         )
-        return retries.outcome(lambda: act(client), renew=client.renew)
+        return retries.outcome(lambda: readable(lambda: act(client), client.route), renew=client.renew)
 
     def path(self, client: Client, name: str) -> str:
         """Return the path of an object on the endpoint."""

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
+from cloudckpt.backends.stores.causes import words
 from cloudckpt.backends.stores.gcs_answers import lacking, parsed
 from cloudckpt.backends.stores.gcs_capabilities import Server
 from cloudckpt.backends.stores.gcs_errors import CANCELLED, RefusedError, judge
@@ -119,8 +120,8 @@ class Session:
         answer.release_conn()
         return answer.status == _MORE
 
-    def held(self, client: Client) -> int:
-        """Return the number of bytes that the session holds.
+    def held(self, client: Client, lost: Exception) -> int:
+        """Return the number of bytes that the session holds, after the answer to a part was lost by ``lost``.
 
         Raises:
             UnsupportedError: the server can't be asked.
@@ -131,10 +132,10 @@ class Session:
             raise StatusUnknownError
         if not known:
             raise UnsupportedError(
-                f"the answer to a part was lost, and the endpoint {client.endpoint} does not say how many "
-                "bytes of an upload it holds, so that the upload can't be resumed",
+                f"the answer to a part was lost ({words(lost)}), and the endpoint {client.endpoint} does not "
+                "say how many bytes of an upload it holds, so that the upload can't be resumed",
                 hint="Nothing was committed; save or copy again",
-            )
+            ) from lost
         status, _, held = self.ask(client, "upload", "bytes */*", b"")
         if status != _MORE:
             raise StorageError("the upload has been completed already")
@@ -173,8 +174,8 @@ class Sending:
         self._departed = departed
         self._held = offset
         """Bytes that the session holds, by the caller's word or its last answer."""
-        self._unanswered = False
-        """True if the answer to a chunk was lost, so that the number of bytes that arrived is unknown."""
+        self._lost: Exception | None = None
+        """The error of a chunk whose answer was lost, so that the number of bytes that arrived is unknown."""
         self.tail = base64.b64encode(b"".join(cut(buffers, self._size))).decode()
         """The bytes that the session can't take yet, in base64."""
 
@@ -183,8 +184,8 @@ class Sending:
 
         The first attempt trusts the caller's offset: to ask for it costs a request.
         """
-        if self._unanswered:
-            self._held, self._unanswered = self._session.held(client), False
+        if self._lost is not None:
+            self._held, self._lost = self._session.held(client, self._lost), None
         while self._held < self._offset + self._size:
             if self._held < self._offset:
                 raise StorageError(
@@ -207,7 +208,7 @@ class Sending:
         try:
             status, _, held = self._session.ask(client, "upload", range_, BuffersBody(views, report))
         except Exception as error:
-            self._unanswered = judge(error).reply is not Reply.NEVER_ASKED
+            self._lost = None if judge(error).reply is Reply.NEVER_ASKED else error
             raise
         if status != _MORE:
             raise StorageError("the upload has been completed already")

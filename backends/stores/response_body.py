@@ -67,7 +67,7 @@ def _read_fully(readinto: ReadInto, piece: memoryview) -> None:
         try:
             got = readinto(piece[filled:])
         except (HTTPException, OSError) as error:  # from below what urllib3 words errors for
-            raise BrokenOffError from error
+            raise BrokenOffError(f"after {filled:,} bytes of a buffer") from error
         if not got:
-            raise BrokenOffError
+            raise BrokenOffError(f"the connection ended after {filled:,} bytes of {piece.nbytes:,}")
         filled += got

@@ -29,6 +29,10 @@ _BACK_OFF = tenacity.wait_random_exponential(multiplier=0.1, max=10.0)
 _LONGEST_AFTER: Final = 30.0
 """Seconds that a store's own word is heeded for."""
 _TRIES_OF_A_STRANGER: Final = 3
+_MISMATCHES: Final = 3
+"""Attempts in a row that may meet what is no HTTP, no TLS or no trusted certificate."""
+_MISMATCH_PAUSE: Final = 1.0
+"""Seconds that are waited between them at most."""
 _RENEWALS: Final = 2
 
 _answered: set[str] = set()
@@ -42,6 +46,7 @@ class Verdict(enum.Enum):
     TRANSIENT = "it may pass"
     SLOW_DOWN = "it may pass, with fewer requests at a time"
     RENEW = "the credentials have expired: it may pass with new ones"
+    MISMATCH = "what is there speaks no HTTP or TLS, or has no trusted certificate: it hardly passes"
     UNREACHABLE = "nothing there speaks the store's protocol: it may pass where it once did"
 
 
@@ -146,6 +151,8 @@ class _Call:
         self._retries = retries
         self._renew = renew
         self._renewals = 0
+        self._mismatches = 0
+        """The attempts so far whose verdict was MISMATCH, without another verdict since."""
         self._ends = retries.clock() + seconds
         self._judged = Judgement(Verdict.FINAL)
 
@@ -159,7 +166,10 @@ class _Call:
             try:
                 value = act()
             except Exception as error:
+                # To raise it again while another exception is handled would replace its context.
+                error.__cause__ = error.__cause__ or error.__context__
                 self._judged = self._retries.judge(error)
+                self._mismatches = self._mismatches + 1 if self._judged.verdict is Verdict.MISMATCH else 0
                 self.lost |= self._judged.reply is Reply.LOST
                 if self._judged.reply is Reply.CAME:
                     _answered.add(place)
@@ -181,6 +191,8 @@ class _Call:
     def pause(self, state: tenacity.RetryCallState) -> float:
         if self._judged.verdict is Verdict.RENEW and self._renewals == 1:
             return 0.0
+        if self._judged.verdict is Verdict.MISMATCH:
+            return min(_BACK_OFF(state), _MISMATCH_PAUSE)
         # The jitter comes on top of the store's own word, or all that heard it would come back at once.
         return min(self._judged.after or 0.0, _LONGEST_AFTER) + _BACK_OFF(state)
 
@@ -189,6 +201,8 @@ class _Call:
         allowed = self._retries.retries + 1 + self._renewals
         if verdict is Verdict.UNREACHABLE and self._retries.place not in _answered:
             allowed = min(allowed, _TRIES_OF_A_STRANGER)
+        if self._mismatches >= _MISMATCHES:
+            return True
         spent = self.attempts >= allowed or self._retries.clock() + pause > self._ends
         if not spent:
             said = type(state.outcome and state.outcome.exception()).__name__

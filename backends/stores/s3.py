@@ -16,7 +16,6 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     ObjectNotFoundError,
     StorageError,
-    UnansweredError,
 )
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import (
@@ -42,7 +41,15 @@ from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, giv
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_copy import Copying, Original
 from cloudckpt.backends.stores.s3_delete import Deleter
-from cloudckpt.backends.stores.s3_errors import code_of, is_of_credentials, not_s3, status_of, without_etag
+from cloudckpt.backends.stores.s3_errors import (
+    code_of,
+    is_of_credentials,
+    is_page,
+    not_s3,
+    status_of,
+    unanswered,
+    without_etag,
+)
 from cloudckpt.backends.stores.s3_listing import check_supported, listed_objects, listed_uploads
 from cloudckpt.backends.stores.s3_missing import read_object
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
@@ -127,7 +134,7 @@ class S3Store(ObjectStore):
             outcome = self._requests.outcome(send)
             # A precondition that failed is an answer for every try: none can succeed any more.
             if not _is_refused_condition(outcome.error):
-                _check_answered(outcome, "put")
+                self._check_answered(outcome, "put")
             return ObjectInfo(name, len(data), outcome.result())
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -186,7 +193,7 @@ class S3Store(ObjectStore):
             arguments = self._of(clients, "create_multipart_upload", name, **declared)
             answer = clients.data.create_multipart_upload(**arguments)
             if "UploadId" not in answer:
-                raise not_s3(clients.endpoint)
+                raise not_s3(clients.route, answer)
             return str(answer["UploadId"])
 
         return self._requests.outcome(begin)
@@ -241,7 +248,10 @@ class S3Store(ObjectStore):
 
         def complete(clients: Clients) -> dict[str, Any]:
             arguments = self._of(clients, "complete_multipart_upload", upload.name, **own)
-            return clients.completion(**arguments)
+            answer = clients.completion(**arguments)
+            if is_page(answer):
+                raise not_s3(clients.route, answer)
+            return answer
 
         size = sum(part.size for part in parts)
         with self._requests.explained(upload.name):
@@ -249,7 +259,7 @@ class S3Store(ObjectStore):
             # An earlier try may have been carried out, and the upload have ended with it.
             ended = outcome.attempts > 1 and _is_gone(outcome.error)
             if not ended:
-                _check_answered(outcome, "completion")
+                self._check_answered(outcome, "completion")
             if not ended or not self._has_size(upload.name, size):
                 answer = outcome.result()
                 self._check(upload.name, contradicted(answer, parts))
@@ -260,6 +270,12 @@ class S3Store(ObjectStore):
             wrong = f"the completed object has {info.size:,} bytes where its parts have {size:,}"
             self._check(upload.name, wrong)
         return info
+
+    def _check_answered(self, outcome: Outcome[Any], what: str) -> None:
+        """Refuse to call a request failed that may have been carried out, or still be."""
+        if outcome.error is not None and outcome.lost:
+            route = self._requests.clients.route
+            raise unanswered(what, outcome.attempts, outcome.error, self._target, route) from outcome.error
 
     def _has_size(self, name: str, size: int) -> bool:
         try:
@@ -351,15 +367,8 @@ class S3Store(ObjectStore):
 def _version(answer: dict[str, Any], clients: Clients, operation: str) -> str:
     """Return the entity tag without its quotes, which servers put in some answers and leave out of others."""
     if not answer.get("ETag"):
-        raise without_etag(clients.endpoint, operation, answer)
+        raise without_etag(clients.route, operation, answer)
     return str(answer["ETag"]).strip('"')
-
-
-def _check_answered(outcome: Outcome[Any], what: str) -> None:
-    """Refuse to call a request failed that may have been carried out, or still be."""
-    if outcome.error is not None and outcome.lost:
-        tries = "its one try" if outcome.attempts == 1 else f"one of {outcome.attempts} tries"
-        raise UnansweredError(f"the {what} went out, and the answer to {tries} was lost") from outcome.error
 
 
 def _is_refused_condition(error: Exception | None) -> bool:

@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,7 +31,9 @@ from s3fs.utils import ParamKwargsHelper
 from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
+from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
@@ -41,6 +44,8 @@ from cloudckpt.backends.version import __version__
 _Session = TypeVar("_Session", bound=botocore.session.Session)
 
 _CONNECT_SECONDS = 5.0
+SETTINGS: Final = "the option endpoint_url or AWS_ENDPOINT_URL"
+"""Names of what says where the server is, for errors."""
 _PATIENCE: Final = 10
 """Timeouts that an answer to CompleteMultipartUpload may take: S3 takes minutes for large objects."""
 _ONE_ATTEMPT: Final = {"mode": "standard", "total_max_attempts": 1}
@@ -73,6 +78,15 @@ class Clients:
         """botocore's S3 client, whose methods are generated at run time."""
         self.endpoint = _without_secrets(str(self.data.meta.endpoint_url))
         """For errors and logs."""
+        self.route = Route(
+            self.endpoint,
+            SETTINGS,
+            proxy_of(str(self.data.meta.endpoint_url), self.fs.config_kwargs.get("proxies")),
+            self.verify,
+        )
+        """For errors and doctor."""
+        if self.endpoint.startswith("https:"):
+            _check_authorities(self.route.verify, shown="verify" not in self.fs.client_kwargs)
         self._filter = ParamKwargsHelper(self.data)
 
     @property
@@ -93,7 +107,9 @@ class Clients:
         client = self.patient
         with self._lock:
             if self._completion is None:
-                self._completion = Completion(client, Connections(client.meta.config, self.verify))
+                self._completion = Completion(
+                    client, Connections(client.meta.config, self.verify, self.route.proxy)
+                )
             return self._completion
 
     @property
@@ -141,6 +157,20 @@ class Clients:
                 self._patient.close()
             if self._completion is not None:
                 self._completion.close()
+
+
+def _check_authorities(verify: bool | str, *, shown: bool) -> None:
+    """Check that the file or folder of authorities exists, which botocore finds out at each request.
+
+    Errors show no values of ``storage_options``: ``shown`` is False for one of those.
+    """
+    if isinstance(verify, str) and not Path(verify).exists():
+        path = f" {verify!r}" if shown else ""
+        raise ConfigurationError(
+            f"the file of certificate authorities{path} does not exist",
+            hint="Check the variables AWS_CA_BUNDLE and REQUESTS_CA_BUNDLE, ca_bundle of the AWS profile, "
+            "and verify in client_kwargs of storage_options",
+        )
 
 
 def is_aws(endpoint: str) -> bool:

@@ -17,9 +17,9 @@ from typing import Any, Final, TypeAlias
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
-from botocore.utils import get_environ_proxies
 from urllib3.util import wait_for_read
 
+from cloudckpt.backends.stores.proxies import Proxy
 from cloudckpt.backends.stores.tls import context as tls_context
 
 _Idle: TypeAlias = "defaultdict[tuple[str, str], deque[_Connection]]"
@@ -64,11 +64,13 @@ class Connections:
     Args:
         config: botocore's, of the client in whose stead they are used.
         verify: what botocore calls so: a file or folder of authorities, or True for the host's own.
+        proxy: what botocore's requests go through.
     """
 
-    def __init__(self, config: Any, verify: bool | str) -> None:
+    def __init__(self, config: Any, verify: bool | str, proxy: Proxy | None = None) -> None:
         self._config = config
         self._verify = verify
+        self._proxy = proxy
         self._tls: ssl.SSLContext | None = None
         self._idle: _Idle = defaultdict(deque)
         weakref.finalize(self, _close, self._idle)
@@ -76,7 +78,7 @@ class Connections:
     def reach(self, url: str) -> bool:
         """Whether the settings allow to ask this URL's host here, instead of by botocore."""
         parts = urlsplit(url)
-        by_proxy = parts.scheme in get_environ_proxies(url)
+        by_proxy = self._proxy is not None
         unusual = by_proxy or "@" in parts.netloc or any(getattr(self._config, s) for s in _LEFT_TO_BOTOCORE)
         return not unusual and (parts.scheme == "http" or self._verify is not False)
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
@@ -23,6 +25,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.stores.causes import USER_OF_PROXY, Route, cause_of, ended_cure, origin, words
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.s3_codes import is_about_caller, is_known, meaning_of, quoted
 from cloudckpt.backends.system_limits import open_files_cure
@@ -47,9 +50,11 @@ _ACTIONS: Mapping[str, str] = {
 }
 _READS: Final = frozenset({"GetObject", "HeadObject", "ListObjectsV2", "ListMultipartUploads"})
 _OF_CLIENTS = (boto.ClientError, boto.BotoCoreError, ResponseParserError)
+_CONNECTING = (boto.EndpointConnectionError, boto.ConnectTimeoutError, boto.ProxyConnectionError)
 _LOGIN_HINT = where_credentials_belong("s3")
 _NOT_S3_HINT = (
-    "Check the option endpoint_url and the environment variable AWS_ENDPOINT_URL: not every port speaks S3"
+    "Check the option endpoint_url and the environment variable AWS_ENDPOINT_URL: not every port speaks S3, "
+    "and a proxy or a network's login page may have answered"
 )
 
 
@@ -65,29 +70,46 @@ class NotDeletedError(StorageError):
 
 
 @contextlib.contextmanager
-def explained(target: Target, endpoint: str, name: str | None = None) -> Iterator[None]:
+def explained(target: Target, route: Route, name: str | None = None) -> Iterator[None]:
     """Turn what a client raises within the block into one error of ours that has ``uri`` and object."""
     try:
         yield
     except CheckpointError as error:
         raise error.located(uri=target.uri, object_name=name) from error.__cause__
     except (boto.ClientError, boto.BotoCoreError, ResponseParserError, OSError) as error:
-        raise _error_for(error, target, endpoint).located(uri=target.uri, object_name=name) from error
+        raise _error_for(error, target, route).located(uri=target.uri, object_name=name) from error
 
 
-def not_s3(endpoint: str) -> StorageError:
-    """Return the error for an answer that no S3 server would give."""
-    return StorageError(f"the endpoint {endpoint} answered, but not as an S3 server does", hint=_NOT_S3_HINT)
+def not_s3(route: Route, answer: Mapping[str, Any] | None = None) -> StorageError:
+    """Return the error for an answer that no S3 server would give, with its status if given."""
+    meta = (answer or {}).get("ResponseMetadata", {})
+    status, location = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders", {}).get("location")
+    told = f", a redirection to {origin(location)}" if location else ""
+    told = f" (status {status}{told})" if status else ""
+    hint = _NOT_S3_HINT
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        hint = f"{USER_OF_PROXY}. {hint}"
+    if route.proxy is not None:
+        hint = f"{hint}. {route.proxy.cure(route.host)}"
+    return StorageError(f"the endpoint {route} answered, but not as an S3 server does{told}", hint=hint)
 
 
-def without_etag(endpoint: str, operation: str, answer: Mapping[str, Any]) -> StorageError:
+def without_etag(route: Route, operation: str, answer: Mapping[str, Any]) -> StorageError:
     """Return the error for an answer to ``operation`` that lacks the ETag, which names the version."""
     if is_page(answer):
-        return not_s3(endpoint)
+        return not_s3(route, answer)
     return StorageError(
-        f"{endpoint} answered {operation} without an ETag header",
+        f"{route} answered {operation} without an ETag header",
         hint="A commit needs it. Check the option endpoint_url, and whether a proxy or gateway removes it",
     )
+
+
+def unanswered(what: str, attempts: int, error: Exception, target: Target, route: Route) -> UnansweredError:
+    """Return the error for a request that may have been carried out, by the error of its last attempt."""
+    tries = "its one try" if attempts == 1 else f"one of {attempts} tries"
+    last = error if isinstance(error, CheckpointError) else _error_for(error, target, route)
+    message = f"the {what} went out, and the answer to {tries} was lost: {last.message}"
+    return UnansweredError(message, hint=last.hint)
 
 
 def plain(error: BaseException) -> BaseException:
@@ -116,7 +138,7 @@ def is_of_credentials(error: boto.ClientError) -> bool:
 def is_denial(error: boto.ClientError) -> bool:
     """Return True if a permission is missing, or S3 does not tell whether the object is there."""
     denied = status_of(error) in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
-    return denied and not is_known(code_of(error))
+    return denied and not is_known(code_of(error)) and not _is_not_s3(error)
 
 
 def denial(error: boto.ClientError, target: Target, *more: str) -> AccessDeniedError:
@@ -144,16 +166,16 @@ def denied_action(error: BaseException | None) -> str | None:
     return _ACTIONS.get(bare.operation_name, bare.operation_name)
 
 
-def _error_for(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
+def _error_for(error: BaseException, target: Target, route: Route) -> CheckpointError:
     bare = plain(error)
     if isinstance(bare, boto.ClientError):
-        return _error_by_code(bare, target, endpoint) or _error_by_status(bare, target)
-    return _error_before_answer(bare, target, endpoint)
+        return _error_by_code(bare, target, route) or _error_by_status(bare, target, route)
+    return _error_before_answer(bare, target, route)
 
 
-def _error_before_answer(error: BaseException, target: Target, endpoint: str) -> CheckpointError:
+def _error_before_answer(error: BaseException, target: Target, route: Route) -> CheckpointError:
     if (hint := open_files_cure(error)) is not None:
-        return StorageError(f"no connection to {endpoint}: too many files are open", hint=hint)
+        return StorageError(f"no connection to {route}: too many files are open", hint=hint)
     match error:
         case boto.NoCredentialsError() | boto.PartialCredentialsError() | boto.CredentialRetrievalError():
             return AccessDeniedError("no usable AWS credentials were found", hint=_LOGIN_HINT)
@@ -171,25 +193,32 @@ def _error_before_answer(error: BaseException, target: Target, endpoint: str) ->
             return ConfigurationError(f"the AWS configuration can't be used: {error}", hint=hint)
         case boto.ParamValidationError():
             return ConfigurationError(f"the client refuses the request: {error}")
-        case boto.ReadTimeoutError():
-            message = f"no answer from {endpoint} within {target.options.timeout:g} s"
-            return UnansweredError(message, hint="Raise the option timeout, or lower part_size")
-        case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
-            hint = "Check the option endpoint_url, the network and the proxy settings"
-            return StorageError(f"cannot reach the endpoint {endpoint}", hint=hint)
-        case boto.SSLError():
-            hint = "Check the certificate, or whether the endpoint speaks https at all"
-            return UnansweredError(f"no TLS connection to {endpoint}", hint=hint)
         case ResponseParserError():
-            return not_s3(endpoint)
+            return not_s3(route)
         case _:
-            return UnansweredError(f"the connection to {endpoint} failed: {type(error).__name__}")
+            return _error_of_connection(error, target, route)
 
 
-def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> CheckpointError | None:
+def _error_of_connection(error: BaseException, target: Target, route: Route) -> CheckpointError:
+    asked = getattr(error, "kwargs", {}).get("endpoint_url")  # of S3 or STS, with the bucket in the host
+    if asked:
+        parts = urlsplit(str(asked))
+        route = replace(route, endpoint=f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}")
+    cause = cause_of(error, route, connecting=isinstance(error, _CONNECTING))
+    if cause is not None and cause.sent:
+        return UnansweredError(cause.what, hint=cause.cure)
+    if cause is not None:
+        return StorageError(f"cannot reach the endpoint {route.endpoint}: {cause.what}", hint=cause.cure)
+    if isinstance(error, boto.ReadTimeoutError):
+        message = f"no answer from {route} within {target.options.timeout:g} s"
+        return UnansweredError(message, hint="Raise the option timeout, or lower part_size")
+    return UnansweredError(f"the connection to {route} failed: {words(error)}", hint=ended_cure(route))
+
+
+def _error_by_code(error: boto.ClientError, target: Target, route: Route) -> CheckpointError | None:
     code, status, operation = code_of(error), status_of(error), error.operation_name
     if not is_known(code) and _is_not_s3(error):
-        return not_s3(endpoint)
+        return not_s3(route, error.response)
     meaning = meaning_of(code, status)
     if meaning is None:
         return None
@@ -197,7 +226,7 @@ def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> Ch
         "bucket": target.bucket,
         "checksum": ", and not none" if target.options.checksum == "none" else "",
         "clock": _clock(error),
-        "endpoint": endpoint,
+        "endpoint": route.endpoint,
         "operation": operation,
         "region": _actual_region(error),
         "status": status,
@@ -208,12 +237,15 @@ def _error_by_code(error: boto.ClientError, target: Target, endpoint: str) -> Ch
     return meaning.error(f"{meaning.what.format(**fields)} ({_said(error)})", hint=cure or None)
 
 
-def _error_by_status(error: boto.ClientError, target: Target) -> CheckpointError:
+def _error_by_status(error: boto.ClientError, target: Target, route: Route) -> CheckpointError:
     if is_denial(error):
         return denial(error, target)
     if status_of(error) == HTTPStatus.NOT_FOUND:
         return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
-    return StorageError(f"{error.operation_name} failed with status {status_of(error)} ({_said(error)})")
+    message = f"{error.operation_name} failed with status {status_of(error)} ({_said(error)})"
+    if route.proxy is not None and code_of(error).isdigit():  # which may be the proxy's answer
+        return StorageError(f"{message}, through the proxy {route.proxy}", hint=route.proxy.cure(route.host))
+    return StorageError(message)
 
 
 def _said(error: boto.ClientError) -> str:

@@ -21,6 +21,7 @@ from cloudckpt.backends.stores.s3_errors import (
     denied_action,
     is_denial,
     is_of_credentials,
+    not_s3,
     status_of,
 )
 from cloudckpt.backends.stores.s3_requests import Requests
@@ -51,7 +52,7 @@ class S3Exam:
     def reach(self) -> Generator[Finding, None, bool]:
         with self._requests.explained():
             clients = self._requests.clients
-        there = yield from endpoint.reached(clients.endpoint, clients.verify)
+        there = yield from endpoint.reached(clients.route)
         if not there:
             return False
         found = self._credentials(clients)
@@ -119,6 +120,8 @@ class S3Exam:
                 )
             finally:
                 answered = time.time()
+            if "Name" not in answer:
+                raise not_s3(clients.route, answer)
             return answer
 
         outcome = self._requests.outcome(ask)

@@ -92,5 +92,5 @@ def _pages(
 def _page(method: str, arguments: Mapping[str, Any], clients: Clients) -> dict[str, Any]:
     page: dict[str, Any] = clients.fs.call_s3(method, **arguments)
     if "Name" not in page and "Bucket" not in page:
-        raise not_s3(clients.endpoint)
+        raise not_s3(clients.route, page)
     return page

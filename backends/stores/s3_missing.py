@@ -75,7 +75,7 @@ def _listed(requests: Requests, bucket: str, key: str) -> Outcome[bool]:
         own = {"Bucket": bucket, "Prefix": key, "MaxKeys": 1}
         page = clients.data.list_objects_v2(**clients.arguments("list_objects_v2", **own))
         if "Name" not in page:
-            raise not_s3(clients.endpoint)
+            raise not_s3(clients.route, page)
         return any(item.get("Key") == key for item in page.get("Contents", ()))
 
     return requests.outcome(first)

@@ -15,6 +15,7 @@ from botocore.response import StreamingBody
 
 from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived
+from cloudckpt.backends.stores.causes import Route, words
 from cloudckpt.backends.stores.response_body import BrokenOffError, fill
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
@@ -23,9 +24,9 @@ from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
 def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """Return the bytes of an object and the answer that they came with."""
     answer = clients.data.get_object(**arguments)
-    with _body(answer) as body:
+    with _body(answer, clients.route) as body:
         if not answer.get("ETag"):
-            raise without_etag(clients.endpoint, "GetObject", answer)
+            raise without_etag(clients.route, "GetObject", answer)
         return body.read(), answer
 
 
@@ -47,35 +48,32 @@ def read_range(
     answer = clients.data.get_object(**arguments, Range=f"bytes={offset}-{offset + size - 1}")
     if arrived is not None:
         arrived(0)
-    with _body(answer) as body:
-        _check(answer, offset, size, clients.endpoint)
+    with _body(answer, clients.route) as body:
+        _check(answer, offset, size, clients.route)
         _fill(body, buffers, arrived)
         return _whole_size(answer)
 
 
 @contextlib.contextmanager
-def _body(answer: dict[str, Any]) -> Iterator[StreamingBody]:
+def _body(answer: dict[str, Any], route: Route) -> Iterator[StreamingBody]:
     """Close the body at the end of the block; its connection is kept only if it was read whole."""
     with contextlib.closing(answer["Body"]) as body:
         try:
             yield body
         except (HTTPClientError, IncompleteReadError, BrokenOffError) as error:
-            raise _broken() from error
+            said = f"the answer of {route} broke off while it was read ({words(error)})"
+            raise BrokenBodyError(said) from error
 
 
-def _broken() -> BrokenBodyError:
-    return BrokenBodyError("the answer broke off while it was read")
-
-
-def _check(answer: dict[str, Any], offset: int, size: int, endpoint: str) -> None:
+def _check(answer: dict[str, Any], offset: int, size: int, route: Route) -> None:
     if not answer.get("ETag"):
-        raise without_etag(endpoint, "GetObject", answer)
+        raise without_etag(route, "GetObject", answer)
     given = answer.get("ContentRange")
     if given is None:
         if offset:
-            raise StorageError(f"the endpoint {endpoint} ignores ranges")
+            raise StorageError(f"the endpoint {route} ignores ranges")
     elif not given.startswith(f"bytes {offset}-"):
-        raise StorageError(f"the endpoint {endpoint} answered with another range than was asked for")
+        raise StorageError(f"the endpoint {route} answered with another range than was asked for")
     if answer["ContentLength"] < size:
         end = offset + answer["ContentLength"]
         raise IntegrityError(f"the object ends at byte {end}, before byte {offset + size}")

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
+from cloudckpt.backends.stores.causes import Route, readable
 from cloudckpt.backends.stores.retry import Outcome, Retries
-from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3_client import SETTINGS, Clients
 from cloudckpt.backends.stores.s3_errors import explained
 from cloudckpt.backends.stores.s3_shared import SharedClients
 from cloudckpt.backends.stores.s3_verdict import judge
@@ -76,16 +77,16 @@ class Requests:
         def attempt() -> _T:
             nonlocal used
             used = self._shared.get()
-            return act(used)
+            return readable(lambda: act(used), used.route)
 
         return retries.outcome(attempt, renew=lambda: self._shared.renew(used))
 
     @contextlib.contextmanager
     def explained(self, name: str | None = None) -> Iterator[None]:
         """Explain what goes wrong in the block, with the object's ``name``."""
-        with explained(self._target, self._target.options.endpoint_url or "S3", name):
+        with explained(self._target, Route(self._target.options.endpoint_url or "S3", SETTINGS), name):
             clients = self._shared.get()
-        with explained(self._target, clients.endpoint, name):
+        with explained(self._target, clients.route, name):
             try:
                 yield
             except RuntimeError as error:  # which is all that botocore raises then

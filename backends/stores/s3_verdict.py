@@ -12,6 +12,7 @@ from http import HTTPStatus
 
 from botocore import exceptions as boto
 
+from cloudckpt.backends.stores.causes import UnreadableError, is_lasting, is_of_certificate
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3_codes import EXPIRED, is_about_caller
 from cloudckpt.backends.stores.s3_errors import (
@@ -47,6 +48,12 @@ def judge(error: Exception) -> Judgement:
             return Judgement(_of_code(code) or Verdict.FINAL)
         case BrokenBodyError():
             return Judgement(Verdict.TRANSIENT)  # its headers had come
+        case UnreadableError():
+            return Judgement(Verdict.MISMATCH, Reply.LOST)
+        case bare if is_of_certificate(bare):
+            return Judgement(Verdict.MISMATCH, Reply.NEVER_ASKED)
+        case bare if is_lasting(bare):
+            return Judgement(Verdict.MISMATCH, Reply.LOST)
         case boto.EndpointConnectionError() | boto.ConnectTimeoutError() | boto.ProxyConnectionError():
             return Judgement(Verdict.UNREACHABLE, Reply.NEVER_ASKED)
         case boto.SSLError():

@@ -283,7 +283,7 @@ def test_tls_that_is_not_spoken_not_trusted_and_trusted(
     on_moto.options["endpoint_url"] = moto.endpoint.replace("http://", "https://")
     _, found = doctor(on_moto)
     assert_only(found, "connection")
-    assert "speaks no TLS" in found["connection"]["what"]
+    assert "does not speak TLS" in found["connection"]["what"]
     context, trusted = self_signed(tmp_path)
     with proxied(moto.endpoint, context) as proxy:
         place = on_moto.behind(proxy.endpoint)
@@ -327,7 +327,11 @@ def test_a_proxy_that_is_not_there_is_named_without_its_password(
     assert ran.status == 1 and "canary" not in ran.out + ran.err
     found = by_check(ran)
     assert_only(found, "connection")
-    assert f"127.0.0.1:{port} takes no connection, the proxy before 127.0.0.1" in found["connection"]["what"]
+    told = f"the proxy http://127.0.0.1:{port} (http_proxy) refused the connection"
+    assert found["connection"]["what"] == told
+    assert "unset http_proxy" in found["connection"]["advice"]
+    assert found["proxy"]["state"] == "ok"
+    assert f"http://127.0.0.1:{port} (http_proxy)" in found["proxy"]["what"]
 
 
 def test_a_profile_that_is_not_there_is_a_misuse(on_moto: Place) -> None:

@@ -102,8 +102,12 @@ def test_an_answer_without_a_field_is_named(gcs: GCSServer, open_gcs: Opened, fi
     gcs.reset()
 
 
-def test_a_server_that_speaks_no_json_is_named(open_gcs: Opened) -> None:
-    with answering(200, WELCOME, "text/html") as endpoint:
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("text/html", "not as GCS does"), ("text/plain", "does not support GCS's JSON API in full")],
+)
+def test_a_server_that_speaks_no_json_is_named(open_gcs: Opened, kind: str, said: str) -> None:
+    with answering(200, WELCOME, kind) as endpoint:
         store = open_gcs(endpoint, "bucket")
         upload = Upload("name", f"{endpoint}/upload/storage/v1/b/bucket/o?upload_id=1")
         acts: list[Callable[[], Any]] = [
@@ -116,7 +120,7 @@ def test_a_server_that_speaks_no_json_is_named(open_gcs: Opened) -> None:
             lambda: store.capabilities,
         ]
         for act in acts:
-            with pytest.raises(StorageError, match="does not support GCS's JSON API in full"):
+            with pytest.raises(StorageError, match=said):
                 act()
 
 

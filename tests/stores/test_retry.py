@@ -29,6 +29,7 @@ _TRANSIENT = Judgement(Verdict.TRANSIENT)
 _LOST = Judgement(Verdict.TRANSIENT, Reply.LOST)
 _SLOW_DOWN = Judgement(Verdict.SLOW_DOWN)
 _RENEW = Judgement(Verdict.RENEW)
+_MISMATCH = Judgement(Verdict.MISMATCH, Reply.LOST)
 _REFUSED = Judgement(Verdict.UNREACHABLE, Reply.NEVER_ASKED)
 
 
@@ -103,6 +104,35 @@ def test_a_request_that_keeps_failing_is_made_retries_and_one_times(retries: Ret
 def test_a_final_failure_is_not_waited_for(retries: Retries, sleep: _Sleep) -> None:
     assert retries.outcome(_request([_FINAL])).attempts == 1
     assert sleep.seconds == []
+
+
+def test_what_speaks_another_protocol_is_asked_three_times_in_a_row_and_quickly(
+    retries: Retries, sleep: _Sleep
+) -> None:
+    outcome = retries.outcome(_request([_MISMATCH] * 100))
+    assert (outcome.attempts, outcome.lost, type(outcome.error)) == (3, True, _Failed)
+    assert max(sleep.seconds) <= 1.0
+    assert retries.outcome(_request([_MISMATCH, _MISMATCH])).value == "done"
+    mixed = [_MISMATCH, _MISMATCH, _TRANSIENT, _MISMATCH, _MISMATCH]
+    assert retries.outcome(_request(mixed)).value == "done"
+
+
+def test_what_an_error_was_raised_from_stays_when_it_is_raised_again(retries: Retries) -> None:
+    """An exception that is raised while another is handled has that one as its context."""
+
+    def act() -> None:
+        try:
+            raise ConnectionRefusedError
+        except OSError:
+            raise _Failed(_FINAL)  # noqa: B904 - as the clients do
+
+    outcome = retries.outcome(act)
+    try:
+        raise KeyError
+    except KeyError:
+        with pytest.raises(_Failed) as caught:
+            outcome.result()
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
 
 
 def test_an_interrupt_goes_through_at_once(retries: Retries) -> None:

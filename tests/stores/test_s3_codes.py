@@ -16,7 +16,9 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
+from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.retry import Verdict
+from cloudckpt.backends.stores.s3_client import SETTINGS
 from cloudckpt.backends.stores.s3_codes import quoted
 from cloudckpt.backends.stores.s3_errors import explained
 from cloudckpt.backends.stores.s3_verdict import judge
@@ -68,7 +70,10 @@ def refused(status: int, code: str, message: str = _SAID, operation: str = "PutO
 
 def explanation(error: ClientError, **options: Any) -> CheckpointError:
     target = Target.parse("s3://bucket/run", **options)
-    with pytest.raises(CheckpointError) as caught, explained(target, "https://server", "name"):
+    with (
+        pytest.raises(CheckpointError) as caught,
+        explained(target, Route("https://server", SETTINGS), "name"),
+    ):
         raise error
     return caught.value
 

@@ -12,21 +12,26 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
-def self_signed(folder: Path) -> tuple[ssl.SSLContext, Path]:
-    """Return a server's TLS context, and the file by which a client trusts it."""
+def self_signed(
+    folder: Path, *, address: str = "127.0.0.1", days: tuple[int, int] = (-1, 1)
+) -> tuple[ssl.SSLContext, Path]:
+    """Return a server's TLS context, and the file by which a client trusts it.
+
+    The certificate is for an address, and valid from one day to another, counted from today.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, address)])
     now = datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(address, critical=False)
+        .not_valid_before(now - timedelta(days=-days[0]))
+        .not_valid_after(now + timedelta(days=days[1]))
+        .add_extension(names, critical=False)
         .sign(key, hashes.SHA256())
     )
     trusted, private = folder / "certificate.pem", folder / "key.pem"

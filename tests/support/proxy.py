@@ -44,6 +44,13 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class RawAnswer:
+    """Answer these bytes in the server's place, whether or not they are HTTP, and cut the connection."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class AddHeaders:
     """Let the server act, and add headers to its answer, or put them in the place of its own."""
 
@@ -127,6 +134,7 @@ class FlipBit:
 
 Spoiling = (
     Answer
+    | RawAnswer
     | AddHeaders
     | DropHeaders
     | CutRequest
@@ -331,6 +339,9 @@ class _Handler(BaseHTTPRequestHandler):
         match spoiling:
             case Answer():
                 self._send(spoiling.status, dict(spoiling.headers), _document(spoiling))
+            case RawAnswer(data):
+                self.wfile.write(data)
+                self.close_connection = True
             case CutRequest():
                 self.close_connection = True
             case Stall():
