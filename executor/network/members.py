@@ -76,7 +76,8 @@ class Member:
     def of(cls, fields: dict[str, Any]) -> Self:
         """Return the member that `fields` came from."""
         own = {int(family): address for family, address in fields["own"].items()}
-        return cls(**fields | {"own": own})
+        values: dict[str, Any] = {**fields, "own": own}
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,8 @@ class Plan:
     @classmethod
     def of_fields(cls, fields: dict[str, Any]) -> Self:
         """Return the plan that `fields` came from."""
-        return cls(**fields | {"leads": tuple(fields["leads"])})
+        values: dict[str, Any] = {**fields, "leads": tuple(fields["leads"])}
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # its stub lacks the name
-    _create_work_from_future,
-)
+from torch._C import _distributed_c10d
 from torch.distributed import ProcessGroup, ReduceOp, Store, Work
 from torch.futures import Future
 
@@ -208,5 +206,6 @@ def _root(opts: Any) -> int:
 def _done(result: Any) -> Work:
     future: Future[Any] = Future()
     future.set_result(result)
-    work: Work = _create_work_from_future(future)
+    native: Any = _distributed_c10d  # torch's stub lacks the name
+    work: Work = native._create_work_from_future(future)  # noqa: SLF001 - see above
     return work

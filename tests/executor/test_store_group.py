@@ -49,7 +49,7 @@ def tensors(rank: int) -> Any:
 def dcp(rank: int) -> Any:
     ranks = _DistWrapper(None, use_dist=True, coordinator_rank=0)
     doubled = ranks.reduce_scatter("double", lambda: rank, lambda every: [2 * one for one in every])
-    total = ranks.all_reduce("sum", lambda: rank, sum)
+    total = ranks.all_reduce("sum", lambda: rank, lambda every: sum(every))  # noqa: PLW0108 - for mypy
     try:
         ranks.all_gather("divide", lambda: 1 // (rank - 1))
     except CheckpointException as error:
