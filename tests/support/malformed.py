@@ -1,4 +1,7 @@
-"""Answers that are no HTTP, or not those of a store, as bytes on the wire."""
+"""Answers that are no HTTP, or not those of a store, as bytes on the wire.
+
+The latter say that the connection ends, or a client might send its next request on it.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,12 @@ NOT_HTTP: Final[Mapping[str, tuple[bytes, str]]] = {
 _PAGE: Final = b"<!DOCTYPE html><html>" + b"please log in " * 1000 + b"</html>"
 NOT_A_STORE: Final[Mapping[str, tuple[bytes, str]]] = {
     "a login page": (
-        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%s" % (len(_PAGE), _PAGE),
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(_PAGE), _PAGE),
         "status 200",
     ),
     "a proxy's demand": (
-        b"HTTP/1.1 407 Who are you\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\r\n<no>",
+        b"HTTP/1.1 407 Who\r\nConnection: close\r\nContent-Type: text/html\r\nContent-Length: 2\r\n\r\nno",
         "status 407",
     ),
 }
@@ -41,4 +45,4 @@ NOT_A_STORE: Final[Mapping[str, tuple[bytes, str]]] = {
 
 def redirection(url: str) -> bytes:
     """Return an answer that sends the client to a URL."""
-    return f"HTTP/1.1 302 Found\r\nLocation: {url}\r\nContent-Length: 0\r\n\r\n".encode()
+    return f"HTTP/1.1 302 Found\r\nLocation: {url}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode()
