@@ -9,9 +9,11 @@ import contextlib
 import os
 import pickle
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -21,6 +23,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import absence, addresses
@@ -193,6 +196,7 @@ class Meeting:
         word = self._word(store, self._key, deadline)
         decided = pickle.loads(bytes.fromhex(word.decode()))  # noqa: S301 - from rank 0
         if isinstance(decided, BaseException):
+            self._key, self._told = None, False  # on every rank: the next call asks anew
             raise decided
         found, prefix = decided
         if isinstance(found, Offer):
@@ -202,14 +206,26 @@ class Meeting:
 
     def _training_store(self, group: str, timeout: float) -> Store:
         """The store of training through a connection of our own, so that waiting keeps it from nobody."""
-        address = tcp_store_of_training()
-        if address is not None:
-            return MeetingPlace(self._rank, self._world_size, *address, "cloudckpt", group).connect(
-                "meetings", timeout
-            )
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
+        store = absence.training_store()
         clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
-        return clone() if clone is not None else store
+        if store is None or clone is None:
+            return store or _no_store()
+        # It connects with training's timeout, which may be half an hour.
+        connected: Future[Store] = Future()
+        system_limits.start(
+            threading.Thread(target=lambda: _into(connected, clone), name="cloudckpt-rendezvous", daemon=True)
+        )
+        try:
+            return connected.result(timeout)
+        except (DistError, TimeoutError) as error:
+            place = MeetingPlace(
+                self._rank, self._world_size, *(tcp_store_of_training() or _no_store()), "", group
+            )
+            unreachable = place.unreachable(
+                error if isinstance(error, DistError) else TimeoutError(f"no answer within {timeout:g} s")
+            )
+            absence.tell(group, self._rank, unreachable.message)
+            raise unreachable from error
 
     def _word(self, store: Store, key: str, deadline: float) -> bytes:
         left = max(0.01, deadline - time.monotonic())
@@ -288,6 +304,8 @@ def existing_store() -> tuple[str, int]:
 def tcp_store_of_training() -> tuple[str, int] | None:
     """Host and port of the default group's store, where it is a TCP store."""
     store = absence.training_store()
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
     return (store.host, store.port) if isinstance(store, TCPStore) else None
 
 
@@ -328,6 +346,13 @@ def flag(name: str) -> bool:
 def grouped() -> bool:
     """Whether training has a process group at all."""
     return dist.is_available() and dist.is_initialized()
+
+
+def _into(answer: Future[Store], ask: Callable[[], Store]) -> None:
+    try:
+        answer.set_result(ask())
+    except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
+        answer.set_exception(error)
 
 
 def _no_store() -> NoReturn:

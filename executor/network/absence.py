@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, distributed_c10d
+from torch.distributed import Store, distributed_c10d
 
 _PATIENCE: Final = 3.0
 """Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
@@ -19,13 +19,13 @@ _told: Final[set[tuple[str, int]]] = set()
 
 
 def training_store() -> Store | None:
-    """Return the store of training's default group, without its prefixes; None without a group."""
+    """Return the store of training's default group; None without a group.
+
+    Its prefixes are part of it: a launcher that restarts a job may keep the store, and changes a prefix.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    store = distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    return store
+    return distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
 
 
 def tell(group: str, rank: int, reason: str) -> None:

@@ -249,3 +249,14 @@ def test_a_store_that_can_not_be_reached_fails_within_the_time_to_start(tmp_path
         for outcome in outcomes:
             assert outcome["error"] == "ExecutorError"
             assert environment["MASTER_PORT"] in outcome["said"]
+
+
+def test_ranks_that_a_launcher_restarts_meet_although_its_store_stays(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "-m", "support.restarted", str(tmp_path)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "step-0000000002" / ".metadata").exists()
