@@ -188,8 +188,11 @@ class Meeting:
         store = self._training_store(group, timeout)
         # One agreement for each executor that the group's ranks make, in the order in which they do.
         if self._key is None:
-            count = store.add(f"cloudckpt/{group}/executors/{self._rank}", 1)
-            self._key = f"cloudckpt/{group}/place/{count}"
+            # A launcher that restarts the job may keep the store, with counts that ranks had come to.
+            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            job = f"cloudckpt/{group}/{restart}-{self._world_size}"
+            count = store.add(f"{job}/executors/{self._rank}", 1)
+            self._key = f"{job}/place/{count}"
         if self._rank == 0 and not self._told:
             store.set(self._key, pickle.dumps(self._decided()).hex())
             self._told = True
