@@ -181,8 +181,9 @@ class Vigil:
                 f"within {timeout:g} s",
                 uri=self._uri,
                 rank=self._rank,
-                hint="Look whether every rank's host can reach every other's (GLOO_SOCKET_IFNAME names the "
-                "interface), or raise start_timeout; the next save tries again",
+                hint="Look at the other ranks' errors, and whether every rank's host can reach every other's "
+                "(interface= or CLOUDCKPT_INTERFACE names the interface), or raise start_timeout; the next "
+                "save tries again",
             )
         life = (
             f"has shown no sign of life for {silence:.1f} s (stopped, or starved)"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from support.sites import Host, site
+from support.sites import Host, run, site
 from support.trainers import ROOT
 
 START_TIMEOUT = 60.0
 MASTER_PORT = 29500
+SLOW = ("delay", "15ms", "5ms", "loss", "1%")
 
 
 @dataclass
@@ -273,22 +276,24 @@ def test_a_store_port_that_is_closed_while_the_job_runs_is_named_on_both_sides(
             assert "raise start_timeout" not in text
 
 
-def test_an_interface_of_our_choice(hosts: Callable[..., list[Host]], tmp_path: Path) -> None:
+WAYS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "keyword": ({"interface": "eth1"}, {}),
+    "network": ({}, {"CLOUDCKPT_INTERFACE": "10.78.0.0/16"}),
+    "gloo's variable": ({}, {"GLOO_SOCKET_IFNAME": "eth1"}),
+    "before gloo's variable": ({}, {"CLOUDCKPT_INTERFACE": "eth1", "GLOO_SOCKET_IFNAME": "eth0"}),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [way if way == "network" else pytest.param(way, marks=pytest.mark.soak) for way in WAYS]
+)
+def test_an_interface_of_our_choice(hosts: Callable[..., list[Host]], tmp_path: Path, way: str) -> None:
     first, second = hosts(second=True)
     debian(first, second)
-    ways: list[tuple[dict[str, Any], list[dict[str, str]] | None]] = [
-        ({"interface": "eth1"}, None),
-        ({}, [{"CLOUDCKPT_INTERFACE": "10.78.0.0/16"}] * 2),
-        ({}, [{"GLOO_SOCKET_IFNAME": "eth1"}] * 2),
-        ({}, [{"CLOUDCKPT_INTERFACE": host.second} for host in (first, second)]),
-    ]
-    for options, environment in ways:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        job = Job(folder, [first, second], [first.ipv4] * 2, options, environment)
-        outcomes = job.run()
-        assert_works(outcomes)
-        assert_uses(outcomes, first.second, second.second)
+    options, environment = WAYS[way]
+    outcomes = Job(tmp_path, [first, second], [first.ipv4] * 2, options, [environment] * 2).run()
+    assert_works(outcomes)
+    assert_uses(outcomes, first.second, second.second)
 
 
 def test_an_interface_that_is_not_there_is_refused_with_those_that_are(
@@ -319,3 +324,70 @@ def test_three_hosts_with_two_ranks_each(hosts: Callable[..., list[Host]], tmp_p
     outcomes = Job(tmp_path, three, master=[three[0].name] * 3, ranks=2, start_timeout=120).run()
     assert_works(outcomes)
     assert_uses(outcomes, *(host.ipv4 for _ in range(2) for host in three))
+
+
+def test_doctor_names_the_firewall_and_the_address(hosts: Callable[..., list[Host]], tmp_path: Path) -> None:
+    first, second = hosts()
+    debian(first, second)
+    for host in (first, second):
+        host.close_ports("prohibit", str(MASTER_PORT))
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    host.command(
+                        *(sys.executable, "-m", "cloudckpt.cli", "doctor", str(tmp_path), "--json"),
+                        *("--rendezvous", f"{first.name}:{MASTER_PORT}"),
+                        *("--rank", str(rank), "--world-size", "2"),
+                    ),
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank, host in enumerate((first, second))
+        ]
+        outputs = [json.loads(one.communicate(timeout=150)[0]) for one in started]
+    for output, host in zip(outputs, (first, second), strict=True):
+        checks = {finding["check"]: finding for finding in output["findings"]}
+        assert "127.0.1.1" in checks["own name"]["what"]
+        assert checks["ranks"]["state"] == "warning"
+        assert f"uses {host.ipv4} (eth0)" in checks["ranks"]["what"]
+        assert f"can't reach host hosta at {first.ipv4}" in checks["ranks"]["advice"]
+        assert "port_range=" in checks["ranks"]["advice"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_saves_over_a_network_that_is_slow_loses_packets_and_is_cut_now_and_then(
+    hosts: Callable[..., list[Host]], tmp_path: Path
+) -> None:
+    first, second = hosts()
+    debian(first, second)
+    for host in (first, second):
+        run(
+            "ip", "netns", "exec", host.namespace, "tc", "qdisc", "add", "dev", "eth0", "root", "netem", *SLOW
+        )
+    over = threading.Event()
+
+    def cut() -> None:
+        dice = random.Random(24)
+        while not over.wait(dice.uniform(5, 25)):
+            second.ip("link", "set", "eth0", "down")
+            over.wait(dice.uniform(0.5, 6))
+            second.ip("link", "set", "eth0", "up")
+
+    cutter = threading.Thread(target=cut, name="cutter")
+    environment = [{"STEPS": "40", "SAVE_TIMEOUT": "20"}] * 2
+    job = Job(tmp_path, [first, second], [first.name] * 2, environment=environment, connected=cutter.start)
+    try:
+        one, other = job.run()
+    finally:
+        over.set()
+        cutter.join()
+    failed = {what.removeprefix("step ") for what, _, _ in one["errors"]}
+    assert failed == {what.removeprefix("step ") for what, _, _ in other["errors"]}
+    assert one["steps"] == other["steps"] and one["last"] == other["last"] == one["steps"][-1]
+    assert one["weights"] == other["weights"] == float(one["last"])
+    assert len(one["steps"]) + len(failed) >= 42, "a save that reported no error is committed"
+    for what, kind, text in one["errors"]:
+        assert kind in {"ExecutorError", "SaveTimeoutError", "ExecutorDiedError"}, (what, kind, text)

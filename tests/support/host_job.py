@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -51,7 +52,13 @@ def main(uri: str, options: dict[str, Any], start_timeout: float) -> None:
         sys.stdin.readline()
     dist.barrier()
     checkpointer = tried(
-        "make", lambda: cloudckpt.Checkpointer(uri, start_timeout=start_timeout, save_timeout=60, **options)
+        "make",
+        lambda: cloudckpt.Checkpointer(
+            uri,
+            start_timeout=start_timeout,
+            save_timeout=float(os.environ.get("SAVE_TIMEOUT", "60")),
+            **options,
+        ),
     )
     if checkpointer is not None:
         handle = tried("async_save", lambda: checkpointer.async_save(1, state))
@@ -66,6 +73,14 @@ def main(uri: str, options: dict[str, Any], start_timeout: float) -> None:
         state["weights"].zero_()
         outcome["loaded"] = tried("load", lambda: checkpointer.load(state))
         outcome["right"] = bool(torch.equal(state["weights"], torch.arange(1000.0)))
+        for step in range(3, 3 + int(os.environ.get("STEPS", "0"))):
+            state["weights"] = torch.full((1000,), float(step))
+            handle = tried(f"begin {step}", functools.partial(checkpointer.async_save, step, state))
+            if handle is not None:
+                tried(f"step {step}", handle.result)
+        outcome["steps"] = tried("all_steps", checkpointer.all_steps)
+        outcome["last"] = tried("load the last", lambda: checkpointer.load(state))
+        outcome["weights"] = state["weights"][0].item()
         tried("close", checkpointer.close)
     outcome["said"] = _SAID
     sys.stdout.write(f"{json.dumps(outcome)}\n")
