@@ -27,7 +27,7 @@ from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.last_call import Heard, LastCall
-from cloudckpt.executor.network.options import PortRange
+from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading

@@ -152,9 +152,9 @@ class _Carried:
                 if self.alone:
                     self.own = error
                     raise _Carrier from error
-                told = failures.shared(error, self.rank)
-                self.own = told if isinstance(error, failures.ANY) else error
-                raise _Carrier(failures.dumps(told)) from error
+                common = failures.shared(error, self.rank)
+                self.own = common if isinstance(error, failures.ANY) else error
+                raise _Carrier(failures.dumps(common)) from error
 
         return carrying
 
@@ -167,7 +167,9 @@ class _Carried:
         elif self.alone or not isinstance(self.own, failures.ANY):
             first = self.own
         else:
-            first = failures.told_for(self.own, failures.original(CheckpointException("load", failed)))
+            first = failures.with_traceback_of(
+                self.own, failures.original(CheckpointException("load", failed))
+            )
         if isinstance(first, CheckpointError):
             first.located(uri=uri, rank=lowest)
         raise first from first.__cause__

@@ -74,11 +74,11 @@ def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup
     own = _Outcome.of(act, rank)
 
     def tell() -> _Word:
-        told: list[bytes | None] | None = None
+        gathered: list[bytes | None] | None = None
         if rank == 0:
-            told = [None for _ in range(dist.get_world_size(group))]
-        dist.gather_object(own.word.failure, told, group=group, group_dst=0)
-        return _broadcast(_first(own.word, told) if told is not None else None, group)
+            gathered = [None for _ in range(dist.get_world_size(group))]
+        dist.gather_object(own.word.failure, gathered, group=group, group_dst=0)
+        return _broadcast(_first(own.word, gathered) if gathered is not None else None, group)
 
     answer = _settled(own, tell)
     return mine[0], cast("R", answer)
@@ -104,9 +104,9 @@ class _Outcome(Generic[T]):
         try:
             return cls(_Word(call()))
         except BaseException as error:  # noqa: BLE001 - every rank raises it
-            told = failures.shared(error, rank)
-            raised = told if isinstance(error, failures.ANY) else error
-            return cls(_Word(failure=failures.dumps(told)), raised)
+            common = failures.shared(error, rank)
+            raised = common if isinstance(error, failures.ANY) else error
+            return cls(_Word(failure=failures.dumps(common)), raised)
 
     @property
     def interrupted(self) -> bool:
@@ -126,15 +126,19 @@ def _settled(own: _Outcome[Any] | None, tell: Callable[[], _Word]) -> Any:
     try:
         word = tell()
     except Exception as lost:  # noqa: BLE001 - what this rank has to say comes before what keeps it from it
-        own.raised.add_note(f"the other ranks could not be told: {type(lost).__name__}: {lost}")
+        own.raised.add_note(f"the other ranks could not be notified: {type(lost).__name__}: {lost}")
         raise own.raised from own.raised.__cause__
-    told = own.raised if word.failure is None else failures.told_for(own.raised, failures.loads(word.failure))
-    raise told from told.__cause__
+    common = (
+        own.raised
+        if word.failure is None
+        else failures.with_traceback_of(own.raised, failures.loads(word.failure))
+    )
+    raise common from common.__cause__
 
 
-def _first(own: _Word, told: list[bytes | None]) -> _Word:
+def _first(own: _Word, gathered: list[bytes | None]) -> _Word:
     """The lowest failing rank's error, with the others' as notes, or else the first rank's answer."""
-    failed = {rank: data for rank, data in enumerate(told) if data is not None}
+    failed = {rank: data for rank, data in enumerate(gathered) if data is not None}
     if not failed:
         return own
     rank, *others = sorted(failed)

@@ -48,34 +48,34 @@ def shared(error: BaseException, rank: int) -> BaseException:
     Ctrl-C or ``SystemExit``, is this rank's own: the others raise an ``ExecutorError`` that names it.
     """
     if not isinstance(error, ANY):
-        told: BaseException = ExecutorError(
+        common: BaseException = ExecutorError(
             f"rank {rank} was interrupted by {type(error).__name__}",
             rank=rank,
             hint="The call failed on every rank; make it again if the job goes on",
         )
-        told.__cause__ = error
+        common.__cause__ = error
     elif _whole(error) is not None:
-        told = error
+        common = error
     else:
-        told = loads(dumps(error))
-        told.__cause__ = error
-    if not _names_rank(told):
-        told.add_note(_raised_on(rank, "".join(traceback.format_tb(error.__traceback__))))
-    return told
+        common = loads(dumps(error))
+        common.__cause__ = error
+    if not _names_rank(common):
+        common.add_note(_raised_on(rank, "".join(traceback.format_tb(error.__traceback__))))
+    return common
 
 
-def told_for(own: BaseException | None, told: BaseException) -> BaseException:
-    """Return what to raise where this rank failed with ``own`` and all ranks were told ``told``.
+def with_traceback_of(own: BaseException | None, common: BaseException) -> BaseException:
+    """Return what to raise where this rank failed with ``own`` and all ranks share ``common``.
 
-    That is what they were told. Where it is this rank's own, it still has its traceback.
+    That is the common error. Where it is this rank's own, it still has its traceback.
     """
     if own is None:
-        return told
-    if _alike(own, told):
-        own.__notes__ = list(_notes(told))  # the other ranks' failures may be among them
+        return common
+    if _alike(own, common):
+        own.__notes__ = list(_notes(common))  # the other ranks' failures may be among them
         return own
-    told.__context__ = own
-    return told
+    common.__context__ = own
+    return common
 
 
 def note_others(error: BaseException, others: Mapping[int, BaseException]) -> None:
@@ -89,7 +89,7 @@ def dumps(error: BaseException) -> bytes:
 
     Where its own way of pickling loses its class or text, as that of a class whose constructor takes two
     arguments and hands on one, it is made again without its constructor. One that doesn't pickle at all is
-    told in the words of a CheckpointError.
+    replaced by a CheckpointError with its class and text.
     """
     whole = _whole(error)
     if whole is not None:

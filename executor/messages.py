@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.snapshot import Snapshot
 

@@ -56,5 +56,5 @@ def confer(council: Council, topic: str, ask: Callable[[], bool], rank: int, tim
     word = council.confer(topic, said, timeout)
     if word is None or word == _YES:
         return word is not None
-    told = failures.told_for(own, failures.loads(word))
-    raise told from told.__cause__
+    common = failures.with_traceback_of(own, failures.loads(word))
+    raise common from common.__cause__

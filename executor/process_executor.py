@@ -24,7 +24,7 @@ from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.layout import Layout
-from cloudckpt.executor.network.options import NetworkOptions, PortRange
+from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
 from cloudckpt.executor.store_council import StoreCouncil

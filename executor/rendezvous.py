@@ -29,7 +29,7 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import absence, addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import endpoint, said_by_hosts
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 
 _LARGEST_PORT = 65535
 _REACH = 10.0
@@ -138,7 +138,7 @@ class MeetingPlace:
             )
         except DistError as error:
             unreachable = self.unreachable(error)
-            absence.tell(self.group, self.rank, unreachable.message)
+            absence.report(self.group, self.rank, unreachable.message)
             raise unreachable from error
         return PrefixStore(f"{self.prefix}/{name}", store)
 
@@ -227,7 +227,7 @@ class Meeting:
             unreachable = place.unreachable(
                 error if isinstance(error, DistError) else TimeoutError(f"no answer within {timeout:g} s")
             )
-            absence.tell(group, self._rank, unreachable.message)
+            absence.report(group, self._rank, unreachable.message)
             raise unreachable from error
 
     def _word(self, store: Store, key: str, deadline: float) -> bytes:
@@ -257,7 +257,7 @@ class Meeting:
         if reached:
             return reached[0], offer.port
         error = out_of_reach(offer, [self._rank])
-        absence.tell(group, self._rank, error.message)
+        absence.report(group, self._rank, error.message)
         raise error
 
     def host(self) -> Offer:

@@ -20,7 +20,7 @@ from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
 from cloudckpt.executor.rendezvous import MeetingPlace
@@ -195,8 +195,12 @@ class Supervisor:
             trial = self._council.convene(standing, self._terms.start_timeout)
         except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
             alone = self._terms.place is None
-            told = job.failure if alone and job.failure is not None else failures.told_for(job.failure, error)
-            self._finish(job, None, told)
+            common = (
+                job.failure
+                if alone and job.failure is not None
+                else failures.with_traceback_of(job.failure, error)
+            )
+            self._finish(job, None, common)
             return
         try:
             trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)

@@ -29,7 +29,7 @@ from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest
-from cloudckpt.executor.network.group import Formation, Network
+from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, fingerprint
 from cloudckpt.executor.progress import ProgressBoard
 from cloudckpt.executor.watch import watched

@@ -13,7 +13,7 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
 from cloudckpt.doctor import Finding, Rendezvous, examine
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 
 _STYLES: Final[Mapping[str, str]] = {
     "ok": "green",

@@ -50,7 +50,7 @@ def doctor(
 
     from cloudckpt.cli.examination import doctor as examine
     from cloudckpt.doctor.network import Rendezvous
-    from cloudckpt.executor.network.options import NetworkOptions
+    from cloudckpt.executor.network.network_options import NetworkOptions
 
     end(
         examine(

@@ -17,7 +17,7 @@ from cloudckpt.doctor.machine import machine
 from cloudckpt.doctor.network import Rendezvous, not_tried, own_name
 from cloudckpt.doctor.network import ranks as ranks_meet
 from cloudckpt.doctor.tries import Tries
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 
 __all__ = ["Finding", "Rendezvous", "State", "examine"]
 

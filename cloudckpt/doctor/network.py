@@ -17,8 +17,8 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import addresses
-from cloudckpt.executor.network.group import Formation
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.formation import Formation
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rendezvous import MeetingPlace
 
 _LARGEST_PORT: Final = 65535

@@ -1,7 +1,7 @@
-"""Word of a rank that can't open connections to the store, through the one that training opened before.
+"""The reason why a rank is absent, sent through the connection that training opened before.
 
-A firewall may let through what is connected already, and nothing new. Without this word the other ranks would
-only see that the rank does not join.
+A firewall may let established connections through and refuse new ones. Without the reason, the other ranks
+would only see that the rank does not join.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.distributed import Store, distributed_c10d
 
 _PATIENCE: Final = 3.0
 """Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
-_told: Final[set[tuple[str, int]]] = set()
+_reported: Final[set[tuple[str, int]]] = set()
 
 
 def training_store() -> Store | None:
@@ -28,24 +28,24 @@ def training_store() -> Store | None:
     return distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
 
 
-def tell(group: str, rank: int, reason: str) -> None:
-    """Tell the other ranks of a group why this one is absent, if training's connection still carries it."""
+def report(group: str, rank: int, reason: str) -> None:
+    """Report to the other ranks of a group why this one is absent, if training's connection still works."""
     store = training_store()
     if store is not None:
-        _told.add((group, rank))
+        _reported.add((group, rank))
         _bounded(lambda: store.set(_key(group, rank), reason))
 
 
 def withdraw(group: str, rank: int) -> None:
-    """Delete what `tell` told, once the rank is back."""
+    """Delete the reason, once the rank is back."""
     store = training_store()
-    if store is not None and (group, rank) in _told:
-        _told.discard((group, rank))
+    if store is not None and (group, rank) in _reported:
+        _reported.discard((group, rank))
         _bounded(lambda: store.delete_key(_key(group, rank)))
 
 
 def reasons(group: str, ranks: Iterable[int]) -> dict[int, str]:
-    """Return what absent ranks have told; nothing for a rank that told nothing."""
+    """Return the reasons that absent ranks have reported."""
     store, found = training_store(), dict[int, str]()
 
     def read() -> None:
@@ -61,7 +61,7 @@ def _bounded(run: Callable[[], object]) -> None:
     def quietly() -> None:
         try:
             run()
-        except RuntimeError:  # whatever a store raises: there is nobody else to tell
+        except RuntimeError:  # any error of a store: the report is lost
             return
 
     thread = threading.Thread(target=quietly, name="cloudckpt-absence", daemon=True)

@@ -1,4 +1,4 @@
-"""What the checkpoint processes of a job tell each other through a store while they form their group."""
+"""Values that the checkpoint processes of a job exchange through a store while they form their group."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ class Agreement:
         """Seconds until the deadline, some milliseconds at least."""
         return max(0.01, self.deadline - time.monotonic())
 
-    def tell(self, name: str, value: object) -> None:
+    def publish(self, name: str, value: object) -> None:
         """Store a value."""
         self.store.set(name, json.dumps(value))
 
-    def told(self, name: str) -> Any:
+    def read(self, name: str) -> Any:
         """Return a value, once another rank has stored it.
 
         Raises:
             ExecutorError: no rank has, before the deadline.
         """
-        return self.all_told([name])[0]
+        return self.read_all([name])[0]
 
-    def all_told(self, names: Iterable[str]) -> list[Any]:
+    def read_all(self, names: Iterable[str]) -> list[Any]:
         """Return values in the order of their names, once other ranks have stored them all.
 
         Raises:
@@ -79,7 +79,7 @@ class Agreement:
             failure: of this rank; None for success.
 
         Raises:
-            ExecutorError: a rank told nothing before the deadline.
+            ExecutorError: a rank published nothing before the deadline.
         """
         if failure is not None:
             self.store.compare_set(_REASON, "", json.dumps(failure))
@@ -93,7 +93,7 @@ class Agreement:
         Raises:
             ExecutorError: nothing was decided before the deadline.
         """
-        reason: str | None = self.told(_REASON)
+        reason: str | None = self.read(_REASON)
         return reason
 
     def _has(self, name: str) -> bool:

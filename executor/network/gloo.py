@@ -31,7 +31,7 @@ class Mesh:
 
     Args:
         address: of this host, to listen on and to connect from.
-        store: where the ranks exchange their addresses, through a connection that nobody else uses.
+        store: where the ranks exchange their addresses, through a connection of their own.
         rank: of this process.
         world_size: number of ranks.
     """

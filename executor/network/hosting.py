@@ -12,7 +12,7 @@ from torch.distributed import TCPStore
 
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.members import endpoint, said_by_hosts
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.network.probe import connect_all
 
 _LONGEST_PROBE: Final = 10.0

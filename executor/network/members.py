@@ -11,7 +11,7 @@ from typing import Any, Self
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.addresses import FAMILY_NAMES, IP_FAMILIES, Family, Route
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 
 
 @dataclass(frozen=True, slots=True)

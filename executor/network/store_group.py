@@ -1,8 +1,8 @@
 """A process group whose collectives go through a store.
 
 It serves where checkpoint processes can't reach each other, and where they may listen only on given ports,
-which gloo can't be told. A save exchanges plans and results, not tensors: megabytes at most. Every collective
-that DCP uses is here, with CPU tensors, and all-reduce for planners and writers of other libraries.
+which gloo does not support. A save exchanges plans and results, not tensors: megabytes at most. Every
+collective that DCP uses is here, with CPU tensors, and all-reduce for planners and writers of other libraries.
 
 `_create_work_from_future` is torch's private name, in every version since 2.0, for a `Work` that has ended.
 """
@@ -55,7 +55,7 @@ class StoreGroup(ProcessGroup):
     """A process group over a store. Its collectives have ended when they return.
 
     Args:
-        store: where the ranks exchange values, through a connection that nobody else uses.
+        store: where the ranks exchange values, through a connection of their own.
         rank: of this process.
         world_size: number of ranks.
         timeout: longest time that a collective waits for another rank.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.executor import ProcessExecutor, ProcessGroupInfo
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rendezvous import Meeting
 from support.executors import within
 from support.ranks import RankPool, RankPools

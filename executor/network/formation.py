@@ -14,7 +14,7 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import gloo, probe, store_group
 from cloudckpt.executor.network.agreement import Agreement
 from cloudckpt.executor.network.members import Choice, Member, Plan, choose, endpoint
-from cloudckpt.executor.network.options import NetworkOptions
+from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.network.probe import Peer, ProbeListener
 from cloudckpt.executor.rendezvous import MeetingPlace
 
@@ -79,7 +79,7 @@ class Formation:
         """Agree on addresses, prove them, and make the group the default one of this process.
 
         Every rank calls it. Collectives go through gloo. If `options` has ports they go through a store that
-        rank 0 opens, because gloo can't be told a port. Where ranks can't reach each other, they go through
+        rank 0 opens, because gloo takes no port. Where ranks can't reach each other, they go through
         the store of `place`.
 
         Raises:
@@ -90,12 +90,12 @@ class Formation:
         left = max(1.0, self.deadline - time.monotonic())
         agreement = Agreement(place.connect(self.name, left), place.rank, place.world_size, self.deadline)
         member = self._member(left)
-        agreement.tell(f"member/{place.rank}", member.fields())
+        agreement.publish(f"member/{place.rank}", member.fields())
         if place.rank == 0:
-            told = agreement.all_told(f"member/{rank}" for rank in range(place.world_size))
-            members = [Member.of(fields) for fields in told]
-            agreement.tell("plan", Plan.of(members, has_ports=self.options.ports is not None).fields())
-        plan = Plan.of_fields(agreement.told("plan"))
+            published = agreement.read_all(f"member/{rank}" for rank in range(place.world_size))
+            members = [Member.of(fields) for fields in published]
+            agreement.publish("plan", Plan.of(members, has_ports=self.options.ports is not None).fields())
+        plan = Plan.of_fields(agreement.read("plan"))
         choice = choose(member, plan)
         network = (self._over_own_store if plan.has_ports else self._over_gloo)(agreement, choice, plan)
         if network is not None:
@@ -156,8 +156,8 @@ class Formation:
                 wait_for_workers=False,
                 master_listen_fd=listener.detach(),
             )
-            agreement.tell("server", [choice.address, port])
-        address, port = agreement.told("server")
+            agreement.publish("server", [choice.address, port])
+        address, port = agreement.read("server")
         own, failure = None, None
         try:
             seconds = timedelta(seconds=_CONNECT_SHARE * agreement.left)
@@ -179,16 +179,18 @@ def _obstacle(agreement: Agreement, choice: Choice, plan: Plan) -> str | None:
     with contextlib.ExitStack() as stack:
         if choice.rank in plan.leads:
             listener = stack.enter_context(ProbeListener(NetworkOptions().listen(choice.address)))
-            agreement.tell(f"lead/{choice.rank}", [choice.host, choice.address, listener.port])
-            told = agreement.all_told(f"lead/{rank}" for rank in plan.leads)
+            agreement.publish(f"lead/{choice.rank}", [choice.host, choice.address, listener.port])
+            published = agreement.read_all(f"lead/{rank}" for rank in plan.leads)
             peers = [
-                Peer(*fields) for rank, fields in zip(plan.leads, told, strict=True) if rank != choice.rank
+                Peer(*fields)
+                for rank, fields in zip(plan.leads, published, strict=True)
+                if rank != choice.rank
             ]
-            agreement.tell(f"probed/{choice.rank}", _failures(choice, peers, agreement.left))
+            agreement.publish(f"probed/{choice.rank}", _failures(choice, peers, agreement.left))
         if choice.rank == 0:
-            told = agreement.all_told(f"probed/{rank}" for rank in plan.leads)
-            agreement.tell("obstacles", [text for host in told for text in host])
-        found = agreement.told("obstacles")
+            published = agreement.read_all(f"probed/{rank}" for rank in plan.leads)
+            agreement.publish("obstacles", [text for host in published for text in host])
+        found = agreement.read("obstacles")
     if not found:
         return None
     return str(found[0]) + (f" (and {len(found) - 1} more such)" if len(found) > 1 else "")
