@@ -2,7 +2,7 @@
 
 It serves where checkpoint processes can't reach each other, and where they may listen only on given ports,
 which gloo does not support. A save exchanges plans and results, not tensors: megabytes at most. Every
-collective that DCP uses is here, with CPU tensors, and all-reduce for planners and writers of other libraries.
+collective that DCP uses is here, for CPU tensors, and all-reduce for planners and writers of other libraries.
 
 `_create_work_from_future` is torch's private name, in every version since 2.0, for a `Work` that has ended.
 """
