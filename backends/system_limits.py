@@ -21,6 +21,8 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _OPEN_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
+REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
+"""Errors of a call that the system does not have, or that a sandbox such as seccomp lets nobody make."""
 _DEEPEST: Final = 16
 """Errors behind an error that are looked at."""
 _GROUPS: Final = Path("/sys/fs/cgroup")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import importlib
 import itertools
 import mmap
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -16,7 +19,7 @@ import torch
 from cloudckpt.backends import descriptors
 from cloudckpt.backends.devices import lock_pages, unlock_pages
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.backends.system_limits import open_files_cure
+from cloudckpt.backends.system_limits import REFUSED, open_files_cure
 from cloudckpt.executor import memory_limits
 
 _GRAIN = 2 << 20
@@ -32,8 +35,9 @@ class Arena:
     """Shared memory that keeps its pages from one snapshot to the next.
 
     On Linux it is a ``memfd``: one descriptor however many tensors lie in it, no limit but the machine's
-    memory, and it grows and shrinks in place. Elsewhere it is POSIX shared memory, which is as large as the
-    system lets such a segment be and is made anew when it has to grow.
+    memory, and it grows and shrinks in place. Where a sandbox refuses that, and elsewhere, it is POSIX shared
+    memory. That is as large as /dev/shm or the system lets a segment be. Elsewhere than on Linux it is made
+    anew when it has to grow.
 
     Args:
         beside: tells how many bytes of memory must be left beside it.
@@ -83,7 +87,7 @@ class Arena:
             self._release()
             raise ExecutorError(
                 f"a snapshot needs {wanted:,} bytes of shared memory, and there is no room: {error.strerror}",
-                hint=open_files_cure(error) or f"Give the job more memory, or save a smaller state{_LIMIT}",
+                hint=open_files_cure(error) or _room_cure(),
             ) from error
         except ExecutorError:
             self._release()
@@ -161,19 +165,45 @@ class Arena:
         self.fd, self.nbytes = -1, 0
 
 
-_GROWS_IN_PLACE = hasattr(os, "memfd_create")
-_LIMIT = (
-    ""
-    if _GROWS_IN_PLACE
-    else ". On this system a snapshot can be as large as a segment of POSIX shared memory"
-)
+_GROWS_IN_PLACE = sys.platform == "linux"
+_MFD_NOEXEC_SEAL = 0x8
+"""Linux 6.3 has this flag, and refuses a memfd without it where ``vm.memfd_noexec`` is 2."""
+
+
+def memory_file() -> int | None:
+    """Return a memfd of no size yet; None where the system has none, or a sandbox lets nobody make one.
+
+    Raises:
+        OSError: there is no descriptor left.
+    """
+    for flags in (0, _MFD_NOEXEC_SEAL) if hasattr(os, "memfd_create") else ():
+        try:
+            return descriptors.kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC | flags))
+        except OSError as error:
+            if error.errno not in REFUSED | {errno.EINVAL}:
+                raise
+    return None
 
 
 def new_descriptor() -> int:
-    """A descriptor of shared memory of no size yet."""
-    if _GROWS_IN_PLACE:
-        return descriptors.kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC))
-    return _shared_memory_descriptor()
+    """A descriptor of shared memory of no size yet.
+
+    Raises:
+        OSError: there is no descriptor left, or no shared memory.
+    """
+    fd = memory_file()
+    return _shared_memory_descriptor() if fd is None else fd
+
+
+def _room_cure() -> str:
+    cure = "Give the job more memory, or save a smaller state"
+    if not _GROWS_IN_PLACE:
+        return f"{cure}. On this system a snapshot can be as large as a segment of POSIX shared memory"
+    with contextlib.suppress(OSError):
+        if (fd := memory_file()) is not None:
+            os.close(fd)
+            return cure
+    return f"Give the container a larger /dev/shm, or let it call memfd_create, which needs none. {cure}"
 
 
 def _shared_memory_descriptor() -> int:

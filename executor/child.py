@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from cloudckpt.backends import descriptors, system_limits
+from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor import interpreter, memory_limits, quiet, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest
@@ -159,13 +160,21 @@ class _ExitWatch:
     """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        if hasattr(os, "pidfd_open"):
-            self._fd = descriptors.kept_clear(os.pidfd_open(process.pid))
+        fd = _pidfd(process.pid)
+        if fd is not None:
+            self._fd = fd
             return
         self._fd, write = descriptors.pipe()
-        system_limits.start(
-            threading.Thread(target=_close_at_exit, args=(process, write), name="cloudckpt-exit", daemon=True)
-        )
+        try:
+            system_limits.start(
+                threading.Thread(
+                    target=_close_at_exit, args=(process, write), name="cloudckpt-exit", daemon=True
+                )
+            )
+        except ExecutorError:
+            os.close(self._fd)
+            os.close(write)
+            raise
 
     def fileno(self) -> int:
         return self._fd
@@ -173,6 +182,20 @@ class _ExitWatch:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._fd)
+
+
+def _pidfd(pid: int) -> int | None:
+    """Return a descriptor of a process; None where the system has none, or a sandbox refuses it.
+
+    Raises:
+        OSError: there is no descriptor left.
+    """
+    try:
+        return descriptors.kept_clear(os.pidfd_open(pid)) if hasattr(os, "pidfd_open") else None
+    except OSError as error:
+        if error.errno in system_limits.REFUSED:
+            return None
+        raise
 
 
 def _close_at_exit(process: subprocess.Popen[bytes], fd: int) -> None:

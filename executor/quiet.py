@@ -82,7 +82,7 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
         with contextlib.suppress(ProcessLookupError):  # one that has ended meanwhile
             if cpus is not None:
                 os.sched_setaffinity(task, cpus)
-            if hasattr(os, "setpriority"):
+            with contextlib.suppress(AttributeError, OSError):  # a sandbox may refuse it
                 os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
     # Nobody may read standard error, and a save does not wait for who does: a queue and a thread are between.
     stream = logging.StreamHandler()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from cloudckpt.backends import system_limits
-from cloudckpt.backends.descriptors import fill_standard, filled, kept_clear
+from cloudckpt.backends.descriptors import fill_standard, filled
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.options import Options
 from cloudckpt.executor import memory_limits, unpickle
+from cloudckpt.executor.arena import memory_file
 from cloudckpt.executor.memory_limits import Room
 
 _GIB: Final = 1 << 30
@@ -156,13 +157,13 @@ def _shm() -> tuple[int | None, int]:
 
 def _memfd() -> bool:
     """Whether memory files can be made here: the system has to know them, and a sandbox to let them be."""
-    if not hasattr(os, "memfd_create"):
-        return False
     try:
-        os.close(kept_clear(os.memfd_create("cloudckpt", os.MFD_CLOEXEC)))
+        fd = memory_file()
     except OSError:
         return False
-    return True
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
 
 
 def _size(nbytes: int | None) -> str:

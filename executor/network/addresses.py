@@ -64,6 +64,14 @@ def is_loopback(address: str) -> bool:
     return (mapped or parsed).is_loopback or parsed.is_unspecified
 
 
+def is_unicast(address: str) -> bool:
+    """Return True if `address` names one host. Sockets listen on others too, as on a broadcast address."""
+    parsed = ipaddress.ip_address(address)
+    if parsed.is_unspecified or parsed.is_multicast:
+        return False
+    return source_for(address) is not None  # a socket connects to a broadcast address only if it asks to
+
+
 def interfaces() -> dict[str, list[str]]:
     """Return the IP addresses of each interface of this host."""
     found: dict[str, list[str]] = {}

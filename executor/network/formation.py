@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -145,19 +146,12 @@ class Formation:
 
     def _over_own_store(self, agreement: Agreement, choice: Choice, _: Plan) -> Network | None:
         """Return None if a rank can't reach the store of rank 0, once every rank knows."""
-        server = None
-        if self.place.rank == 0:
-            listener = self.options.listen(choice.address)
-            port = listener.getsockname()[1]
-            server = TCPStore(
-                choice.address,
-                port,
-                is_master=True,
-                wait_for_workers=False,
-                master_listen_fd=listener.detach(),
-            )
-            agreement.publish("server", [choice.address, port])
-        address, port = agreement.read("server")
+        server = self._opened(agreement, choice) if self.place.rank == 0 else None
+        at = agreement.read("server")
+        if at is None:
+            agreement.reason()
+            return None
+        address, port = at
         own, failure = None, None
         try:
             seconds = timedelta(seconds=_CONNECT_SHARE * agreement.left)
@@ -173,20 +167,44 @@ class Formation:
         carrier = f"a store that the first rank has opened at {endpoint(address, port)}"
         return Network(choice, carrier, server=server)
 
+    def _opened(self, agreement: Agreement, choice: Choice) -> TCPStore | None:
+        """Open the store of rank 0 and publish its address; None if this host can't listen there."""
+        try:
+            listener = self.options.listen(choice.address)
+        except OSError as error:
+            agreement.decide(_cannot_listen(choice, error))
+            agreement.publish("server", None)
+            return None
+        port = listener.getsockname()[1]
+        server = TCPStore(
+            choice.address,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+        agreement.publish("server", [choice.address, port])
+        return server
+
 
 def _obstacle(agreement: Agreement, choice: Choice, plan: Plan) -> str | None:
     """Have every host connect to the others, and return what failed; None if nothing did."""
     with contextlib.ExitStack() as stack:
         if choice.rank in plan.leads:
-            listener = stack.enter_context(ProbeListener(NetworkOptions().listen(choice.address)))
-            agreement.publish(f"lead/{choice.rank}", [choice.host, choice.address, listener.port])
+            port, failed = 0, list[str]()
+            try:
+                listener = stack.enter_context(ProbeListener(NetworkOptions().listen(choice.address)))
+                port = listener.port
+            except OSError as error:
+                failed = [_cannot_listen(choice, error)]
+            agreement.publish(f"lead/{choice.rank}", [choice.host, choice.address, port])
             published = agreement.read_all(f"lead/{rank}" for rank in plan.leads)
             peers = [
                 Peer(*fields)
                 for rank, fields in zip(plan.leads, published, strict=True)
                 if rank != choice.rank
             ]
-            agreement.publish(f"probed/{choice.rank}", _failures(choice, peers, agreement.left))
+            agreement.publish(f"probed/{choice.rank}", failed or _failures(choice, peers, agreement.left))
         if choice.rank == 0:
             published = agreement.read_all(f"probed/{rank}" for rank in plan.leads)
             agreement.publish("obstacles", [text for host in published for text in host])
@@ -196,9 +214,14 @@ def _obstacle(agreement: Agreement, choice: Choice, plan: Plan) -> str | None:
     return str(found[0]) + (f" (and {len(found) - 1} more such)" if len(found) > 1 else "")
 
 
+def _cannot_listen(choice: Choice, error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else one_line(error)
+    return f"host {choice.host} can't listen on {choice.address}: {reason}"
+
+
 def _failures(choice: Choice, peers: list[Peer], left: float) -> list[str]:
     for peer in peers:
         if peer.address == choice.address:
             return [f"hosts {choice.host} and {peer.host} both use the address {choice.address}"]
-    there = [peer for peer in peers if probe.initiates(choice.address, peer.address)]
+    there = [peer for peer in peers if peer.port and probe.initiates(choice.address, peer.address)]
     return probe.failures(choice.host, choice.address, there, min(_LONGEST_PROBE, _PROBE_SHARE * left))

@@ -3,7 +3,7 @@
 torch takes gloo's address from ``GLOO_SOCKET_IFNAME`` or from the host's own name, and offers no public way
 to give another. This module uses what `torch.distributed.distributed_c10d` has beside it since version 2.0:
 `ProcessGroupGloo._Options`, `create_device`, and the name `ProcessGroupGloo` by which that module makes the
-backend. Should one of them go, `tests/executor/test_network_choice.py` fails.
+backend. Should one of them go, `tests/executor/test_network_options.py` fails.
 """
 
 from __future__ import annotations

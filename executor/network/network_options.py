@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import secrets
@@ -16,6 +17,8 @@ from cloudckpt.executor.network.addresses import Family
 
 _INTERFACE, _PORTS, _GLOO = "CLOUDCKPT_INTERFACE", "CLOUDCKPT_PORT_RANGE", "GLOO_SOCKET_IFNAME"
 _LARGEST_PORT = 65535
+_PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
+"""Errors of one port: another one may be free."""
 
 PortRange = str | tuple[int, int]
 """Ports from the first to the last, as ``"29600-29699"`` or a pair."""
@@ -52,7 +55,7 @@ class NetworkOptions:
             interface = os.environ.get(source, "").split(",")[0].strip() or None
         elif not isinstance(interface, str) or not interface.strip():
             raise ConfigurationError(f"interface is {interface!r}", hint=_interface_hint())
-        options = cls(interface, source, _ports(port_range))
+        options = cls(interface and interface.strip(), source, _ports(port_range))
         if source != _GLOO:  # which is the training's: its own error comes first
             options.addresses()
         return options
@@ -81,26 +84,34 @@ class NetworkOptions:
         """Listen on a port of the range, or one that the system chooses without a range.
 
         Raises:
-            ConfigurationError: every port of the range is taken.
+            ConfigurationError: every port of the range is taken, or reserved for root.
             OSError: this host can't listen on `address`.
         """
+        refused = 0
         for port in self._candidates():
             listener = socket.socket(addresses.family_of(address))
             try:
+                if self.ports is not None:
+                    # Without this, a port is taken for a minute after the process that used it was killed.
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if address == "::":
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
                 listener.bind((address, port))
                 listener.listen(socket.SOMAXCONN)
-            except OSError:
+            except OSError as error:
                 listener.close()
-                if self.ports is None:
+                if self.ports is None or error.errno not in _PORT_ERRORS:
                     raise
+                refused = error.errno
             else:
                 return listener
         first, last = self.ports or (0, 0)
         raise ConfigurationError(
-            f"no port of port_range={first}-{last} is free on {address} (host {socket.gethostname()})",
-            hint="Give a range with more ports, and a range of its own to each job of a host",
+            f"no port of port_range={first}-{last} is free on {address} (host {socket.gethostname()}): "
+            f"{os.strerror(refused)}",
+            hint="Give a range with more ports, and a range of its own to each job of a host"
+            if refused == errno.EADDRINUSE
+            else "Give ports from 1024 on, which are open to every user",
         )
 
     def _matching(self) -> Iterator[str]:
@@ -108,7 +119,7 @@ class NetworkOptions:
         if wanted in here:
             yield from here[wanted]
         elif addresses.is_address(wanted):
-            if addresses.belongs_here(wanted) and not ipaddress.ip_address(wanted).is_unspecified:
+            if addresses.is_unicast(wanted) and addresses.belongs_here(wanted):
                 yield wanted
         else:
             try:
@@ -141,7 +152,7 @@ def _ports(given: PortRange | None) -> tuple[int, int] | None:
             first, last = int(first_text), int(last_text if dash else first_text)
         else:
             first, last = given
-        if isinstance(first, int) and isinstance(last, int) and 0 < first <= last <= _LARGEST_PORT:
+        if type(first) is type(last) is int and 0 < first <= last <= _LARGEST_PORT:
             return first, last
     except (TypeError, ValueError):
         pass

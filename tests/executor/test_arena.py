@@ -156,11 +156,20 @@ def test_another_process_follows_every_change_of_size(arena: Arena) -> None:
         assert follower.close() == 0
 
 
-@pytest.mark.parametrize("in_place", [pytest.param(True, marks=on_linux), False], ids=["memfd", "POSIX"])
+@pytest.mark.parametrize(
+    ("memfd", "in_place"),
+    [
+        pytest.param(True, True, marks=on_linux, id="memfd"),
+        pytest.param(False, True, marks=on_linux, id="POSIX on Linux"),
+        pytest.param(False, False, id="POSIX"),
+    ],
+)
 def test_memory_that_is_not_there_is_an_error_and_the_next_snapshot_works(
-    arena: Arena, in_place: bool, monkeypatch: pytest.MonkeyPatch
+    arena: Arena, memfd: bool, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arenas, "_GROWS_IN_PLACE", in_place)
+    if not memfd:
+        monkeypatch.setattr(arenas, "memory_file", lambda: None)
     before = descriptors()
     arena.reserve(2 * MIB)
     identity = arena.identity
@@ -169,6 +178,7 @@ def test_memory_that_is_not_there_is_an_error_and_the_next_snapshot_works(
             arena.reserve(64 * MIB)
         assert isinstance(caught.value.__cause__, OSError)
         assert caught.value.hint
+        assert ("memfd_create" in caught.value.hint) == (in_place and not memfd)
         assert (arena.fd, arena.nbytes) == (-1, 0)
         assert descriptors() == before
         state = {"small": torch.arange(1000)}
@@ -181,6 +191,7 @@ def test_posix_shared_memory_serves_where_there_is_no_memfd(
     arena: Arena, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(arenas, "_GROWS_IN_PLACE", False)
+    monkeypatch.setattr(arenas, "memory_file", lambda: None)
     state = {"t": states.content("posix", (1000, 1000), torch.float32)}
     before = descriptors()
     with round_trip(state) as (_, restored):

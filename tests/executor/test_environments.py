@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from support import seccomp
 from support.mounts import SMALL_SHM, private_mounts
 from support.servers import S3Server
 from support.trainers import TrainerProcess
@@ -58,6 +60,8 @@ class Environment:
     mounts: str = ""
     """A script that changes mounts, of which `$0` is the folder that can be written to."""
     stranger: bool = False
+    refused: int = 0
+    """Error number of the calls that a sandbox refuses, or that the system does not have."""
 
 
 ENVIRONMENTS = {
@@ -78,6 +82,8 @@ ENVIRONMENTS = {
     "small /dev/shm": Environment(mounts=SMALL_SHM),
     "no HOME": Environment(variables={"HOME": None, "USER": None, "LOGNAME": None}, on_s3=True),
     "64 descriptors": Environment(prefix=FEW_FILES, on_s3=True),
+    "a sandbox that refuses calls": Environment(refused=errno.EPERM),
+    "a system without these calls": Environment(refused=errno.ENOSYS),
     "one core": Environment(prefix=("taskset", "-c", "0")),
 }
 
@@ -243,6 +249,11 @@ def prefix_of(environment: Environment, folder: Path) -> tuple[str, ...]:
         # The right to look into folders: the interpreter may be in one that is closed to strangers.
         look = ("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search")
         prefix = ("setpriv", "--reuid", STRANGER, "--regid", STRANGER, "--clear-groups", *look, *prefix)
+    if environment.refused:
+        if not seccomp.CALLS:
+            pytest.skip("the numbers of this machine's system calls are not known here")
+        numbers = ",".join(map(str, seccomp.CALLS.values()))
+        prefix = (sys.executable, str(seccomp.__file__), str(environment.refused), numbers, *prefix)
     if prefix and shutil.which(prefix[0]) is None:
         pytest.skip(f"needs {prefix[0]}, which is not installed")
     return prefix
