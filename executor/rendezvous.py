@@ -23,7 +23,6 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import absence, addresses
@@ -215,9 +214,13 @@ class Meeting:
             return store or _no_store()
         # It connects with training's timeout, which may be half an hour.
         connected: Future[Store] = Future()
-        system_limits.start(
-            threading.Thread(target=lambda: _into(connected, clone), name="cloudckpt-rendezvous", daemon=True)
+        thread = threading.Thread(
+            target=_into, args=(connected, clone), name="cloudckpt-rendezvous", daemon=True
         )
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be started: other ranks must learn that, in training's own time
+            _into(connected, clone)
         try:
             return connected.result(timeout)
         except (DistError, TimeoutError) as error:
