@@ -135,13 +135,13 @@ def test_a_command_that_is_told_to_end_removes_what_it_began(
         "main()\n"
     )
     arguments = ["convert", source, target.uri, *(f"--to-option={one}" for one in options_of(place)[1::2])]
-    command = [sys.executable, "-W", "ignore", "-c", slow, *arguments]
+    command = [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", slow, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "sending\n"
         began = time.monotonic()
         process.send_signal(number)
-        process.communicate(timeout=60)
-    assert process.returncode in (128 + number, 1) and time.monotonic() - began < 30
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in (128 + number, 1) and time.monotonic() - began < 30, errors
     assert place.visible() == place.pending() == set()
     assert not target.visible() and not target.pending()
