@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
 
+_SIGNALED = 128
+"""Statuses above it are of commands that a signal has ended."""
 _LIBRARIES = ("typer", "rich", "click")
 
 
@@ -28,6 +32,10 @@ def main() -> None:
     _unwind_at_signals()
     try:
         app(prog_name="cloudckpt")
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > _SIGNALED:
+            _end_at_once(ended.code)
+        raise
     except Exception as error:
         if "--debug" in sys.argv[1:]:
             raise
@@ -47,6 +55,20 @@ def _unwind_at_signals() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """End after what the command began was removed, without the exit handlers of native libraries.
+
+    They abort the process now and then when threads were interrupted, which would replace the status.
+    """
+    from cloudckpt.backends import background_log  # noqa: PLC0415 - as late as the application
+
+    background_log.shut_down()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a pipe without a reader
+            stream.flush()
+    os._exit(status)
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
