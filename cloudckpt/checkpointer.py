@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, get_args
 
@@ -34,7 +35,7 @@ from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import display
 from cloudckpt.ranks import agreed, own_rank, together
-from cloudckpt.retention import PruningWriter, Retention, pruned_by
+from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
 from cloudckpt.saves import Saves
 from cloudckpt.schedule import Schedule
@@ -354,7 +355,8 @@ class Checkpointer:
     def _save(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
     ) -> SaveHandle[CheckpointInfo]:
-        writer = PruningWriter(self._run, step, self._retention, metric=metric, overwrite=self._overwrite)
+        make_writer = partial(PruningWriter, self._run, step, self._retention, overwrite=self._overwrite)
+        writer, problem = with_metric(make_writer, metric)
         uri = writer.checkpoint_id
         began = self._schedule.begin()
         ended: list[tuple[float, datetime]] = []
@@ -372,6 +374,8 @@ class Checkpointer:
             self._saves.add(step, handle)
 
         def described() -> dict[str, Any]:
+            if problem is not None:
+                raise problem
             return AppState(state_dict).as_dcp_has_it()
 
         handle = self._executor.submit(

@@ -178,3 +178,38 @@ def test_what_one_rank_raises_every_rank_does_and_the_next_call_works(
         else:
             assert (name, text) == (kind, str(raised))
         assert any(note.startswith(f"raised on rank {where}") for note in notes), notes
+
+
+class Metric:
+    """A number that can't be had."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __float__(self) -> float:
+        raise self._error
+
+
+@pytest.mark.parametrize("where", range(RANKS))
+@pytest.mark.parametrize("error", [TypeError("a tensor"), RuntimeError("CUDA"), KeyboardInterrupt()])
+def test_a_metric_that_is_no_number_on_one_rank_fails_the_save_on_every_rank(
+    pool: RankPool, uri: str, where: int, error: BaseException
+) -> None:
+    step = next(_steps)
+
+    def on_rank(rank: int) -> tuple[str, str]:
+        checkpointer, state = living(uri)
+        metric: Any = Metric(error) if rank == where else 0.5
+        try:
+            checkpointer.save(step, state, metric=metric)
+        except BaseException as raised:  # noqa: BLE001 - what is looked at
+            checkpointer.save(step, state, metric=0.5)
+            return type(raised).__name__, str(raised)
+        return "nothing", ""
+
+    told = pool(on_rank, deadline=SOON)
+    if isinstance(error, KeyboardInterrupt):
+        assert told[where][0] == "KeyboardInterrupt"
+        assert "was interrupted by KeyboardInterrupt" in told[1 - where][1]
+    else:
+        assert told[0] == told[1] and str(error) in told[0][1]
