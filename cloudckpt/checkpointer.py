@@ -210,7 +210,7 @@ class Checkpointer:
 
         Args:
             state_dict: like the one that was saved; what it does not have is not read.
-            step: which one.
+            step: which one, the same on every rank.
             fallback: where the newest proves damaged, load the one before it, and so on.
 
         Raises:
@@ -224,8 +224,10 @@ class Checkpointer:
             self._settle()
             return state
 
-        state, newest = together(begin, self._run.newest if step is None else lambda: None, self._group)
-        chosen = newest if step is None else step
+        def choose() -> tuple[int | None, bool]:
+            return (self._run.newest(), fallback) if step is None else (step, False)
+
+        state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
@@ -236,10 +238,10 @@ class Checkpointer:
         while True:
             began = time.monotonic()
             try:
-                uri = loading.load(state, chosen)
+                uri = loading.load(state, chosen, asked=step)
             except IntegrityError as error:
                 older = agreed(lambda: self._run.newest(before=chosen), self._group)  # noqa: B023 - called at once
-                if step is not None or not fallback or older is None:
+                if not may_go_back or older is None:
                     if older is not None:
                         error.add_note(f"step {older} is the newest before it: load(state, step={older})")
                     raise
