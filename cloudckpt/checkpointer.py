@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, get_args
 
@@ -34,7 +35,7 @@ from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import display
 from cloudckpt.ranks import agreed, own_rank, together
-from cloudckpt.retention import PruningWriter, Retention, pruned_by
+from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
 from cloudckpt.saves import Saves
 from cloudckpt.schedule import Schedule
@@ -209,7 +210,7 @@ class Checkpointer:
 
         Args:
             state_dict: like the one that was saved; what it does not have is not read.
-            step: which one.
+            step: which one, the same on every rank.
             fallback: where the newest proves damaged, load the one before it, and so on.
 
         Raises:
@@ -223,8 +224,10 @@ class Checkpointer:
             self._settle()
             return state
 
-        state, newest = together(begin, self._run.newest if step is None else lambda: None, self._group)
-        chosen = newest if step is None else step
+        def choose() -> tuple[int | None, bool]:
+            return (self._run.newest(), fallback) if step is None else (step, False)
+
+        state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
@@ -235,10 +238,10 @@ class Checkpointer:
         while True:
             began = time.monotonic()
             try:
-                uri = loading.load(state, chosen)
+                uri = loading.load(state, chosen, asked=step)
             except IntegrityError as error:
                 older = agreed(lambda: self._run.newest(before=chosen), self._group)  # noqa: B023 - called at once
-                if step is not None or not fallback or older is None:
+                if not may_go_back or older is None:
                     if older is not None:
                         error.add_note(f"step {older} is the newest before it: load(state, step={older})")
                     raise
@@ -354,7 +357,8 @@ class Checkpointer:
     def _save(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
     ) -> SaveHandle[CheckpointInfo]:
-        writer = PruningWriter(self._run, step, self._retention, metric=metric, overwrite=self._overwrite)
+        make_writer = partial(PruningWriter, self._run, step, self._retention, overwrite=self._overwrite)
+        writer, problem = with_metric(make_writer, metric)
         uri = writer.checkpoint_id
         began = self._schedule.begin()
         ended: list[tuple[float, datetime]] = []
@@ -372,6 +376,8 @@ class Checkpointer:
             self._saves.add(step, handle)
 
         def described() -> dict[str, Any]:
+            if problem is not None:
+                raise problem
             return AppState(state_dict).as_dcp_has_it()
 
         handle = self._executor.submit(

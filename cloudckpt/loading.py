@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.app_state import AppState
-from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
@@ -38,15 +38,27 @@ class Loading:
     trust: bool
     shown: Display | None
 
-    def load(self, state: AppState, step: int) -> str:
+    def load(self, state: AppState, step: int, asked: int | None = None) -> str:
         """Load a step into the state and return its checkpoint's URI. A collective of the group.
 
+        Args:
+            state: to load into.
+            step: the first rank's choice.
+            asked: step that this rank was asked for; None for no step in particular.
+
         Raises:
+            ConfigurationError: a rank was asked for another step.
             CheckpointError: it is not there, does not fit or is damaged.
             BaseException: what else failed on any rank, such as the state's own ``load_state_dict``.
         """
 
         def begin() -> tuple[StorageReader, dict[str, Any]]:
+            if asked is not None and asked != step:
+                raise ConfigurationError(
+                    f"rank {self.rank} is to load step {asked!r}, and rank 0 step {step!r}",
+                    uri=self.run.target.uri,
+                    hint="Give every rank the same step",
+                )
             return StorageReader(self.run.at(step), trust=self.trust), state.to_load()
 
         def fetch() -> bytes:  # once, for all ranks

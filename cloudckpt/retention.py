@@ -134,6 +134,19 @@ class PruningWriter(StorageWriter):
             _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
 
 
+def with_metric(
+    make: Callable[..., PruningWriter], metric: float | None
+) -> tuple[PruningWriter, BaseException | None]:
+    """Make a writer with a metric, or one without it and the error that the metric raised.
+
+    The metric may be wrong on one rank alone. The error belongs to the save, which every rank joins.
+    """
+    try:
+        return make(metric=metric), None
+    except BaseException as error:  # noqa: BLE001 - the caller raises it
+        return make(), error
+
+
 def pruned_by(metadata: Metadata) -> tuple[int, ...]:
     """The steps that the save which returned this metadata has let go."""
     steps: tuple[int, ...] = metadata.__dict__.get(_PRUNED, ())

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from cloudckpt import Checkpointer
+from cloudckpt import Checkpointer, ConfigurationError
 from support import injected
 from support.injected import EXCEPTIONS, Sullen
 from support.ranks import RankPool, RankPools
@@ -178,3 +178,57 @@ def test_what_one_rank_raises_every_rank_does_and_the_next_call_works(
         else:
             assert (name, text) == (kind, str(raised))
         assert any(note.startswith(f"raised on rank {where}") for note in notes), notes
+
+
+class Metric:
+    """A number that can't be had."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __float__(self) -> float:
+        raise self._error
+
+
+@pytest.mark.parametrize("where", range(RANKS))
+@pytest.mark.parametrize("error", [TypeError("a tensor"), RuntimeError("CUDA"), KeyboardInterrupt()])
+def test_a_metric_that_is_no_number_on_one_rank_fails_the_save_on_every_rank(
+    pool: RankPool, uri: str, where: int, error: BaseException
+) -> None:
+    step = next(_steps)
+
+    def on_rank(rank: int) -> tuple[str, str]:
+        checkpointer, state = living(uri)
+        metric: Any = Metric(error) if rank == where else 0.5
+        try:
+            checkpointer.save(step, state, metric=metric)
+        except BaseException as raised:  # noqa: BLE001 - what is looked at
+            checkpointer.save(step, state, metric=0.5)
+            return type(raised).__name__, str(raised)
+        return "nothing", ""
+
+    told = pool(on_rank, deadline=SOON)
+    if isinstance(error, KeyboardInterrupt):
+        assert told[where][0] == "KeyboardInterrupt"
+        assert "was interrupted by KeyboardInterrupt" in told[1 - where][1]
+    else:
+        assert told[0] == told[1] and str(error) in told[0][1]
+
+
+@pytest.mark.parametrize("steps", [(0, "new"), ("new", 0), ("x", None), (None, "x"), ("x", 0), (0, "x")])
+def test_a_load_of_other_steps_on_other_ranks_is_refused_on_every_rank(
+    pool: RankPool, uri: str, steps: tuple[Any, Any]
+) -> None:
+    new = next(_steps)
+
+    def on_rank(rank: int) -> tuple[str, str]:
+        checkpointer, state = living(uri)
+        checkpointer.save(new, state)
+        step: Any = new if steps[rank] == "new" else steps[rank]
+        with pytest.raises(ConfigurationError) as refused:
+            checkpointer.load(state, step)
+        assert checkpointer.load(state, 0 if rank == 0 else None) == 0
+        return str(refused.value), type(refused.value).__name__
+
+    first, second = pool(on_rank, deadline=SOON)
+    assert first == second

@@ -142,10 +142,16 @@ def ranks(rendezvous: Rendezvous, options: NetworkOptions, timeout: float) -> It
         store = rendezvous.store(timeout)
     except (DistError, ValueError) as error:
         what = f"rank {rendezvous.rank} of {rendezvous.world_size} did not meet the others at {at}: "
-        advice = (
-            "Start the command on every rank at the same time, and open this port of that host to all others"
-        )
-        yield Finding("rendezvous", "failed", what + one_line(error), advice)
+        if addresses.addresses_of(rendezvous.host):
+            what += one_line(error)
+            advice = (
+                "Start the command on every rank at the same time, and open this port of that host to all "
+                "others"
+            )
+        else:
+            what += f"{rendezvous.host} resolves to no address on host {socket.gethostname()}"
+            advice = "Name that host in DNS or in /etc/hosts, or give its address"
+        yield Finding("rendezvous", "failed", what, advice)
         return
     yield Finding("rendezvous", "ok", f"{rendezvous.world_size} ranks meet at {at}")
     place = MeetingPlace(

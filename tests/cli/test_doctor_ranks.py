@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from cloudckpt.doctor.network import Rendezvous, ranks
+from cloudckpt.executor.network.network_options import NetworkOptions
+
 DOCTOR = (sys.executable, "-m", "cloudckpt.cli", "doctor")
 
 
@@ -90,3 +93,11 @@ def test_wrong_usage_ends_with_status_2_and_the_cure(tmp_path: Path, wrong: list
     done = subprocess.run([*DOCTOR, str(tmp_path), *wrong], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "Give" in done.stderr or "Run" in done.stderr
+
+
+def test_a_rendezvous_whose_name_resolves_to_nothing_is_told_so() -> None:
+    place = Rendezvous("nobody.invalid", 29400, rank=1, world_size=2)
+    (finding,) = ranks(place, NetworkOptions.given(), timeout=1)
+    assert finding.check == "rendezvous" and finding.state == "failed"
+    assert "nobody.invalid resolves to no address on host" in finding.what
+    assert "/etc/hosts" in finding.advice

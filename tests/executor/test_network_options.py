@@ -76,9 +76,8 @@ def test_a_port_serves_again_at_once_after_its_server_has_closed_connections() -
 
 
 def test_an_address_that_is_not_here_is_not_told_as_a_port_that_is_taken() -> None:
-    port = one_free_port()
     with pytest.raises(OSError, match="assign"):
-        NetworkOptions(ports=(port, port)).listen("203.0.113.1")
+        NetworkOptions(ports=(port := one_free_port(), port)).listen("203.0.113.1")
 
 
 def test_ports_that_are_reserved_for_root_are_told_so() -> None:
