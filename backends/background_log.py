@@ -1,6 +1,6 @@
 """Log messages that no save, load or close waits for.
 
-A handler may block: standard error may be a pipe that nobody reads. A thread that a save's handle, another
+A handler may block: standard error may be a pipe without a reader. A thread that a save's handle, another
 rank or the end of a grace time depends on must not be in it. So every module of this project logs through
 `logger`: records go into a bounded queue, and one thread hands them to the handlers that the program has set.
 What does not fit is dropped and counted. Threads of the program wait a moment for their own records, so that
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from cloudckpt.backends import descriptors
+from cloudckpt.backends.system_limits import try_for
 
 OWN: Final = "cloudckpt"
 """Names of this project's threads begin so: they wait for no record."""
@@ -114,7 +115,7 @@ def _of_dropped(count: int) -> logging.LogRecord:
 
 
 def _has_room(to: logging.Logger | logging.Handler, record: logging.LogRecord) -> bool:
-    """Whether no handler would wait for a reader, as far as can be seen.
+    """Return True if no handler would wait for a reader, as far as can be seen.
 
     A thread that waits inside a handler holds its lock, for which the interpreter's end would wait.
     """
@@ -185,7 +186,7 @@ class BackgroundHandler(logging.Handler):
         _writer.put(self.target, record)
 
     def flush(self) -> None:
-        """Do nothing: whoever wants to wait calls `flush` of this module."""
+        """Do nothing: to wait for records, call `flush` of this module."""
 
 
 def logger(name: str) -> logging.Logger:
@@ -202,10 +203,7 @@ def shut_down(seconds: float = 1.0) -> None:
     """Write what was logged and flush all handlers, for at most so many seconds, before `os._exit`."""
     if not flush(seconds):
         return
-    ending = threading.Thread(target=logging.shutdown, name=f"{OWN}-log-end", daemon=True)
-    with contextlib.suppress(RuntimeError):  # no thread can be started
-        ending.start()
-        ending.join(seconds)
+    try_for(seconds, logging.shutdown, f"{OWN}-log-end")
 
 
 def stderr_takes(nbytes: int) -> bool:

@@ -124,7 +124,7 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 def takes(fd: int, nbytes: int) -> bool:
     """Return True unless writing so many bytes would wait for a reader.
 
-    A pipe, a socket or a terminal that nobody reads is full sooner or later. Files always take bytes, and so
+    A pipe, a socket or a terminal without a reader is full sooner or later. Files always take bytes, and so
     does what can't be asked.
     """
     try:

@@ -24,6 +24,11 @@ class Fault:
     """True if the URL may hold a password or a signature, so that no message should repeat it."""
 
 
+def host_and_port(host: str, port: int) -> str:
+    """Return host and port as one text, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def may_hold_secret(url: str) -> bool:
     """Return True if a URL has a user and password, or a query, which may be signed."""
     return any(character in url for character in "@?#")

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 _OPEN_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS})
-"""Errors of a call that the system does not have, or that a sandbox such as seccomp lets nobody make."""
+"""Errors of a call that the system does not have, or that a sandbox such as seccomp refuses."""
 _DEEPEST: Final = 16
 """Errors behind an error that are looked at."""
 _GROUPS: Final = Path("/sys/fs/cgroup")
@@ -83,18 +83,40 @@ def pids_room(proc: Path = Path("/proc"), groups: Path = _GROUPS) -> tuple[int, 
 
 def _pids(proc: Path, groups: Path) -> Iterator[tuple[int, int, Path]]:
     """The control groups of this process that limit processes: the limit, how many there are, the folder."""
-    lines: list[str] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    for folder, _ in control_groups("pids", proc, groups):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no number
+            most = int((folder / "pids.max").read_text())
+            yield most, int((folder / "pids.current").read_text()), folder
+
+
+def control_groups(controller: str, proc: Path, groups: Path) -> Iterator[tuple[Path, int]]:
+    """Return the folders of this process's control groups for a controller, and their version.
+
+    The process's own group is first, and those above it follow.
+
+    Args:
+        controller: such as ``memory``.
+        proc: where procfs is mounted.
+        groups: where the control groups are mounted.
+    """
+    try:
+        lines = (proc / "self" / "cgroup").read_text(errors="replace").splitlines()
+    except OSError:
+        return
     for line in lines:
-        _, kinds, path = (*line.split(":", 2), "", "")[:3]
-        if kinds and "pids" not in kinds.split(","):
+        parts = line.split(":", 2)
+        if len(parts) < 3:  # noqa: PLR2004 - number, controllers, path
             continue
-        root, below = groups / kinds if kinds else groups, Path(path.lstrip("/"))
-        for folder in (root / below, *(root / above for above in below.parents), root):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no number
-                most = int((folder / "pids.max").read_text())
-                yield most, int((folder / "pids.current").read_text()), folder
+        _, kinds, path = parts
+        if kinds and controller not in kinds.split(","):
+            continue
+        # In a container the group's own folder is the root that is mounted.
+        root = groups / kinds if kinds else groups
+        if kinds and not root.is_dir():
+            root = groups / controller
+        below = Path(path.lstrip("/"))
+        for folder in dict.fromkeys((root / below, *(root / above for above in below.parents), root)):
+            yield folder, 1 if kinds else 2
 
 
 def start(thread: threading.Thread) -> None:
@@ -107,6 +129,39 @@ def start(thread: threading.Thread) -> None:
         thread.start()
     except RuntimeError as error:
         raise no_thread(thread.name, error) from error
+
+
+def in_thread(ask: Callable[[], _T], name: str) -> Future[_T]:
+    """Return the answer to come of a daemon thread, for a caller that waits for so long and no longer.
+
+    Where no thread can be started, ``ask`` is called here, and its own timeouts have to do.
+    """
+    answer: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            answer.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name=name, daemon=True).start()
+    except RuntimeError:
+        run()
+    return answer
+
+
+def try_for(seconds: float, run: Callable[[], object], name: str) -> None:
+    """Have a daemon thread call ``run``, and wait for at most so many seconds.
+
+    Nothing is done where no thread can be started: ``run`` might never return.
+    """
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return
+    thread.join(seconds)
 
 
 def no_thread(name: str, error: RuntimeError) -> ExecutorError:

@@ -83,7 +83,7 @@ class AppState:
             self._state[key] = loaded[key]
 
     def _stateful(self) -> list[tuple[str, Stateful]]:
-        """What is asked for its state as DCP would: all that has one but modules and optimizers.
+        """Return the values whose state DCP would ask for: those with one, but modules and optimizers.
 
         In DCP's order: on every rank the same, for what they do may be a collective.
         """

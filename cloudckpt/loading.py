@@ -30,7 +30,7 @@ _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """How a run's steps are loaded: by these ranks, and shown on this display."""
+    """Loads steps of a run on these ranks, and shows progress on this display."""
 
     run: Run
     group: dist.ProcessGroup | None
@@ -122,9 +122,9 @@ class _Carried:
     alone: bool
     """Without other ranks an exception is raised as it is."""
     own: BaseException | None = None
-    """What this rank raised."""
+    """The exception that this rank raised."""
     absence: _Carrier | None = None
-    """Why this rank could not read the metadata."""
+    """The reason why this rank could not read the metadata."""
 
     def calls(self, reader: StorageReader, planner: FittingPlanner) -> None:
         """Have DCP's calls of these two raise what reaches every rank."""

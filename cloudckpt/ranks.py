@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -10,6 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from cloudckpt.backends.system_limits import try_for
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 
@@ -86,7 +86,7 @@ def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class _Word:
-    """What goes to the other ranks: an answer, or a pickled error."""
+    """The message to the other ranks: an answer, or a pickled error."""
 
     answer: Any = None
     failure: bytes | None = None
@@ -94,7 +94,7 @@ class _Word:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome(Generic[T]):
-    """What a call came to on this rank: ``raised`` is what this rank itself raises."""
+    """The outcome of a call on this rank: ``raised`` is the exception that this rank itself raises."""
 
     word: _Word
     raised: BaseException | None = None
@@ -168,6 +168,4 @@ def _within(seconds: float, tell: Callable[[], object]) -> None:
         except Exception:  # noqa: BLE001 - this rank raises what interrupted it
             return
 
-    thread = threading.Thread(target=run, name="cloudckpt-last-word", daemon=True)
-    thread.start()
-    thread.join(seconds)
+    try_for(seconds, run, "cloudckpt-last-word")

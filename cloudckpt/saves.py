@@ -48,7 +48,7 @@ class Saves:
 
     @property
     def ended_badly(self) -> bool:
-        """Whether a failure is to be raised that nobody has heard of on this rank."""
+        """True if a failure is to be raised whose handle was not asked on this rank."""
         return not self._warn and any(handle.failed and not handle.heard for _, handle in self._saves)
 
     def raise_alike(self, ended_badly: bool) -> None:

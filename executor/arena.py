@@ -171,7 +171,7 @@ _MFD_NOEXEC_SEAL = 0x8
 
 
 def memory_file() -> int | None:
-    """Return a memfd of no size yet; None where the system has none, or a sandbox lets nobody make one.
+    """Return a memfd of no size yet; None where the system has none, or a sandbox refuses it.
 
     Raises:
         OSError: there is no descriptor left.

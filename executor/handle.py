@@ -99,7 +99,7 @@ class Delivery:
         self.handle.staged.set_result(None)
 
     def known(self) -> None:
-        """Note that this rank has raised what fails the save: nobody has to be told here."""
+        """Note that this rank has raised the error of the save, which counts as observed here."""
         self.handle._heard = True  # noqa: SLF001 - see above
 
     def done(self, sealed: bytes | None, last: Progress) -> None:

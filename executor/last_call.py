@@ -9,6 +9,7 @@ rank lets no further call through. Without a notice a call costs a counter.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.distributed import Store
 
 from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.rendezvous import MeetingPlace
 
 _log = background_log.logger(__name__)
@@ -102,24 +104,11 @@ class LastCall:
         self._server = None
 
     def _leave(self, place: MeetingPlace) -> None:
-        """Let the other ranks close first where the store may end with rank 0.
-
-        A rank that waits on a store that ends has torch print that the server crashed.
-        """
-
         def leave() -> None:
-            try:
-                store = self._teller.result(_LEAVING)
-                if store.add("left", 1) == place.world_size:
-                    store.set("all left", "1")
-                if place.rank == 0:
-                    store.wait(["all left"], timedelta(seconds=_LEAVING))
-            except RuntimeError:  # a rank closes later, or not at all
-                return
+            with contextlib.suppress(RuntimeError):  # a rank closes later, or not at all
+                leave_last(self._teller.result(_LEAVING), place.rank, place.world_size, _LEAVING)
 
-        thread = threading.Thread(target=leave, name="cloudckpt-leave", daemon=True)
-        thread.start()
-        thread.join(_LEAVING)
+        system_limits.try_for(_LEAVING, leave, "cloudckpt-leave")
 
     def _tell(self, keys: list[str], value: str) -> None:
         def tell() -> (

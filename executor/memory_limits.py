@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system_limits import control_groups
 
 PROCESS_BYTES: Final = 256 << 20
 """Memory of its own that a checkpoint process takes. Measured with torch 2.13 for the CPU: 200 MiB once its
@@ -64,7 +65,7 @@ def require(nbytes: int, what: str, *, proc: Path = _PROC, groups: Path = _GROUP
 def kills(proc: Path = _PROC, groups: Path = _GROUPS) -> dict[str, int]:
     """Return how many processes each control group and the machine have killed for want of memory."""
     counts: dict[str, int] = {}
-    for folder, version in _folders(proc, groups):
+    for folder, version in control_groups("memory", proc, groups):
         found = _fields(folder / ("memory.oom_control" if version == 1 else "memory.events"))
         if "oom_kill" in found:
             counts[f"the control group {folder}"] = found["oom_kill"]
@@ -87,30 +88,12 @@ def _rooms(proc: Path, groups: Path) -> Iterator[Room]:
         total = meminfo.get("MemTotal", 0) << 10
         yield Room(meminfo["MemAvailable"] << 10, swap, total, "this machine")
     seen: set[Path] = set()
-    for folder, version in _folders(proc, groups):
+    for folder, version in control_groups("memory", proc, groups):
         if folder not in seen:
             seen.add(folder)
             room = (_of_first if version == 1 else _of_second)(folder, swap)
             if room is not None:
                 yield room
-
-
-def _folders(proc: Path, groups: Path) -> Iterator[tuple[Path, int]]:
-    """The control groups of this process that may limit memory, the smallest first, and their version."""
-    for line in _read(proc / "self" / "cgroup").splitlines():
-        parts = line.split(":", 2)
-        if len(parts) < 3:  # noqa: PLR2004 - number, controllers, path
-            continue
-        _, kinds, path = parts
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        # In a container the group's own folder is the root that is mounted.
-        root = groups / kinds if kinds else groups
-        if kinds and not root.is_dir():
-            root = groups / "memory"
-        below = Path(path.lstrip("/"))
-        for folder in dict.fromkeys((root / below, *(root / above for above in below.parents), root)):
-            yield folder, 1 if kinds else 2
 
 
 def _of_first(folder: Path, swap: int) -> Room | None:

@@ -155,7 +155,7 @@ class ProcessExecutor:
     ) -> SaveHandle[T]:
         """Save as `execute_save` does, for a handle of what ``make`` makes of the metadata.
 
-        ``make`` is called once, by whoever first asks for the result. A ``state`` that is a function is
+        ``make`` is called once, when the result is first asked for. A ``state`` that is a function is
         called when it is its turn. What it raises fails the save on every rank, as all that keeps a rank from
         taking its snapshot does. ``begun`` gets the handle before: an interruption, such as Ctrl-C, fails the
         save on the other ranks and is raised here.

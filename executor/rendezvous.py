@@ -9,11 +9,9 @@ import contextlib
 import os
 import pickle
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -23,16 +21,15 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system_limits import in_thread
 from cloudckpt.executor.network import absence, addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
-from cloudckpt.executor.network.members import endpoint, said_by_hosts
-from cloudckpt.executor.network.network_options import NetworkOptions
-
-_LARGEST_PORT = 65535
-_REACH = 10.0
-"""Seconds for a connection to a store that has just been opened."""
+from cloudckpt.executor.network.members import said_by_hosts
+from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
+from cloudckpt.executor.network.probe import LONGEST
 
 
 class ProcessGroupInfo:
@@ -96,7 +93,7 @@ class ProcessGroupInfo:
                     raise out_of_reach(offer, [rank for rank, some in enumerate(reached) if not some])
                 return address, offer.port
 
-            found = ranks.all_reduce("reach the store", lambda: offer.reached(_REACH), pick)
+            found = ranks.all_reduce("reach the store", lambda: offer.reached(LONGEST), pick)
         self.tcp_store_master_addr: str = found[0]
         self.tcp_store_master_port: int = found[1]
 
@@ -120,6 +117,11 @@ class MeetingPlace:
     prefix: str
     group: str = "world"
 
+    @property
+    def at(self) -> str:
+        """Host and port of the store as one text."""
+        return host_and_port(self.host, self.port)
+
     def connect(self, name: str, timeout: float) -> Store:
         """A connection of its own to the part of the store under ``name``; ``timeout`` in seconds.
 
@@ -136,17 +138,23 @@ class MeetingPlace:
                 wait_for_workers=False,
             )
         except DistError as error:
-            unreachable = self.unreachable(error)
-            absence.report(self.group, self.rank, unreachable.message)
-            raise unreachable from error
+            raise self.absent(error) from error
         return PrefixStore(f"{self.prefix}/{name}", store)
+
+    def absent(self, error: Exception) -> ExecutorError:
+        """Return the same error as `unreachable`, once the other ranks have been sent it."""
+        unreachable = self.unreachable(error)
+        absence.report(self.group, self.rank, unreachable.message)
+        return unreachable
 
     def unreachable(self, error: Exception) -> ExecutorError:
         """Return the error for a store that this rank can't connect to."""
         found = addresses.addresses_of(self.host)
-        named = ", ".join(f"{endpoint(one, self.port)}{said_by_hosts(one)}" for one in found) or "no address"
+        named = (
+            ", ".join(f"{host_and_port(one, self.port)}{said_by_hosts(one)}" for one in found) or "no address"
+        )
         if not addresses.is_address(self.host):
-            named = f"{endpoint(self.host, self.port)}, which is {named}"
+            named = f"{self.at}, which is {named}"
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
         return ExecutorError(
             f"rank {self.rank} on host {socket.gethostname()} can't open a connection to the store at "
@@ -207,31 +215,20 @@ class Meeting:
         return MeetingPlace(self._rank, self._world_size, host, port, prefix, group)
 
     def _training_store(self, group: str, timeout: float) -> Store:
-        """The store of training through a connection of our own, so that waiting keeps it from nobody."""
+        """The store of training through a connection of our own, so that waiting does not block others."""
         store = absence.training_store()
         clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
         if store is None or clone is None:
             return store or _no_store()
         # It connects with training's timeout, which may be half an hour.
-        connected: Future[Store] = Future()
-        thread = threading.Thread(
-            target=_into, args=(connected, clone), name="cloudckpt-rendezvous", daemon=True
-        )
         try:
-            thread.start()
-        except RuntimeError:  # no thread can be started: other ranks must learn that, in training's own time
-            _into(connected, clone)
-        try:
-            return connected.result(timeout)
+            return in_thread(clone, "cloudckpt-rendezvous").result(timeout)
         except (DistError, TimeoutError) as error:
             place = MeetingPlace(
                 self._rank, self._world_size, *(tcp_store_of_training() or _no_store()), "", group
             )
-            unreachable = place.unreachable(
-                error if isinstance(error, DistError) else TimeoutError(f"no answer within {timeout:g} s")
-            )
-            absence.report(group, self._rank, unreachable.message)
-            raise unreachable from error
+            late = TimeoutError(f"no answer within {timeout:g} s")
+            raise place.absent(error if isinstance(error, DistError) else late) from error
 
     def _word(self, store: Store, key: str, deadline: float) -> bytes:
         left = max(0.01, deadline - time.monotonic())
@@ -289,10 +286,10 @@ def existing_store() -> tuple[str, int]:
     """
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     training = tcp_store_of_training()
-    if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) <= _LARGEST_PORT):
+    if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) <= LARGEST_PORT):
         raise ConfigurationError(
             f"MASTER_PORT is {port!r}, and DCP_USE_PREFIX_STORE=1 meets there",
-            hint=f"Give a port from 1 to {_LARGEST_PORT}",
+            hint=f"Give a port from 1 to {LARGEST_PORT}",
         )
     if host and port is not None:
         return host, int(port)
@@ -326,7 +323,7 @@ def open_store(options: NetworkOptions) -> Offer:
     if training is not None:
         # From the address by which this rank reaches training's store, others probably reach this rank.
         with contextlib.suppress(OSError):
-            preferred.append(addresses.route_to(*training, _REACH).local)
+            preferred.append(addresses.route_to(*training, LONGEST).local)
     return Offer.opened(options, preferred)
 
 
@@ -352,13 +349,6 @@ def flag(name: str) -> bool:
 def grouped() -> bool:
     """Whether training has a process group at all."""
     return dist.is_available() and dist.is_initialized()
-
-
-def _into(answer: Future[Store], ask: Callable[[], Store]) -> None:
-    try:
-        answer.set_result(ask())
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
-        answer.set_exception(error)
 
 
 def _no_store() -> NoReturn:

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -20,7 +19,6 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures
 from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
 from cloudckpt.executor.network import absence
-from cloudckpt.executor.network.members import endpoint
 from cloudckpt.executor.rendezvous import MeetingPlace
 
 T = TypeVar("T")
@@ -110,19 +108,13 @@ class StoreCouncil(Council):
 
     def _bounded(self, what: str, ask: Callable[[], T], timeout: float) -> T:
         """The answer of a store that may be cut off, in which case it would never return."""
-        answer: Future[T] = Future()
-        thread = threading.Thread(target=_into, args=(answer, ask), name=f"cloudckpt-{what}", daemon=True)
         try:
-            thread.start()
-        except RuntimeError:  # no thread can be started: the store's own timeouts have to do
-            _into(answer, ask)
-        try:
-            return answer.result(timeout + _GRACE)
+            return system_limits.in_thread(ask, f"cloudckpt-{what}").result(timeout + _GRACE)
         except (TimeoutError, DistError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise ExecutorError(
-                f"the ranks could not {what}: the store at {endpoint(self._place.host, self._place.port)} "
+                f"the ranks could not {what}: the store at {self._place.at} "
                 f"did not answer rank {self._place.rank} on host {socket.gethostname()} within {timeout:g} s "
                 f"({type(error).__name__}: {one_line(error)})",
                 rank=self._place.rank,
@@ -273,13 +265,6 @@ class _StoreTrial(Trial):
         except (DistError, CheckpointError) as error:
             self._lost = f"{type(error).__name__}: {error}"
             self._wake()
-
-
-def _into(answer: Future[T], ask: Callable[[], T]) -> None:
-    try:
-        answer.set_result(ask())
-    except BaseException as error:  # noqa: BLE001 - whoever waits for the answer raises it
-        answer.set_exception(error)
 
 
 def _write_once(store: Store, key: str, value: Agreement | Verdict | bytes | None) -> None:

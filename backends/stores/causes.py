@@ -24,6 +24,7 @@ import urllib3.exceptions
 from aiohttp import http_exceptions as aiohttp_parser
 from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
@@ -76,9 +77,9 @@ class Route:
     settings: str
     """Options and variables that name the server, for the cure."""
     proxy: Proxy | None = None
-    """What requests to the server go through."""
+    """The proxy before the server; None without one."""
     verify: bool | str = True
-    """What checks certificates: a file or folder of authorities, True for the host's, False for none."""
+    """Authorities that check certificates: a file or folder, True for the host's, False for no check."""
 
     @property
     def host(self) -> str:
@@ -198,7 +199,7 @@ def cause_of(error: BaseException, route: Route, *, connecting: bool) -> Cause |
     """
     proxy, settings, host = route.proxy, route.settings, route.host
     parts = urlsplit(route.endpoint)
-    at = _at(host, parts.port or PORTS.get(parts.scheme, 443))
+    at = host_and_port(host, parts.port or PORTS.get(parts.scheme, 443))
     if (parser := malformed(error)) is not None:
         return _no_http(parser, route)
     found = list(links(error))
@@ -209,7 +210,7 @@ def cause_of(error: BaseException, route: Route, *, connecting: bool) -> Cause |
             return Cause(what, _USE_ITS_NAME, "tls")
         # aiohttp has subclasses without what the ssl module says of a certificate.
         if isinstance(link, ssl.SSLCertVerificationError) and hasattr(link, "verify_code"):
-            return _certificate(link, _at(*proxy.address) if of_proxy and proxy else at, route)
+            return _certificate(link, host_and_port(*proxy.address) if of_proxy and proxy else at, route)
     if any(map(_has_no_tls, found)):
         if of_proxy and proxy:
             cure = f"Write http:// in place of https:// in {proxy.source} if the proxy has no certificate"
@@ -274,7 +275,7 @@ def _redirected(link: BaseException, host: str) -> str | None:
     """Return the address that aiohttp could not connect to, where it had followed a redirection there."""
     if not isinstance(link, aiohttp.ClientConnectorError) or link.host == host:
         return None
-    return _at(link.host, link.port or 0)
+    return host_and_port(link.host, link.port or 0)
 
 
 def _cure(check: str, settings: str) -> str:
@@ -326,7 +327,3 @@ def _places_of_authorities() -> tuple[str, str]:
 
 def _has_no_tls(link: BaseException) -> bool:
     return isinstance(link, ssl.SSLError) and getattr(link, "reason", None) in _NO_TLS
-
-
-def _at(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

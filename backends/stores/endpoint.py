@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores.causes import Route, TunnelError, cause_of, words
 from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
@@ -139,7 +140,7 @@ def _open_tunnel(connection: socket.socket, proxy: Proxy, target: tuple[str, int
         TunnelError: the proxy refused.
         HTTPException: it does not speak HTTP.
     """
-    host = f"[{target[0]}]:{target[1]}" if ":" in target[0] else f"{target[0]}:{target[1]}"
+    host = host_and_port(*target)
     told = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
     connection.sendall(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{told}\r\n".encode())
     answer = http.client.HTTPResponse(connection, method="CONNECT")

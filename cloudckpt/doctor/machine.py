@@ -1,4 +1,4 @@
-"""What the machine gives a job that checkpoints: memory, descriptors, threads, a working directory."""
+"""Checks of the machine of a job that checkpoints: memory, descriptors, threads, a working directory."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -11,18 +12,20 @@ from datetime import timedelta
 from typing import Final, Self
 
 import torch.distributed as dist
-from torch.distributed import DistError, Store
+from torch.distributed import DistError, PrefixStore, Store
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import addresses
+from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.network.formation import Formation
-from cloudckpt.executor.network.network_options import NetworkOptions
+from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
 from cloudckpt.executor.rendezvous import MeetingPlace
 
-_LARGEST_PORT: Final = 65535
-_GOODBYE: Final = timedelta(seconds=10)
+_GOODBYE: Final = 10.0
+"""Seconds that rank 0 waits for the others at the end."""
 _VARIABLES: Final = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 
 
@@ -78,7 +81,7 @@ class Rendezvous:
         if (
             found is None
             or not host
-            or not 0 < found.port <= _LARGEST_PORT
+            or not 0 < found.port <= LARGEST_PORT
             or not 0 <= found.rank < found.world_size
         ):
             raise ConfigurationError(
@@ -93,7 +96,7 @@ class Rendezvous:
         Raises:
             DistError: it can't be opened or reached, or a rank does not come within `timeout` seconds.
         """
-        url = "env://" if self.from_environment else f"tcp://{_bracketed(self.host)}:{self.port}"
+        url = "env://" if self.from_environment else f"tcp://{host_and_port(self.host, self.port)}"
         ranks = (-1, -1) if self.from_environment else (self.rank, self.world_size)
         store: Store = next(dist.rendezvous(url, *ranks, timeout=timedelta(seconds=timeout)))[0]
         return store
@@ -137,7 +140,7 @@ def ranks(rendezvous: Rendezvous, options: NetworkOptions, timeout: float) -> It
         timeout: seconds for all of it.
     """
     deadline = time.monotonic() + timeout
-    at = f"{_bracketed(rendezvous.host)}:{rendezvous.port}"
+    at = host_and_port(rendezvous.host, rendezvous.port)
     try:
         store = rendezvous.store(timeout)
     except (DistError, ValueError) as error:
@@ -171,19 +174,5 @@ def ranks(rendezvous: Rendezvous, options: NetworkOptions, timeout: float) -> It
         else:
             yield Finding("ranks", "warning", f"{network}", network.warning)
     finally:
-        _leave(store, rendezvous)
-
-
-def _leave(store: Store, rendezvous: Rendezvous) -> None:
-    """End rank 0 last: the store may end with it."""
-    try:
-        if store.add("cloudckpt/doctor/left", 1) == rendezvous.world_size:
-            store.set("cloudckpt/doctor/all left", "1")
-        if rendezvous.rank == 0:
-            store.wait(["cloudckpt/doctor/all left"], _GOODBYE)
-    except DistError:
-        return
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        with contextlib.suppress(DistError):
+            leave_last(PrefixStore(place.prefix, store), rendezvous.rank, rendezvous.world_size, _GOODBYE)

@@ -6,12 +6,13 @@ would only see that the rank does not join.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch.distributed as dist
 from torch.distributed import Store, distributed_c10d
+
+from cloudckpt.backends.system_limits import try_for
 
 _PATIENCE: Final = 3.0
 """Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
@@ -64,12 +65,7 @@ def _bounded(run: Callable[[], object]) -> None:
         except RuntimeError:  # any error of a store: the report is lost
             return
 
-    thread = threading.Thread(target=quietly, name="cloudckpt-absence", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # no thread can be started: the others find out by themselves
-        return
-    thread.join(_PATIENCE)
+    try_for(_PATIENCE, quietly, "cloudckpt-absence")  # without a thread, the others find out by themselves
 
 
 def _key(group: str, rank: int) -> str:

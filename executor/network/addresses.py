@@ -26,11 +26,10 @@ _DISCARD: Final = 9
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How this host reaches a server: from which of its addresses, and at which of the server's."""
+    """The addresses at both ends of a connection: this host's and the server's."""
 
     local: str
     remote: str
-    family: Family
 
     @property
     def ends_here(self) -> bool:
@@ -104,9 +103,7 @@ def route_to(host: str, port: int, timeout: float) -> Route:
         OSError: no address of `host` accepts a connection within `timeout` seconds.
     """
     with contextlib.closing(socket.create_connection((host, port), timeout=timeout)) as connection:
-        return Route(
-            _unmapped(connection.getsockname()[0]), _unmapped(connection.getpeername()[0]), connection.family
-        )
+        return Route(_unmapped(connection.getsockname()[0]), _unmapped(connection.getpeername()[0]))
 
 
 def source_for(address: str) -> str | None:

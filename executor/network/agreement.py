@@ -16,6 +16,21 @@ from cloudckpt.backends.errors import ExecutorError
 _REASON: Final = "carrier"
 
 
+def leave_last(store: Store, rank: int, world_size: int, timeout: float) -> None:
+    """Have rank 0, with which the store may end, wait for the other ranks for at most ``timeout`` seconds.
+
+    Every rank calls it when it no longer needs the store. A rank that waits on a store that ends has torch
+    print that the server crashed.
+
+    Raises:
+        DistError: a rank leaves later, or the store is gone.
+    """
+    if store.add("left", 1) == world_size:
+        store.set("all left", "1")
+    if rank == 0:
+        store.wait(["all left"], timedelta(seconds=timeout))
+
+
 @dataclass(frozen=True, slots=True)
 class Agreement:
     """One attempt of all ranks to form a group. Values are JSON.

@@ -11,16 +11,15 @@ from typing import Final
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.printable import one_line
 from cloudckpt.executor.network import gloo, probe, store_group
 from cloudckpt.executor.network.agreement import Agreement
-from cloudckpt.executor.network.members import Choice, Member, Plan, choose, endpoint
+from cloudckpt.executor.network.members import Choice, Member, Plan, choose
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.network.probe import Peer, ProbeListener
 from cloudckpt.executor.rendezvous import MeetingPlace
 
-_LONGEST_PROBE: Final = 10.0
-"""Seconds after which a connection between hosts counts as blocked."""
 _PROBE_SHARE: Final = 0.2
 _CONNECT_SHARE: Final = 0.6
 """Shares of the time that is left for the probe, and for connections of the group: another way may follow."""
@@ -98,12 +97,15 @@ class Formation:
             agreement.publish("plan", Plan.of(members, has_ports=self.options.ports is not None).fields())
         plan = Plan.of_fields(agreement.read("plan"))
         choice = choose(member, plan)
-        network = (self._over_own_store if plan.has_ports else self._over_gloo)(agreement, choice, plan)
+        if plan.has_ports:
+            network = self._over_own_store(agreement, choice)
+        else:
+            network = self._over_gloo(agreement, choice, plan)
         if network is not None:
             return network
         store = place.connect(f"{self.name}/collectives", agreement.left)
         self._carry(store)
-        carrier = f"the store at {endpoint(place.host, place.port)}"
+        carrier = f"the store at {place.at}"
         return Network(choice, carrier, obstacle=agreement.reason())
 
     def _member(self, timeout: float) -> Member:
@@ -144,12 +146,11 @@ class Formation:
         mesh.become_default(self.collective_timeout)
         return Network(choice, "gloo")
 
-    def _over_own_store(self, agreement: Agreement, choice: Choice, _: Plan) -> Network | None:
+    def _over_own_store(self, agreement: Agreement, choice: Choice) -> Network | None:
         """Return None if a rank can't reach the store of rank 0, once every rank knows."""
         server = self._opened(agreement, choice) if self.place.rank == 0 else None
         at = agreement.read("server")
         if at is None:
-            agreement.reason()
             return None
         address, port = at
         own, failure = None, None
@@ -159,12 +160,12 @@ class Formation:
         except DistError as error:
             failure = (
                 f"host {choice.host} ({choice.address}) can't reach the first rank's host at "
-                f"{endpoint(address, port)}: {one_line(error)}"
+                f"{host_and_port(address, port)}: {one_line(error)}"
             )
         if agreement.decide(failure) is not None or own is None:
             return None
         self._carry(PrefixStore(self.name, own))
-        carrier = f"a store that the first rank has opened at {endpoint(address, port)}"
+        carrier = f"a store that the first rank has opened at {host_and_port(address, port)}"
         return Network(choice, carrier, server=server)
 
     def _opened(self, agreement: Agreement, choice: Choice) -> TCPStore | None:
@@ -224,4 +225,4 @@ def _failures(choice: Choice, peers: list[Peer], left: float) -> list[str]:
         if peer.address == choice.address:
             return [f"hosts {choice.host} and {peer.host} both use the address {choice.address}"]
     there = [peer for peer in peers if peer.port and probe.initiates(choice.address, peer.address)]
-    return probe.failures(choice.host, choice.address, there, min(_LONGEST_PROBE, _PROBE_SHARE * left))
+    return probe.failures(choice.host, choice.address, there, min(probe.LONGEST, _PROBE_SHARE * left))

@@ -10,13 +10,12 @@ from typing import Any, Final, Self
 
 from torch.distributed import TCPStore
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.executor.network import addresses
-from cloudckpt.executor.network.members import endpoint, said_by_hosts
+from cloudckpt.executor.network.members import said_by_hosts
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.network.probe import connect_all
+from cloudckpt.executor.network.probe import LONGEST, connect_all
 
-_LONGEST_PROBE: Final = 10.0
-"""Seconds after which an address counts as out of reach."""
 _SETTLE: Final = 1.0
 """Seconds for the other addresses after the first has answered."""
 _LOOPBACK: Final = "127.0.0.1"
@@ -79,14 +78,14 @@ class Offer:
             if here or not addresses.belongs_here(address)
         ]
         numbers = connect_all(
-            [(address, self.port) for _, address in targets], min(timeout, _LONGEST_PROBE), settle=_SETTLE
+            [(address, self.port) for _, address in targets], min(timeout, LONGEST), settle=_SETTLE
         )
         answered = [candidate for (candidate, _), number in zip(targets, numbers, strict=True) if not number]
         return list(dict.fromkeys(answered))
 
     def tried(self) -> str:
         """Return the addresses of the store in words."""
-        return ", ".join(f"{endpoint(one, self.port)}{said_by_hosts(one)}" for one in self.candidates)
+        return ", ".join(f"{host_and_port(one, self.port)}{said_by_hosts(one)}" for one in self.candidates)
 
 
 def common(reached: Sequence[Sequence[str]]) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.addresses import FAMILY_NAMES, IP_FAMILIES, Family, Route
@@ -53,9 +54,8 @@ class Member:
         if chosen:
             why = f"{options.source.rstrip('=')} is {options.interface}"
         else:
-            chosen = {route.family if _same_family(route) else addresses.family_of(route.local): route.local}
-            chosen = _other_families(host, route) | chosen
-            why = f"it reaches the store at {endpoint(route.remote, port)} from there"
+            chosen = _other_families(host, route) | {addresses.family_of(route.local): route.local}
+            why = f"it reaches the store at {host_and_port(route.remote, port)} from there"
         return cls(
             rank=rank,
             host=socket.gethostname(),
@@ -182,19 +182,10 @@ def choose(member: Member, plan: Plan) -> Choice:
     )
 
 
-def endpoint(address: str, port: int) -> str:
-    """Return address and port as one text, with brackets around an IPv6 address."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
 def said_by_hosts(address: str) -> str:
     """Return what ``/etc/hosts`` says of an address, in parentheses; nothing if it doesn't name it."""
     lines = addresses.hosts_lines(address)
     return f" (/etc/hosts has '{lines[0]}')" if lines else ""
-
-
-def _same_family(route: Route) -> bool:
-    return addresses.family_of(route.local) == route.family
 
 
 def _other_families(host: str, route: Route) -> dict[Family, str]:

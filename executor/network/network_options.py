@@ -16,7 +16,7 @@ from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.addresses import Family
 
 _INTERFACE, _PORTS, _GLOO = "CLOUDCKPT_INTERFACE", "CLOUDCKPT_PORT_RANGE", "GLOO_SOCKET_IFNAME"
-_LARGEST_PORT = 65535
+LARGEST_PORT = 65535
 _PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)
 """Errors of one port: another one may be free."""
 
@@ -26,7 +26,7 @@ PortRange = str | tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
-    """Which address and ports the checkpoint processes of this rank use.
+    """The address and ports that the checkpoint processes of this rank use.
 
     Attributes:
         interface: name of an interface, an IP address of this host, or a network such as ``10.0.0.0/8``.
@@ -152,13 +152,13 @@ def _ports(given: PortRange | None) -> tuple[int, int] | None:
             first, last = int(first_text), int(last_text if dash else first_text)
         else:
             first, last = given
-        if type(first) is type(last) is int and 0 < first <= last <= _LARGEST_PORT:
+        if type(first) is type(last) is int and 0 < first <= last <= LARGEST_PORT:
             return first, last
     except (TypeError, ValueError):
         pass
     raise ConfigurationError(
         f"{name}{given!r} is not a range of ports",
-        hint=f"Give the first and the last port, from 1 to {_LARGEST_PORT}, as '29600-29699'",
+        hint=f"Give the first and the last port, from 1 to {LARGEST_PORT}, as '29600-29699'",
     )
 
 

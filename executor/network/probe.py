@@ -13,12 +13,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self, cast
+from typing import Final, Self, cast
 
 from cloudckpt.backends import system_limits
+from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
-from cloudckpt.executor.network.members import endpoint, said_by_hosts
+from cloudckpt.executor.network.members import said_by_hosts
+
+LONGEST: Final = 10.0
+"""Seconds after which an address counts as out of reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def failures(own_host: str, own: str, peers: Sequence[Peer], timeout: float) -> 
     """Connect to `peers`, all at once, and describe each that can't be reached within `timeout` seconds."""
     numbers = connect_all([(peer.address, peer.port) for peer in peers], timeout, source=own)
     return [
-        f"host {own_host} ({own}) can't reach host {peer.host} at {endpoint(peer.address, peer.port)}"
+        f"host {own_host} ({own}) can't reach host {peer.host} at {host_and_port(peer.address, peer.port)}"
         f"{said_by_hosts(peer.address)}: "
         + (f"no answer within {timeout:.3g} s" if number == errno.ETIMEDOUT else os.strerror(number))
         for peer, number in zip(peers, numbers, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.trainers import ROOT
+from support.trainers import of_rank
 
 
 @pytest.mark.parametrize("own_store", [False, True])
@@ -36,14 +35,12 @@ def rank_of_job(rank: int, port: int, folder: Path, *, own_store: bool) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCH_CPP_LOG_LEVEL": "WARNING",
+        env=of_rank(
+            rank,
+            2,
+            "127.0.0.1",
+            port,
+            TORCH_CPP_LOG_LEVEL="WARNING",
             **({"DCP_USE_PREFIX_STORE": "0"} if own_store else {}),
-        },
+        ),
     )

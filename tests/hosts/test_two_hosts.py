@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from support.sites import Host, run, site
-from support.trainers import ROOT
+from support.trainers import of_rank
 
 START_TIMEOUT = 60.0
 MASTER_PORT = 29500
@@ -71,7 +70,15 @@ class Job:
         return sorted((json.loads(out.splitlines()[-1]) for out, _ in outputs), key=lambda one: one["rank"])
 
     def _rank(self, number: int, host: Host, rank: int, world: int) -> subprocess.Popen[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "GLOO_SOCKET_IFNAME"}
+        environment = of_rank(
+            rank,
+            world,
+            self.master[number],
+            MASTER_PORT,
+            LOCAL_RANK=str(rank // len(self.hosts)),
+            **({} if self.connected is None else {"CLOSE": "1"}),
+        )
+        environment.pop("GLOO_SOCKET_IFNAME", None)
         return subprocess.Popen(
             host.command(
                 *(sys.executable, "-m", "support.host_job", f"file://{self.folder}/run"),
@@ -81,18 +88,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **environment,
-                "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank // len(self.hosts)),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": self.master[number],
-                "MASTER_PORT": str(MASTER_PORT),
-                "TORCH_CPP_LOG_LEVEL": "ERROR",
-                **({} if self.connected is None else {"CLOSE": "1"}),
-                **({} if self.environment is None else self.environment[number]),
-            },
+            env=environment | ({} if self.environment is None else self.environment[number]),
         )
 
 

@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 import cloudckpt
 from cloudckpt.executor.network import store_group
+from cloudckpt.executor.network.agreement import leave_last
 
+_LEAVING = 120.0
 _SAID: list[str] = []
 
 
@@ -90,11 +92,7 @@ def main(uri: str, options: dict[str, Any], start_timeout: float) -> None:
 
 def _leave(rank: int) -> None:
     """End this rank, rank 0 last: the store ends with it."""
-    store = dist.distributed_c10d._get_default_store()
-    if store.add("left", 1) == dist.get_world_size():
-        store.set("all left", "1")
-    if rank == 0:
-        store.wait(["all left"])
+    leave_last(dist.distributed_c10d._get_default_store(), rank, dist.get_world_size(), _LEAVING)
     os._exit(0)
 
 

@@ -16,6 +16,20 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 
 
+def of_rank(rank: int, world_size: int, address: str, port: int, **variables: str) -> dict[str, str]:
+    """The environment of one rank of a job, as a launcher makes it."""
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **variables,
+    }
+
+
 class TrainerRaised(RuntimeError):
     """A command raised in the trainer."""
 
