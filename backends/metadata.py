@@ -106,6 +106,7 @@ def add_extras(
 ) -> None:
     """Attach what DCP has no field for; ``notes`` are the caller's own."""
     metadata.__dict__[_EXTRAS] = {
+        **_extras(metadata),  # what the planner recorded
         "version": version,
         "save_id": save_id,
         "checksum": CRC64NVME.name,  # of the metadata itself, behind the pickle: see ``dump``

@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, Self, get_args
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.app_state import AppState
 from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
@@ -39,6 +38,7 @@ from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
 from cloudckpt.saves import Saves
 from cloudckpt.schedule import Schedule
+from cloudckpt.state.app_state import AppState
 from cloudckpt.watch import Watch
 
 OnFailure = Literal["raise", "warn"]
@@ -158,7 +158,7 @@ class Checkpointer:
         """
         agreed(self._run.prove, self._group)
         self._executor.warmup(
-            None if state_dict is None else lambda: AppState(state_dict).as_dcp_has_it(),
+            None if state_dict is None else lambda: self._described(state_dict),
             process_group=self._group,
             no_dist=not grouped(),
         )
@@ -220,7 +220,7 @@ class Checkpointer:
         """
 
         def begin() -> AppState:
-            state = AppState(state_dict)
+            state = AppState(state_dict, self._group)
             self._settle()
             return state
 
@@ -378,7 +378,7 @@ class Checkpointer:
         def described() -> dict[str, Any]:
             if problem is not None:
                 raise problem
-            return AppState(state_dict).as_dcp_has_it()
+            return self._described(state_dict)
 
         handle = self._executor.submit(
             # With other ranks the handle raises what this does, on all of them.
@@ -393,6 +393,9 @@ class Checkpointer:
             blocked = time.monotonic() - began
             self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
         return handle
+
+    def _described(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        return AppState(state_dict, self._group, trust=self._trust).describe()
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends, until all is told of it."""

@@ -13,15 +13,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.app_state import AppState
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
-from cloudckpt.fitting import FittingPlanner
 from cloudckpt.progress import Arriving, Display
 from cloudckpt.ranks import together
 from cloudckpt.run import Run
+from cloudckpt.state.app_state import AppState
 
 _READER = ("set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data")
 _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish_plan")
@@ -52,26 +52,27 @@ class Loading:
             BaseException: what else failed on any rank, such as the state's own ``load_state_dict``.
         """
 
-        def begin() -> tuple[StorageReader, dict[str, Any]]:
+        def begin() -> StorageReader:
             if asked is not None and asked != step:
                 raise ConfigurationError(
                     f"rank {self.rank} is to load step {asked!r}, and rank 0 step {step!r}",
                     uri=self.run.target.uri,
                     hint="Give every rank the same step",
                 )
-            return StorageReader(self.run.at(step), trust=self.trust), state.to_load()
+            state.prepare()
+            return StorageReader(self.run.at(step), trust=self.trust)
 
         def fetch() -> bytes:  # once, for all ranks
             return StorageReader(self.run.at(step), trust=self.trust).fetch_metadata()
 
-        (reader, loaded), metadata = together(begin, fetch, self.group)
+        reader, metadata = together(begin, fetch, self.group)
         reader.take_metadata(metadata)
         name = f"step {step}, rank {self.rank}"
         if self.shown is not None:
             arriving = Arriving(self.shown, name)
             reader.observe(arriving.arrived, arriving.begun)
         try:
-            self._read(reader, loaded)
+            loaded = self._read(reader, state)
         except BaseException:
             self._end(name)
             raise
@@ -83,8 +84,9 @@ class Loading:
         together(finish, lambda: None, self.group)
         return reader.checkpoint_id
 
-    def _read(self, reader: StorageReader, loaded: dict[str, Any]) -> None:
-        planner = FittingPlanner()
+    def _read(self, reader: StorageReader, state: AppState) -> dict[str, Any]:
+        """Read what the state asks for, and return it by name."""
+        planner = CheckpointLoadPlanner(state.choose)
         carried = _Carried(self.rank, alone=not grouped())
         carried.calls(reader, planner)
         try:
@@ -92,7 +94,7 @@ class Loading:
                 # DCP says so on every load in a single process, which is what that means here.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 dcp.load(
-                    loaded,
+                    {},
                     storage_reader=reader,
                     planner=planner,
                     process_group=self.group,
@@ -100,6 +102,7 @@ class Loading:
                 )
         except CheckpointException as error:
             carried.deliver(error, reader.checkpoint_id)
+        return planner.loaded
 
     def _end(self, name: str) -> None:
         if self.shown is not None:
@@ -126,7 +129,7 @@ class _Carried:
     absence: _Carrier | None = None
     """The reason why this rank could not read the metadata."""
 
-    def calls(self, reader: StorageReader, planner: FittingPlanner) -> None:
+    def calls(self, reader: StorageReader, planner: CheckpointLoadPlanner) -> None:
         """Have DCP's calls of these two raise what reaches every rank."""
         # On the instances, which were made for this one load.
         for name in _READER:

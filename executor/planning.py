@@ -8,8 +8,9 @@ ranks disagree on what is kept. So the kept plans go by a fingerprint of the str
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -19,16 +20,47 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.tensor import DTensor
 
+from cloudckpt.backends.state.flatten import Flat, flatten
+from cloudckpt.backends.state.markers import CheckpointState
+from cloudckpt.backends.state.proven import Proven
+from cloudckpt.backends.state.save_planner import CheckpointSavePlanner
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 
 
-def fingerprint(state: dict[str, Any]) -> bytes:
-    """A digest of all that a plan depends on: names, kinds, dtypes, shapes, strides, placements, meshes."""
-    flat, mappings = flatten_state_dict(state)
-    digest = hashlib.sha256()
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A state as it is planned: flattened, if it was described, and with a fingerprint."""
+
+    fingerprint: bytes
+    flat: Flat | None = None
+    trust: bool = False
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Self:
+        """Prepare a state.
+
+        Raises:
+            ConfigurationError: it can't be flattened.
+        """
+        if not isinstance(state, CheckpointState):
+            leaves, paths = flatten_state_dict(state)
+            return cls(fingerprint(leaves, paths))
+        flat = flatten(state)
+        return cls(fingerprint(flat.leaves, flat.paths, flat.structure()), flat, state.trust)
+
+
+def fingerprint(leaves: Mapping[str, Any], paths: Mapping[str, Any], beside: object = None) -> bytes:
+    """A digest of all that a plan depends on: names, kinds, dtypes, shapes, strides, placements, meshes.
+
+    Args:
+        leaves: tensors and values by name.
+        paths: the path of each.
+        beside: what else the plan depends on, as its ``repr`` tells.
+    """
+    digest = hashlib.sha256(repr(beside).encode())
     meshes: dict[int, str] = {}
-    for name, value in flat.items():
-        digest.update(repr((name, mappings[name], _structure(value, meshes))).encode())
+    for name, value in leaves.items():
+        digest.update(repr((name, paths[name], _structure(value, meshes))).encode())
     return digest.digest()
 
 
@@ -58,8 +90,11 @@ class PlanCache:
 
     def __init__(self) -> None:
         self._key: str | None = None
+        self._proven = Proven()
 
-    def planner_for(self, writer: StorageWriter, fingerprints: Iterable[bytes]) -> SavePlanner:
+    def planner_for(
+        self, writer: StorageWriter, fingerprints: Iterable[bytes], prepared: Prepared
+    ) -> SavePlanner:
         """A planner that uses the plans kept under these fingerprints of all ranks, by rank.
 
         Every rank must call it with the same. Another library's writer may put into a plan what is good for
@@ -67,14 +102,21 @@ class PlanCache:
         """
         if not isinstance(writer, OurWriter):
             self.forget()
-            return DefaultSavePlanner()
+            return self._planner(prepared, caching=False)
         key = f"cloudckpt/{hashlib.sha256(b''.join(fingerprints)).hexdigest()}"
         if key != self._key:
             self.forget()
             self._key = key
-        planner = DefaultSavePlanner(enable_plan_caching=True)
+        planner = self._planner(prepared, caching=True)
         planner._cached_plans_key = key  # noqa: SLF001 - its own key is its class's name
         return planner
+
+    def _planner(self, prepared: Prepared, *, caching: bool) -> DefaultSavePlanner:
+        if prepared.flat is None:
+            return DefaultSavePlanner(enable_plan_caching=caching)
+        return CheckpointSavePlanner(
+            prepared.flat, self._proven, trust=prepared.trust, enable_plan_caching=caching
+        )
 
     def forget(self) -> None:
         """Keep no plan."""

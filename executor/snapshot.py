@@ -26,6 +26,7 @@ from torch.storage import TypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.executor import copying, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, View, lay_out
@@ -96,7 +97,9 @@ def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
 
 def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
     # As DCP does: objects with a state_dict() stand for it, at the top level.
-    told = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
+    told: Mapping[str, Any] = state
+    if not isinstance(state, CheckpointState):
+        told = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
     out = io.BytesIO()
     collector = _Collector(out)
     try:

@@ -30,7 +30,7 @@ from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest
 from cloudckpt.executor.network.formation import Formation, Network
-from cloudckpt.executor.planning import PlanCache, fingerprint
+from cloudckpt.executor.planning import PlanCache, Prepared
 from cloudckpt.executor.progress import ProgressBoard
 from cloudckpt.executor.watch import watched
 
@@ -133,7 +133,7 @@ class _Prepared:
     state: dict[str, Any]
     writer: StorageWriter
     planner: SavePlanner | None
-    fingerprint: bytes
+    plan: Prepared
 
 
 class Worker:
@@ -199,7 +199,7 @@ class Worker:
 
     def _saved(self, request: SaveRequest, prepared: _Prepared, fingerprints: list[bytes]) -> Metadata:
         self._writer = prepared.writer
-        planner = prepared.planner or self._plans.planner_for(prepared.writer, fingerprints)
+        planner = prepared.planner or self._plans.planner_for(prepared.writer, fingerprints, prepared.plan)
         watched(prepared.writer, planner, self._board)
         with warnings.catch_warnings():
             # A single process is meant when there is one.
@@ -220,7 +220,8 @@ class Worker:
             arena = self._arena(request.arena)
             writer, planner = unpickle.loads(request.storage)
             state = snapshot.restore(request.snapshot, arena)
-            return _Prepared(state, writer, planner, b"" if planner is not None else fingerprint(state))
+            plan = Prepared(b"") if planner is not None else Prepared.of(state)
+            return _Prepared(state, writer, planner, plan)
         except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
             return failures.noted(error)
 
@@ -229,10 +230,10 @@ class Worker:
         if not self._grouped:
             if isinstance(prepared, Exception):
                 raise prepared
-            return [prepared.fingerprint]
+            return [prepared.plan.fingerprint]
         told: list[Any] = [None] * dist.get_world_size()
         failed = isinstance(prepared, Exception)
-        own = failures.dumps(prepared) if isinstance(prepared, Exception) else prepared.fingerprint
+        own = failures.dumps(prepared) if isinstance(prepared, Exception) else prepared.plan.fingerprint
         dist.all_gather_object(told, (failed, own))
         problems = {rank: failures.loads(data) for rank, (failed, data) in enumerate(told) if failed}
         if problems:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 import cloudckpt
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.planning import PlanCache, fingerprint
+from cloudckpt.executor.planning import PlanCache, Prepared
 from support import executors, states
 from support.ranks import RankPool, RankPools
 
@@ -62,6 +62,10 @@ def edited(edit: str) -> State:
     state = base()
     EDITS[edit](state)
     return state
+
+
+def fingerprint(state: State) -> bytes:
+    return Prepared.of(state).fingerprint
 
 
 def metadata_in(uri: str) -> Metadata:
@@ -121,7 +125,7 @@ def test_only_the_plans_of_the_last_structure_are_kept() -> None:
 
     def plan(state: State) -> bool:
         """Plan a save on one rank; say whether the plan that was kept is used."""
-        planner = cache.planner_for(writer, [fingerprint(state)])
+        planner = cache.planner_for(writer, [fingerprint(state)], Prepared.of(state))
         planner.set_up_planner(state, is_coordinator=True)
         local = planner.create_local_plan()
         (central,), _ = planner.create_global_plan([local])

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 from unittest import mock
 
-from cloudckpt import app_state, fitting, run, saves
+from cloudckpt import run, saves
 from cloudckpt.backends import reader
 from cloudckpt.backends.errors import StorageError
+from cloudckpt.backends.state import load_planner
 from cloudckpt.executor import arena, snapshot
+from cloudckpt.state import app_state
 
 
 class Particular(Exception):
@@ -67,7 +69,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "unpin": (run.Run, "unpin"),
     "prove": (run.Run, "prove"),
     "settle": (saves.Saves, "settle"),
-    "describe": (app_state.AppState, "as_dcp_has_it"),
+    "describe": (app_state.AppState, "describe"),
     "take": (app_state.AppState, "take"),
     "reserve": (arena.Arena, "reserve"),
     "snapshot": (snapshot, "take"),
@@ -75,9 +77,9 @@ PLACES: dict[str, tuple[Any, str]] = {
     "fetch": (reader.StorageReader, "fetch_metadata"),
     "read_metadata": (reader.StorageReader, "read_metadata"),
     "set_up_reader": (reader.StorageReader, "set_up_storage_reader"),
-    "local_plan": (fitting.FittingPlanner, "create_local_plan"),
-    "global_plan": (fitting.FittingPlanner, "create_global_plan"),
-    "finish_plan": (fitting.FittingPlanner, "finish_plan"),
+    "local_plan": (load_planner.CheckpointLoadPlanner, "create_local_plan"),
+    "global_plan": (load_planner.CheckpointLoadPlanner, "create_global_plan"),
+    "finish_plan": (load_planner.CheckpointLoadPlanner, "finish_plan"),
     "read_data": (reader.StorageReader, "read_data"),
 }
 """What raises: what is looked up by a name, and that name."""

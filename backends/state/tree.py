@@ -1,0 +1,110 @@
+"""The containers of a checkpoint, rebuilt from the names and paths in its metadata."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from cloudckpt.backends.state.flatten import Path
+from cloudckpt.backends.state.records import Container, Records
+
+Part = str | int
+
+
+class SavedTree:
+    """What a checkpoint holds, by the names that DCP gave: leaves, and containers around them.
+
+    Args:
+        metadata: of the checkpoint.
+    """
+
+    def __init__(self, metadata: Metadata) -> None:
+        self.entries: Mapping[str, TensorStorageMetadata | BytesStorageMetadata] = (
+            metadata.state_dict_metadata
+        )
+        records = Records.of(metadata)
+        self.is_complete = records is not None
+        """True where empty containers and keys are recorded; stock DCP records neither."""
+        self.records = records if records is not None else Records()
+        self._paths = _paths_of(metadata)
+        self._tops: defaultdict[str, list[tuple[Path, str]]] = defaultdict(list)
+        for name in self.entries:
+            path = self._paths.get(name) or tuple(name.split("."))
+            self._tops[str(path[0])].append((path, name))
+        for name, container in self.records.containers.items():
+            self._tops[str(container.path[0]) if container.path else ""].append((container.path, name))
+        self._children: dict[str, dict[Part, str]] = {}
+        self._built: set[str] = set()
+
+    @property
+    def tops(self) -> Iterator[str]:
+        """The keys at the top."""
+        return iter(self._tops)
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a leaf or a container of this name."""
+        return name in self.entries or name in self.records.containers or bool(self.children(name))
+
+    def container(self, name: str) -> Container | None:
+        """Return what is recorded of a container."""
+        return self.records.containers.get(name)
+
+    def children(self, name: str, top: str | None = None) -> Mapping[Part, str]:
+        """Return the names of what a container holds, by its keys as text or its indices, in order.
+
+        Args:
+            name: of the container.
+            top: the key at the top under which it is; by default what stands before the name's first dot.
+        """
+        self._build(top if top is not None else name.partition(".")[0])
+        if name not in self._children and name not in self.entries:
+            # A key at the top may have dots itself.
+            for one in self._tops:
+                if name == one or name.startswith(f"{one}."):
+                    self._build(one)
+        return self._children.get(name, {})
+
+    def holds_tensors(self, name: str) -> bool:
+        """Return whether there is a tensor of this name, or in the container of it."""
+        entry = self.entries.get(name)
+        if entry is not None:
+            return isinstance(entry, TensorStorageMetadata)
+        return any(map(self.holds_tensors, self.children(name).values()))
+
+    def leaves(self, name: str) -> Iterator[str]:
+        """Yield the names of all leaves in the container of this name, or the leaf itself."""
+        if name in self.entries:
+            yield name
+        for child in self.children(name).values():
+            yield from self.leaves(child)
+
+    def _build(self, top: str) -> None:
+        if top in self._built:
+            return
+        self._built.add(top)
+        for path, name in self._tops.get(top, ()):
+            inner = name
+            for at in range(len(path) - 1, 0, -1):
+                outer = ".".join(map(str, path[:at]))
+                held = self._children.get(outer)
+                if held is not None and path[at] in held:
+                    break
+                self._children.setdefault(outer, {})[path[at]] = inner
+                inner = outer
+
+
+def _paths_of(metadata: Metadata) -> dict[str, Path]:
+    data = metadata.planner_data
+    if not isinstance(data, dict):
+        return {}
+    return {name: path for name, path in data.items() if _is_path(path) and _joined(path) == name}
+
+
+def _is_path(path: object) -> bool:
+    return isinstance(path, tuple) and bool(path) and all(type(part) in (str, int) for part in path)
+
+
+def _joined(path: Path) -> str:
+    return ".".join(map(str, path))

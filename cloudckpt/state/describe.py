@@ -1,0 +1,133 @@
+"""Describing a state for a save: live objects replaced by their state, everything else checked."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state import markers, values
+from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS, is_leaf_list
+from cloudckpt.backends.state.records import plain_key
+from cloudckpt.state import live
+from cloudckpt.state.live import joined
+from cloudckpt.state.owners import Owners, PerRankOwner
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_MARKERS = (markers.Rank0Only, markers.Placed, markers.OwnNames)
+
+
+class Describer:
+    """Describes the state of one save.
+
+    Args:
+        owners: of the live objects in it, which have been asked.
+        trust: allow values that load with ``trust=True`` alone.
+    """
+
+    def __init__(self, owners: Owners, *, trust: bool) -> None:
+        self._owners = owners
+        self._trust = trust
+        self._around: set[int] = set()
+        """Containers around the one that is described, by identity."""
+
+    def value(self, value: Any, name: str) -> Any:
+        """Describe a value.
+
+        Raises:
+            ConfigurationError: it can't be saved and restored.
+        """
+        if type(value) in _TENSORS or isinstance(value, torch.Tensor):
+            self._check_tensor(value, name)
+            return value
+        if isinstance(value, _MARKERS):
+            return value
+        if live.is_live(value):
+            owner = self._owners[value]
+            if isinstance(owner, PerRankOwner):
+                return owner.describe_at(self, name)
+            return owner.describe(self)
+        if isinstance(value, Mapping):
+            return self._around_it(value, name, self.mapping)
+        if type(value) is tuple and any(live.is_live(found) for found in _inside(value)):
+            items = [self.value(inner, joined(name, index)) for index, inner in enumerate(value)]
+            return markers.TupleState(items)
+        if type(value) is list and not (is_leaf_list(value) and not any(map(live.is_live, _inside(value)))):
+            return self._around_it(value, name, self._items)
+        self._check(value, name)
+        return value
+
+    def module(self, state: Mapping[str, Any], name: str) -> markers.ModuleState:
+        """Describe the state of a module, whose tensors have been looked at."""
+        described = markers.ModuleState()
+        for fqn, value in state.items():
+            known = type(value) in _TENSORS or type(value) is markers.Rank0Only
+            described[fqn] = value if known else self.value(value, joined(name, fqn))
+        return described
+
+    def mapping(self, value: Mapping[Any, Any], name: str = "") -> Mapping[Any, Any]:
+        """Describe a mapping.
+
+        Raises:
+            ConfigurationError: it is of a class that can't be restored, or has such keys.
+        """
+        kind = type(value)
+        if not name:
+            return {key: self.value(inner, str(key)) for key, inner in value.items()}
+        if kind not in MAPPINGS:
+            raise ConfigurationError(
+                f"the mapping at {name!r} is a {kind.__module__}.{kind.__qualname__}, which can't be restored",
+                hint="Make a dict of it",
+            )
+        made: Any = kind()
+        if isinstance(value, collections.defaultdict):
+            if value.default_factory not in FACTORIES:
+                raise ConfigurationError(
+                    f"the defaultdict at {name!r} has the factory {value.default_factory!r}, which can't be "
+                    "restored",
+                    hint="Make a dict of it, or give it one of Python's own types, such as list or int",
+                )
+            made.default_factory = value.default_factory
+        for key, inner in value.items():
+            made[plain_key(key, name)] = self.value(inner, joined(name, key))
+        return made  # type: ignore[no-any-return]
+
+    def _items(self, value: list[Any], name: str) -> list[Any]:
+        return [self.value(inner, joined(name, index)) for index, inner in enumerate(value)]
+
+    def _around_it(self, value: Any, name: str, describe: Any) -> Any:
+        if id(value) in self._around or len(self._around) > live.DEEPEST:
+            what = "holds itself" if id(value) in self._around else "is nested too deeply"
+            raise ConfigurationError(f"the container at {name!r} {what}, which can't be saved")
+        self._around.add(id(value))
+        try:
+            return describe(value, name)
+        finally:
+            self._around.remove(id(value))
+
+    def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
+        if tensor.is_meta:
+            raise ConfigurationError(
+                f"the tensor at {name!r} is on the meta device and has no data",
+                hint="Materialize it before saving, or leave it out",
+            )
+
+    def _check(self, value: Any, name: str) -> None:
+        refusal = values.refusal(value, trust=self._trust)
+        if refusal is not None:
+            raise ConfigurationError(
+                f"the value at {name + refusal.path!r} is a {refusal.class_name}, which can't be restored: "
+                f"{refusal.reason}",
+                hint=refusal.hint,
+            )
+
+
+def _inside(value: Any) -> list[Any]:
+    """Return what is in lists and tuples, however deep."""
+    found: list[Any] = []
+    for inner in value:
+        found += _inside(inner) if type(inner) in (list, tuple) else [inner]
+    return found
