@@ -25,7 +25,8 @@ SOURCES := cloudckpt backends executor tests examples docs/hooks.py
 
 # Two workers, the tests of one class or module on one of them, in the order of their files: those with the fewest tests,
 # which take longest, would come last otherwise. `make test PYTEST="tests/stores -k moto"` runs a choice.
-PYTEST ?= -n 2 --dist loadscope --no-loadscope-reorder
+# A worker that dies fails the run, and is not replaced: xdist can wait for ever for the tests that it had.
+PYTEST ?= -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: help
 help:  ## this list

@@ -10,15 +10,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from cloudckpt import Checkpointer, ConfigurationError
 from support import injected
-from support.injected import EXCEPTIONS, Sullen
+from support.injected import EXCEPTIONS, living
 from support.ranks import RankPool, RankPools
 
 RANKS = 2
-START_TIMEOUT = 600.0
 SOON = 100.0
 """Seconds within which some twenty calls end on every rank: far below what a rank waits for another."""
 
@@ -52,26 +50,12 @@ CALLS: dict[str, tuple[str, tuple[int, ...]]] = {
 }
 """A call and what raises in it, and the ranks on which that runs."""
 
-_LIVING: dict[str, Checkpointer] = {}
-
-
-def living(uri: str) -> tuple[Checkpointer, dict[str, Any]]:
-    """This rank's Checkpointer of a run, made at the first call, and a new state."""
-    if uri not in _LIVING:
-        _LIVING[uri] = Checkpointer(uri, start_timeout=START_TIMEOUT, preemption_grace=None, progress=False)
-    return _LIVING[uri], {"weight": torch.ones(30), "sullen": Sullen(), "step": 1}
-
-
-def end(_rank: int) -> None:
-    while _LIVING:
-        _LIVING.popitem()[1].close()
-
 
 @pytest.fixture(scope="module")
 def pool(rank_pool: RankPools) -> Iterator[RankPool]:
     pool = rank_pool(RANKS)
     yield pool
-    pool(end)
+    pool(injected.end)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 from unittest import mock
 
-from cloudckpt import run, saves
+import torch
+
+from cloudckpt import Checkpointer, run, saves
 from cloudckpt.backends import reader
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.state import load_planner
@@ -83,6 +85,26 @@ PLACES: dict[str, tuple[Any, str]] = {
     "read_data": (reader.StorageReader, "read_data"),
 }
 """What raises: what is looked up by a name, and that name."""
+
+
+_START_TIMEOUT = 600.0
+_LIVING: dict[str, Checkpointer] = {}
+
+
+def living(uri: str) -> tuple[Checkpointer, dict[str, Any]]:
+    """Return this rank's Checkpointer of a run, made at the first call, and a new state.
+
+    It is kept here because a test's own module travels to the ranks anew with each call.
+    """
+    if uri not in _LIVING:
+        _LIVING[uri] = Checkpointer(uri, start_timeout=_START_TIMEOUT, preemption_grace=None, progress=False)
+    return _LIVING[uri], {"weight": torch.ones(30), "sullen": Sullen(), "step": 1}
+
+
+def end(_rank: int) -> None:
+    """Close this rank's Checkpointers."""
+    while _LIVING:
+        _LIVING.popitem()[1].close()
 
 
 @contextlib.contextmanager
