@@ -25,6 +25,8 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError, Integ
 from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_slices
 from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.shared_reads import SharedReads
+from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
+from cloudckpt.backends.state.values import loads
 from cloudckpt.backends.stock import Stored, locate
 from cloudckpt.backends.values import load_tensor, prove_safe
 
@@ -161,13 +163,21 @@ class _Load:
 
     def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn
+        loaded: object = None
+        takes = isinstance(self._planner, CheckpointLoadPlanner)
         try:
-            value = io.BytesIO(data) if self._trust else prove_safe(data, fqn)
+            if takes:
+                loaded = loads(data, fqn, trust=self._trust)
+            else:
+                value = io.BytesIO(data) if self._trust else prove_safe(data, fqn)
         except CheckpointError as error:
             error.located(object_name=info.relative_path)
             raise
         with self._one_at_a_time:
-            self._planner.load_bytes(item, value)
+            if isinstance(self._planner, CheckpointLoadPlanner):
+                self._planner.take_value(item, loaded)
+            else:
+                self._planner.load_bytes(item, value)
 
     def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         try:

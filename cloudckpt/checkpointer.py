@@ -183,6 +183,7 @@ class Checkpointer:
                 handle raises it, on each.
             Preempted: the job was told to end, and this was its last step.
         """
+        step = self._run.number(step)
         self._pass(step, state_dict, metric)
         if not self._schedule.is_due(step, self._follow_first):
             return skipped()
@@ -199,6 +200,7 @@ class Checkpointer:
             CheckpointError: what failed the save, on whichever rank.
             Preempted: the job was told to end, and this was its last step.
         """
+        step = self._run.number(step)
         self._pass(step, state_dict, metric)
         return self._save(step, state_dict, metric).result()
 
@@ -225,7 +227,7 @@ class Checkpointer:
             return state
 
         def choose() -> tuple[int | None, bool]:
-            return (self._run.newest(), fallback) if step is None else (step, False)
+            return (self._run.newest(), fallback) if step is None else (self._run.number(step), False)
 
         state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
@@ -331,7 +333,6 @@ class Checkpointer:
 
     def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> None:
         """Let a call go on, unless its step is none, or is the last of the job."""
-        self._run.folder(step)
         if not self._preemption.passes(self._last_call):
             self._end(step, state_dict, metric)
 

@@ -13,15 +13,21 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
-from cloudckpt.ranks import together
+from cloudckpt.ranks import gathered, together
 from cloudckpt.run import Run
 from cloudckpt.state.app_state import AppState
+
+_log = background_log.logger(__name__)
+
+_NAMED = 5
+"""Names in a log message."""
 
 _READER = ("set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data")
 _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish_plan")
@@ -53,7 +59,7 @@ class Loading:
         """
 
         def begin() -> StorageReader:
-            if asked is not None and asked != step:
+            if asked is not None and self.run.number(asked) != step:
                 raise ConfigurationError(
                     f"rank {self.rank} is to load step {asked!r}, and rank 0 step {step!r}",
                     uri=self.run.target.uri,
@@ -82,7 +88,16 @@ class Loading:
             state.take(loaded)
 
         together(finish, lambda: None, self.group)
+        self._report(step, gathered(state.unasked, self.group))
         return reader.checkpoint_id
+
+    def _report(self, step: int, unasked: list[frozenset[str]] | None) -> None:
+        """Log what the checkpoint has and no rank asked for."""
+        left = sorted(frozenset.intersection(*unasked)) if unasked else []
+        if left:
+            named = ", ".join(map(repr, left[:_NAMED]))
+            more = f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else ""
+            _log.warning("step %d also has %s%s, which the state does not ask for", step, named, more)
 
     def _read(self, reader: StorageReader, state: AppState) -> dict[str, Any]:
         """Read what the state asks for, and return it by name."""

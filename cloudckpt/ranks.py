@@ -84,6 +84,16 @@ def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup
     return mine[0], cast("R", answer)
 
 
+def gathered(value: T, group: dist.ProcessGroup | None) -> list[T] | None:
+    """Return the values of all ranks on the group's first rank, and None on the others. A collective."""
+    if not grouped():
+        return [value]
+    first = dist.get_rank(group) == 0
+    values: list[Any] | None = [None] * dist.get_world_size(group) if first else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values
+
+
 @dataclass(frozen=True, slots=True)
 class _Word:
     """The message to the other ranks: an answer, or a pickled error."""

@@ -6,12 +6,13 @@ the steps do.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.committed import listed_metadata
@@ -76,17 +77,29 @@ class Run:
         """
         return self.target.child(self.folder(step))
 
-    def folder(self, step: int) -> str:
-        """The name of a step's folder.
+    def number(self, step: Any) -> int:
+        """Return a step as an int, whatever whole number it is: numpy and torch have such of their own.
 
         Raises:
             ConfigurationError: no step has this number.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= _LAST:
+        try:
+            number = -1 if isinstance(step, bool) else operator.index(step)
+        except TypeError:
+            number = -1
+        if not 0 <= number <= _LAST:
             raise ConfigurationError(
                 f"a step is a whole number from 0 to {_LAST:,}, and not {step!r}", uri=self.target.uri
             )
-        return f"{STEP_PREFIX}{step:0{STEP_DIGITS}}"
+        return number
+
+    def folder(self, step: int) -> str:
+        """Return the name of a step's folder.
+
+        Raises:
+            ConfigurationError: no step has this number.
+        """
+        return f"{STEP_PREFIX}{self.number(step):0{STEP_DIGITS}}"
 
     def newest(self, before: int | None = None) -> int | None:
         """The highest committed step, below ``before`` where that is given; None where there is none.

@@ -38,10 +38,10 @@ class SavedTree:
         self._children: dict[str, dict[Part, str]] = {}
         self._built: set[str] = set()
 
-    @property
-    def tops(self) -> Iterator[str]:
-        """The keys at the top."""
-        return iter(self._tops)
+    def top(self, name: str) -> str:
+        """Return the key at the top under which a leaf is."""
+        path = self._paths.get(name)
+        return str(path[0]) if path is not None else name.partition(".")[0]
 
     def has(self, name: str) -> bool:
         """Return whether there is a leaf or a container of this name."""

@@ -104,7 +104,10 @@ class AppState:
 
     @property
     def unasked(self) -> frozenset[str]:
-        """Names that the checkpoint has and `choose` did not ask for."""
+        """What the checkpoint has and `choose` did not ask for.
+
+        Keys at the top of which it asked for nothing, and names of other values.
+        """
         return self._restoring.unasked if self._restoring is not None else frozenset()
 
     def take(self, loaded: Loaded) -> None:
@@ -176,6 +179,7 @@ def _meshes(state: Mapping[str, Any]) -> list[DeviceMesh]:
 
 
 def _unasked(tree: SavedTree, restorer: Restorer) -> frozenset[str]:
-    return frozenset(
-        name for name in tree.entries if name not in restorer.targets and name not in restorer.ignored
-    )
+    asked = restorer.targets.keys() | restorer.ignored
+    left = frozenset(tree.entries) - asked
+    tops = {tree.top(name) for name in left} - {tree.top(name) for name in asked}
+    return frozenset(top if (top := tree.top(name)) in tops else name for name in left)

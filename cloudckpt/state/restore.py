@@ -138,9 +138,9 @@ class Restorer:
             )
         if tuple(target.shape) != tuple(entry.size):
             raise ConfigurationError(
-                f"{name!r} has the shape {[*entry.size]} in the checkpoint and {[*target.shape]} in "
-                "the state",
-                hint="Build the state that was saved",
+                f"the tensor {name!r} has size {tuple(target.shape)} in the state and {tuple(entry.size)} in "
+                "the checkpoint",
+                hint="Build the state that was saved, or leave this tensor out of it",
             )
 
     def blank(
