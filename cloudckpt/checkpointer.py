@@ -21,6 +21,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.state.flatten import flatten
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
@@ -158,7 +159,7 @@ class Checkpointer:
         """
         agreed(self._run.prove, self._group)
         self._executor.warmup(
-            None if state_dict is None else lambda: self._described(state_dict),
+            None if state_dict is None else lambda: self._described(state_dict, plan=True),
             process_group=self._group,
             no_dist=not grouped(),
         )
@@ -395,8 +396,11 @@ class Checkpointer:
             self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
         return handle
 
-    def _described(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        return AppState(state_dict, self._group, trust=self._trust).describe()
+    def _described(self, state_dict: Mapping[str, Any], *, plan: bool = False) -> dict[str, Any]:
+        described = AppState(state_dict, self._group, trust=self._trust).describe()
+        if plan:  # which a save leaves to the checkpoint process
+            flatten(described)
+        return described
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends, until all is told of it."""

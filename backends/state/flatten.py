@@ -87,19 +87,23 @@ def _opens(value: object) -> bool:
 _OPENED = (Mapping, torch.Tensor, markers.TupleState, markers.PerRankState, markers.Rank0Only, markers.Placed)
 
 
+_TENSORS, _LEAVES = 1, 2
+"""What is in a value, as flags: tensors, and leaves of any kind."""
+
+
 class _Walk:
     def __init__(self, flat: Flat) -> None:
         self._flat = flat
         self._module = 0
         """Depth of modules' and optimizers' states around what is walked."""
 
-    def value(self, path: Path, name: str, value: Any) -> bool:
-        """Walk one value; return whether it holds tensors."""
+    def value(self, path: Path, name: str, value: Any) -> int:
+        """Walk one value; return what is in it."""
         if isinstance(value, torch.Tensor):
             self._leaf(path, name, value)
             if isinstance(value, DTensor) and not self._module:
                 self._flat.placements[name] = Placement.of(value)
-            return True
+            return _TENSORS | _LEAVES
         if isinstance(value, Mapping):
             return self.mapping(path, name, value)
         if isinstance(value, list) and not is_leaf_list(value):
@@ -118,19 +122,19 @@ class _Walk:
             case markers.Placed(tensor):
                 self._flat.placements[name] = Placement.of(tensor)
                 self._leaf(path, name, tensor)
-                return True
+                return _TENSORS | _LEAVES
             case markers.OwnNames(names):
                 self._flat.own[name] = names
                 self._leaf(path, name, names)
-                return False
+                return _LEAVES
         self._leaf(path, name, value)
-        return False
+        return _LEAVES
 
-    def mapping(self, path: Path, name: str, value: Mapping[Any, Any]) -> bool:
+    def mapping(self, path: Path, name: str, value: Mapping[Any, Any]) -> int:
         known = isinstance(value, markers.ModuleState | markers.OptimizerState)
         self._module += known
         prefix = f"{name}." if path else ""
-        tensors = False
+        whole, hollow = 0, not value
         for key, inner in value.items():
             if type(key) is str:
                 text = key
@@ -140,22 +144,25 @@ class _Walk:
                     f"{key!r} and {text!r}",
                     hint="DCP names values by the text of their keys. Rename one of the keys",
                 )
-            tensors |= self.value((*path, text), prefix + text, inner)
+            found = self.value((*path, text), prefix + text, inner)
+            whole |= found
+            hollow |= not found
         self._module -= known
         if path:
-            self._recorded(path, name, value)
-            if not (tensors or known or self._module):
+            self._recorded(path, name, value, plain=not hollow)
+            if not (whole & _TENSORS or known or self._module):
                 self._flat.keys[name] = repr([*value])
-        return tensors
+        return whole
 
-    def _recorded(self, path: Path, name: str, value: Mapping[Any, Any]) -> None:
+    def _recorded(self, path: Path, name: str, value: Mapping[Any, Any], *, plain: bool) -> None:
+        """Record a mapping, unless its names say all of it: DCP has none for what holds no leaf."""
         kind = MAPPINGS.get(type(value))
         if kind is None:
             raise ConfigurationError(
                 f"the mapping at {name!r} is a {type(value).__qualname__}, which can't be restored",
                 hint="Make a dict of it",
             )
-        if value and kind == "dict" and all(type(key) is str for key in value):
+        if plain and kind == "dict" and all(type(key) is str for key in value):
             return
         keys = tuple(plain_key(key, name) for key in value)
         factory = None
@@ -169,11 +176,11 @@ class _Walk:
                 )
         self._record(name, Container(path, kind, keys=keys, factory=factory))
 
-    def _items(self, path: Path, name: str, items: list[Any]) -> bool:
-        tensors = False
+    def _items(self, path: Path, name: str, items: list[Any]) -> int:
+        whole = 0
         for index, inner in enumerate(items):
-            tensors |= self.value((*path, index), f"{name}.{index}", inner)
-        return tensors
+            whole |= self.value((*path, index), f"{name}.{index}", inner)
+        return whole
 
     def _record(self, name: str, container: Container) -> None:
         self._ensure_new(container.path, name)
@@ -190,7 +197,8 @@ class _Walk:
             there = container.path
         if there is not None:
             raise ConfigurationError(
-                f"two values of the state have the name {name!r}: one at {shown(there)} and one at {shown(path)}",
+                f"two values of the state have the name {name!r}: one at {shown(there)} and one at "
+                f"{shown(path)}",
                 hint="DCP joins keys with dots, and writes numbers as text. Rename one of the keys",
             )
 

@@ -57,6 +57,8 @@ class Describer:
             return markers.TupleState(items)
         if type(value) is list and not (is_leaf_list(value) and not any(map(live.is_live, _inside(value)))):
             return self._around_it(value, name, self._items)
+        if isinstance(value, list) and type(value) is not list:
+            raise self._refused(value, name, "list")
         self._check(value, name)
         return value
 
@@ -78,10 +80,7 @@ class Describer:
         if not name:
             return {key: self.value(inner, str(key)) for key, inner in value.items()}
         if kind not in MAPPINGS:
-            raise ConfigurationError(
-                f"the mapping at {name!r} is a {kind.__module__}.{kind.__qualname__}, which can't be restored",
-                hint="Make a dict of it",
-            )
+            raise self._refused(value, name, "dict")
         made: Any = kind()
         if isinstance(value, collections.defaultdict):
             if value.default_factory not in FACTORIES:
@@ -101,15 +100,24 @@ class Describer:
     def _around_it(self, value: Any, name: str, describe: Any) -> Any:
         if id(value) in self._around or len(self._around) > live.DEEPEST:
             what = "holds itself" if id(value) in self._around else "is nested too deeply"
-            raise ConfigurationError(f"the container at {name!r} {what}, which can't be saved")
+            raise ConfigurationError(
+                f"the container at {name!r} {what}, and can't be saved", hint="Make flat, plain data of it"
+            )
         self._around.add(id(value))
         try:
             return describe(value, name)
         finally:
             self._around.remove(id(value))
 
+    def _refused(self, value: object, name: str, instead: str) -> ConfigurationError:
+        kind = type(value)
+        return ConfigurationError(
+            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}, which can't be restored",
+            hint=f"Make a {instead} of it",
+        )
+
     def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
-        if tensor.is_meta:
+        if live.is_meta(tensor):
             raise ConfigurationError(
                 f"the tensor at {name!r} is on the meta device and has no data",
                 hint="Materialize it before saving, or leave it out",

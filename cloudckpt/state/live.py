@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
@@ -47,6 +48,11 @@ def is_live(value: object) -> bool:
     if type(value) in _NEVER or isinstance(value, torch.Tensor):
         return False
     return isinstance(value, nn.Module | Optimizer | PerRank | Stateful)
+
+
+def is_meta(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has no data; a ShardedTensor of no local shard can't be asked."""
+    return not isinstance(tensor, ShardedTensor) and tensor.is_meta
 
 
 def joined(name: str, key: object) -> str:

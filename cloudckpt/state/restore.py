@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, empty
@@ -21,7 +22,7 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS
 from cloudckpt.backends.state.records import Container, Placement
 from cloudckpt.backends.state.tree import SavedTree
-from cloudckpt.state.live import is_live, joined
+from cloudckpt.state.live import is_live, is_meta, joined
 
 Loaded = Mapping[str, Any]
 Build = Callable[[Loaded], Any]
@@ -131,7 +132,7 @@ class Restorer:
         Raises:
             ConfigurationError: it has no data, or another shape.
         """
-        if target.is_meta:
+        if is_meta(target):
             raise ConfigurationError(
                 f"the tensor at {name!r} is on the meta device, and can't be loaded into",
                 hint="Materialize it, as with torch.empty_like(tensor, device=…)",
@@ -302,7 +303,7 @@ class _Container:
 
 def _differs(template: torch.Tensor, entry: TensorStorageMetadata) -> bool:
     """Return whether an object's own tensor is not like the one that was saved, so that it gets a new one."""
-    if isinstance(template, DTensor) or template.is_meta:
+    if isinstance(template, DTensor | ShardedTensor) or template.is_meta:
         return False
     return tuple(template.shape) != tuple(entry.size) or template.dtype != entry.properties.dtype
 
