@@ -54,13 +54,7 @@ def test_there_is_a_release_and_all_of_them_are_small() -> None:
 
 
 @pytest.mark.parametrize(("archive", "name"), CASES)
-def test_it_loads_bit_exact_in_one_process(
-    archive: Path, name: str, runs_of: Runs, request: pytest.FixtureRequest
-) -> None:
-    if name == "milestones":
-        reason = "DCP names items by text: the milestones of MultiStepLR come back under text as well"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
+def test_it_loads_bit_exact_in_one_process(archive: Path, name: str, runs_of: Runs) -> None:
     assert differences(runs_of(archive), name, None) == []
 
 

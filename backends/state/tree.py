@@ -30,7 +30,10 @@ class SavedTree:
         self.records = records if records is not None else Records()
         self._paths = _paths_of(metadata)
         self._tops: defaultdict[str, list[tuple[Path, str]]] = defaultdict(list)
-        for name in self.entries:
+        # In the order of the paths, which is that of the state: that of the entries depends on the ranks that
+        # write them.
+        known = [name for name in self._paths if name in self.entries]
+        for name in [*known, *(name for name in self.entries if name not in self._paths)]:
             path = self._paths.get(name) or tuple(name.split("."))
             self._tops[str(path[0])].append((path, name))
         for name, container in self.records.containers.items():
