@@ -120,7 +120,7 @@ class NamedOptimizer:
         own = self.state["param_groups"]
         loaded = {
             "state": dict(state),
-            "param_groups": [_merged(fresh, saved) for fresh, saved in zip(own, matched, strict=True)],
+            "param_groups": _merged(own, matched),
         }
         self.optimizer.load_state_dict(loaded)
         for number, parameter in enumerate(_parameters(self.optimizer)):
@@ -239,17 +239,25 @@ def _marked(held: Any, parameter: torch.Tensor, key: str = "") -> Any:
     return held
 
 
-def _merged(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group with the options that were saved; options that are newer than that stay."""
-    group = {**fresh, **saved, _PARAMS: fresh[_PARAMS]}
-    if _NAMES in fresh:
-        group[_NAMES] = fresh[_NAMES]
-    else:
+def _merged(own: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups with the options that were saved; options that are newer than that stay.
+
+    A learning rate that is a tensor may be one for several groups, which a scheduler changes in place.
+    """
+    groups = []
+    shared: dict[int, torch.Tensor] = {}
+    for fresh, options in zip(own, saved, strict=True):
+        group = {**fresh, **options, _PARAMS: fresh[_PARAMS]}
         group.pop(_NAMES, None)
-    for key, value in fresh.items():
-        if isinstance(value, torch.Tensor) and isinstance(group[key], torch.Tensor):
-            group[key] = group[key].to(value.device)
-    return group
+        if _NAMES in fresh:
+            group[_NAMES] = fresh[_NAMES]
+        for key, value in fresh.items():
+            if isinstance(value, torch.Tensor) and isinstance(group[key], torch.Tensor):
+                tensor = group[key].to(value.device)
+                first = shared.setdefault(id(value), tensor)
+                group[key] = first if torch.equal(first, tensor) else tensor
+        groups.append(group)
+    return groups
 
 
 def _same_options(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
