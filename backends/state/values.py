@@ -168,19 +168,22 @@ def _load(data: memoryview | bytes, fqn: str, *, absent: set[str] | None = None)
     With ``absent`` the value is only proven: it takes the names of classes that are not imported.
     """
     stream = io.BytesIO(data)
-    refused: Exception | None = None
+    failed: str | None = None
     try:
         archive = checked_archive(stream, len(data), called=True)
         pickled: bytes = archive.get_record("data.pkl")
         if pickled[1:2] == bytes([_PROTOCOL]) and not weighs_too_much(pickled):
+            stream.seek(0)
             try:
                 return torch.load(stream, weights_only=True, map_location=None if absent is None else "cpu")
-            except (pickle.UnpicklingError, RuntimeError) as error:  # the latter where a device is missing
-                refused = error
+            except pickle.UnpicklingError:  # it knows too few classes
+                pass
+            except RuntimeError as error:  # a device is missing, or the value is damaged
+                failed = str(error)
         return build(parse(pickled), Storages(archive, on_cpu=absent is not None), absent=absent)
     except MissingClassesError as error:
-        if isinstance(refused, RuntimeError):  # torch knows its classes
-            raise _damaged(fqn, refused) from refused
+        if failed is not None:  # torch knows the classes
+            raise _damaged(fqn, RuntimeError(failed)) from None
         raise _unsafe(fqn, error) from error
     except ChangedClassError as error:
         raise _changed(fqn, error) from error

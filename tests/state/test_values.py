@@ -15,6 +15,7 @@ import pathlib
 import pickle
 import random
 import re
+import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ import pytest
 import torch
 
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.state import values as loading
 from cloudckpt.backends.state.values import digest, dumps, load_tensor, loads, prove_safe, refusal
 from support import hostile, plain_values
 from support import value_classes as users
@@ -370,8 +372,8 @@ def test_different_values_have_different_digests() -> None:
 
 def test_padding_does_not_change_a_digest() -> None:
     dtype = np.dtype([("a", "u1"), ("b", "f8")], align=True)
-    one, other = (np.frombuffer(bytes([fill]) * 16, dtype).copy() for fill in (1, 2))
-    one[0] = other[0] = (5, 0.5)
+    number = struct.pack("<d", 0.5)
+    one, other = (np.frombuffer(b"\5" + bytes([fill]) * 7 + number, dtype) for fill in (1, 2))
     assert one.tobytes() != other.tobytes()
     assert digest(one) == digest(other)
 
@@ -395,3 +397,9 @@ def test_a_check_of_many_numbers_asks_each_for_nothing() -> None:
     assert refusal(list(range(1_000_000))) is None
     with contextlib.suppress(pickle.PicklingError):
         assert refusal([1 << 40] * 1000) is None
+
+
+def test_plain_values_are_loaded_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "parse", None)
+    for value in (5, {"a": [1, "x", (2.5, None)]}, (torch.ones(2),)):
+        assert difference(value, loads(dumps(value).getbuffer(), "x")) is None
