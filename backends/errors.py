@@ -119,6 +119,9 @@ class IntegrityError(CheckpointError, ValueError):
 class UnsafeCheckpointError(CheckpointError, ValueError):
     """Reading this checkpoint would run code that it carries."""
 
+    classes: tuple[str, ...] = ()
+    """The classes and functions that could run code, with their modules, as far as they are known."""
+
 
 class ExecutorError(CheckpointError, RuntimeError):
     """The background checkpoint process could not serve a save."""

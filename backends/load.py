@@ -26,9 +26,8 @@ from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_sl
 from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.shared_reads import SharedReads
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
-from cloudckpt.backends.state.values import loads
+from cloudckpt.backends.state.values import load_tensor, loads, prove_safe
 from cloudckpt.backends.stock import Stored, locate
-from cloudckpt.backends.values import load_tensor, prove_safe
 
 _WHOLE = 1 << 20
 """Bytes up to which an item of a stock checkpoint is read whole, not asked where its payload lies."""

@@ -50,10 +50,14 @@ def claims_too_much(data: bytes) -> bool:
     return weighs_too_much(data) if len(data) <= _WEIGHED else _memo_too_large(data)
 
 
-def weighs_too_much(data: bytes) -> bool:
-    """The same, whatever time weighing takes."""
+def weighs_too_much(data: bytes, *, called: bool = False) -> bool:
+    """The same, whatever time weighing takes.
+
+    With ``called`` an object may be called that a call has returned, as it is in the pickle of a class within
+    a class: for a loader that calls nothing but names, and writes out nothing of what it is given.
+    """
     try:
-        _Scales(data).weigh()
+        _Scales(data, called=called).weigh()
     except _TooMuchError:
         return True
     except (LookupError, ValueError):  # the loader stops here too
@@ -95,8 +99,9 @@ def _memo_too_large(data: bytes) -> bool:
 class _Scales:
     """A pickle machine that holds weights instead of objects."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, *, called: bool = False) -> None:
         self._data = data
+        self._called = called
         self._most = _NODES * max(_SMALL, len(data))
         self._stack: list[_Weight] = []
         self._marks: list[int] = []
@@ -167,9 +172,8 @@ class _Scales:
             raise _TooMuchError
 
     def _call(self, parts: Sequence[_Weight]) -> None:
-        if (
-            parts[0] != _NAMED
-        ):  # the loader would say so, and write out what may be as large as a list of lists
+        # The loader would say so, and write out what may be as large as a list of lists.
+        if parts[0] != _NAMED and not self._called:
             raise _TooMuchError
         self._make(parts)
 

@@ -15,7 +15,7 @@ from typing import IO, cast
 
 import torch
 
-from cloudckpt.backends.values import checked_archive
+from cloudckpt.backends.state.codec.archive import checked_archive
 
 PROBE = 32 << 10
 """Bytes read from either end of an item; the framing of a plain tensor takes about 2 kB."""

@@ -19,10 +19,13 @@ from cloudckpt.backends.committed import chosen_metadata, committed
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
+from cloudckpt.backends.state.proving import Unloadable, prove
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
+
+__all__ = ["Damage", "Unloadable", "Verification", "verify"]
 
 _LARGEST_READ = 8 << 20
 """Bytes. The allocator keeps larger buffers, and takes new ones for the next read."""
@@ -59,11 +62,17 @@ class Verification:
     unverified: int
     """Items without checksums, as stock writers leave them: only their objects' sizes could be looked at."""
     damages: tuple[Damage, ...]
+    unloadable: tuple[Unloadable, ...] = ()
+    """Values that a load without ``trust`` refuses."""
+    imports: tuple[str, ...] = ()
+    """Classes in values, of modules that are not imported here: a load needs their modules imported."""
+    unproven: int = 0
+    """Values too large to be loaded within ``memory_limit``: only their bytes were compared."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged."""
-        return not self.damages
+        """True if nothing is damaged and every value that was loaded can be."""
+        return not self.damages and not self.unloadable
 
 
 def verify(
@@ -75,10 +84,12 @@ def verify(
 ) -> Verification:
     """Read a whole checkpoint and compare it with its checksums, ``concurrency`` ranges at a time.
 
-    Holds at most ``memory_limit`` bytes. Nothing that the checkpoint says is run. Damage is reported, not
-    raised. ``begun`` is told how many bytes are about to be compared, for each metadata object that the
-    checkpoint has, and ``observer`` of an object's name and how many more of its bytes have been, from the
-    threads that read.
+    Values are loaded as well, and those that a load without ``trust`` refuses are reported. Holds at most
+    ``memory_limit`` bytes. Nothing that the checkpoint says is run. Damage is reported, not raised.
+
+    ``begun`` is told how many bytes are about to be compared, for each metadata object that the checkpoint
+    has, and ``observer`` of an object's name and how many more of its bytes have been, from the threads that
+    read.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at ``uri``.
@@ -94,6 +105,9 @@ def verify(
         sum(one.size for one in found),
         sum(one.unverified for one in found),
         tuple(damage for one in found for damage in one.damages),
+        tuple(value for one in found for value in one.unloadable),
+        tuple(sorted({name for one in found for name in one.imports})),
+        sum(one.unproven for one in found),
     )
 
 
@@ -128,6 +142,7 @@ def _verified(
     if begun is not None:
         begun(sum(extent.size for extents in wanted.values() for extent in extents))
     downloader.read(wanted)
+    proof = prove(metadata, downloader, options.memory_limit, {one.item for one in damages}, unreadable)
     return Verification(
         store.uri,
         len(least),
@@ -135,6 +150,9 @@ def _verified(
         len(data) + reading.size,
         reading.unverified,
         tuple(damages),
+        proof.unloadable,
+        proof.imports,
+        proof.unproven,
     )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cloudckpt.backends.gc import Garbage, collect_garbage
     from cloudckpt.backends.reader import StorageReader
     from cloudckpt.backends.transfer import Copied, copy_checkpoint
-    from cloudckpt.backends.verify import Damage, Verification, verify
+    from cloudckpt.backends.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.version import __version__
     from cloudckpt.backends.writer import StorageWriter
     from cloudckpt.checkpointer import Checkpointer
@@ -59,6 +59,7 @@ __all__ = [
     "StorageReader",
     "StorageWriter",
     "UncertainCommitError",
+    "Unloadable",
     "UnsafeCheckpointError",
     "Verification",
     "__version__",
@@ -76,7 +77,7 @@ _HOMES = {
     "backends.gc": ("Garbage", "collect_garbage"),
     "backends.reader": ("StorageReader",),
     "backends.transfer": ("Copied", "copy_checkpoint"),
-    "backends.verify": ("Damage", "Verification", "verify"),
+    "backends.verify": ("Damage", "Unloadable", "Verification", "verify"),
     "backends.version": ("__version__",),
     "backends.writer": ("StorageWriter",),
     "checkpointer": ("Checkpointer",),

@@ -34,6 +34,7 @@ class Prepared:
     fingerprint: bytes
     flat: Flat | None = None
     trust: bool = False
+    allowed: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
@@ -46,7 +47,7 @@ class Prepared:
             leaves, paths = flatten_state_dict(state)
             return cls(fingerprint(leaves, paths))
         flat = flatten(state)
-        return cls(fingerprint(flat.leaves, flat.paths, flat.structure()), flat, state.trust)
+        return cls(fingerprint(flat.leaves, flat.paths, flat.structure()), flat, state.trust, state.allowed)
 
 
 def fingerprint(leaves: Mapping[str, Any], paths: Mapping[str, Any], beside: object = None) -> bytes:
@@ -115,7 +116,11 @@ class PlanCache:
         if prepared.flat is None:
             return DefaultSavePlanner(enable_plan_caching=caching)
         return CheckpointSavePlanner(
-            prepared.flat, self._proven, trust=prepared.trust, enable_plan_caching=caching
+            prepared.flat,
+            self._proven,
+            trust=prepared.trust,
+            allowed=prepared.allowed,
+            enable_plan_caching=caching,
         )
 
     def forget(self) -> None:

@@ -40,9 +40,9 @@ from cloudckpt.backends.formats.archive import Archive, Record
 from cloudckpt.backends.formats.source import Path, Source, refuse_kind
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.pickles import weighs_too_much
+from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.target import Target
-from cloudckpt.backends.values import plain_data_allowed
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _REPEATED = 1 << 30

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.state import values
@@ -17,8 +21,13 @@ class Proven:
     def __init__(self) -> None:
         self._digests: set[bytes] = set()
 
-    def prove(self, data: memoryview, fqn: str) -> None:
+    def prove(self, data: memoryview, fqn: str, allowed: Sequence[Any] = ()) -> None:
         """Load a value as a load without trust would.
+
+        Args:
+            data: the serialized value.
+            fqn: its name.
+            allowed: classes that the trainer lets torch load beyond its own.
 
         Raises:
             ConfigurationError: it would not load.
@@ -27,7 +36,8 @@ class Proven:
         if digest in self._digests:
             return
         try:
-            values.loads(data, fqn)
+            with torch.serialization.safe_globals([*allowed]):
+                values.loads(data, fqn)
         except CheckpointError as error:
             raise ConfigurationError(
                 f"the value at {fqn!r} would not load again: {error.message}", hint=error.hint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -32,16 +32,24 @@ class CheckpointSavePlanner(DefaultSavePlanner):
         flat: the state of this rank.
         proven: values that are known to load, which it adds to.
         trust: the state may hold what loads with ``trust=True`` alone.
+        allowed: classes that the trainer lets torch load beyond its own.
         enable_plan_caching: as in DCP.
     """
 
     def __init__(
-        self, flat: Flat, proven: Proven, *, trust: bool = False, enable_plan_caching: bool = False
+        self,
+        flat: Flat,
+        proven: Proven,
+        *,
+        trust: bool = False,
+        allowed: Sequence[Any] = (),
+        enable_plan_caching: bool = False,
     ) -> None:
         super().__init__(enable_plan_caching=enable_plan_caching)
         self._flat = flat
         self._proven = proven
         self._trust = trust
+        self._allowed = allowed
 
     def set_up_planner(
         self,
@@ -71,7 +79,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
             return super().transform_object(write_item, object)
         data: io.BytesIO = values.dumps(object)
         if not self._trust:
-            self._proven.prove(data.getbuffer(), write_item.index.fqn)
+            self._proven.prove(data.getbuffer(), write_item.index.fqn, self._allowed)
         return data
 
 

@@ -1,4 +1,4 @@
-"""``cloudckpt verify``: every byte of a checkpoint compared, and every damage listed."""
+"""``cloudckpt verify``: every byte of a checkpoint compared, every value proven loadable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cloudckpt.cli.progress import progress
 
 
 def verify(target: Target, *, as_json: bool) -> bool:
-    """Verify a checkpoint, print what was found, and tell whether it is not damaged.
+    """Verify a checkpoint, print what was found, and tell whether it is sound.
 
     Raises:
         CheckpointNotFoundError: nothing is committed there.
@@ -46,7 +46,7 @@ def _say(found: Verification) -> None:
         f"{output.count(found.objects, 'object')}, {output.count(found.items, 'item')}, "
         f"{output.size(found.size)} compared"
     )
-    if found.ok:
+    if not found.damages:
         output.say(f"not damaged: {compared}", "green")
     else:
         output.say(f"damaged in {output.count(len(found.damages), 'place')}: {compared}", "red")
@@ -61,3 +61,18 @@ def _say(found: Verification) -> None:
         for one in group:
             place = where(one)
             output.say(f"  {place}: {one.problem}" if place else f"  {one.problem}")
+    _say_values(found)
+
+
+def _say_values(found: Verification) -> None:
+    if found.unloadable:
+        output.say(f"not loadable without trust: {output.count(len(found.unloadable), 'value')}", "red")
+        for value in found.unloadable:
+            output.say(f"  {one_line(str(value))}")
+    if found.imports:
+        output.say(f"to be imported before a load: {one_line(', '.join(found.imports))}")
+    if found.unproven:
+        output.say(
+            f"{output.count(found.unproven, 'value')} too large to be loaded within memory_limit: only their "
+            "bytes were compared"
+        )

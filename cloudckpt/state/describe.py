@@ -59,6 +59,9 @@ class Describer:
             return self._around_it(value, name, self._items)
         if isinstance(value, list) and type(value) is not list:
             raise self._refused(value, name, "list")
+        if type(value) is collections.deque and any(isinstance(one, torch.Tensor) for one in value):
+            # A value is pickled whole: its tensors would be no tensors of the checkpoint.
+            raise self._refused(value, name, "list", of=" of tensors")
         self._check(value, name)
         return value
 
@@ -109,10 +112,10 @@ class Describer:
         finally:
             self._around.remove(id(value))
 
-    def _refused(self, value: object, name: str, instead: str) -> ConfigurationError:
+    def _refused(self, value: object, name: str, instead: str, of: str = "") -> ConfigurationError:
         kind = type(value)
         return ConfigurationError(
-            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}, which can't be restored",
+            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}{of}, which can't be restored",
             hint=f"Make a {instead} of it",
         )
 

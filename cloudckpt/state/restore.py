@@ -210,6 +210,7 @@ class _Container:
     blank: Callable[[str, TensorStorageMetadata], torch.Tensor] | None
 
     def build(self) -> Build:
+        """Choose what to read, and return what makes the container of it."""
         if self.record is not None and self.record.kind == "tuple":
             return self._items(tuple, self.record.length)
         if self.record is None and self.children and all(type(part) is int for part in self.children):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
+import os
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import cloudckpt
 from cloudckpt.backends import metadata as md
 from cloudckpt.cli import output, progress
+from support import value_classes as users
 from support.commands import at, in_a_pipe, run, save
 from support.places import Place
 
@@ -111,3 +120,64 @@ def test_a_pipe_gets_plain_lines_and_nothing_beside_them(folder: Place) -> None:
     assert (ran.status, ran.err) == (1, "")
     assert ran.out.splitlines()[0] == there.uri and name in ran.out.splitlines()
     assert "\x1b" not in ran.out
+
+
+def test_a_value_that_would_not_load_is_named_with_its_classes(place: Place) -> None:
+    values = {"x": torch.ones(2), "a": {"day": dt.date(2026, 1, 2)}, "f": re.compile("x"), "p": users.Plain()}
+    there = save(place, values, step=7)
+    ran = run("verify", place.uri, "--json", place=place)
+    assert (ran.status, ran.json["ok"], ran.json["damages"]) == (1, False, [])
+    plain = "support.value_classes.Plain"
+    assert [(one["name"], one["classes"]) for one in ran.json["unloadable"]] == [
+        ("f", ["re._compile"]),
+        ("p", [plain]),
+    ]
+    assert ran.json["imports"] == []
+    lines = run("verify", there.uri, place=place).out.splitlines()
+    assert lines[1].startswith("not damaged: ")
+    assert "not loadable without trust: 2 values" in lines
+    assert any("item 'f'" in line and "re._compile" in line for line in lines)
+
+
+def test_classes_of_modules_that_are_not_imported_are_listed(
+    folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = save(folder, {"x": torch.ones(2), "m": users.Mode.TRAIN, "c": [users.Config(users.Mode.TEST)]})
+    assert cloudckpt.verify(there.uri).imports == ()
+    monkeypatch.delitem(sys.modules, users.__name__)
+    ran = run("verify", there.uri)
+    assert ran.status == 0
+    assert "imported before a load: support.value_classes.Config, support.value_classes.Mode" in ran.out
+    assert users.__name__ not in sys.modules
+
+
+def test_values_of_stock_checkpoints_are_proven_as_well(tmp_path: Path) -> None:
+    state = {"x": torch.ones(2), "n": np.arange(3), "g": {"f": functools.partial(int, base=2)}}
+    dcp.save(state, checkpoint_id=tmp_path / "ckpt", no_dist=True)
+    found = cloudckpt.verify(tmp_path / "ckpt")
+    assert not found.ok and not found.damages
+    assert [(one.name, one.classes) for one in found.unloadable] == [("g.f", ("functools.partial",))]
+    assert "'g.f'" in str(found.unloadable[0])
+
+
+def test_nothing_of_a_value_is_run_when_it_is_verified(folder: Place, tmp_path: Path) -> None:
+    there = save(folder, {"x": torch.ones(2), "h": Harm(tmp_path / "harm")})
+    assert [one.classes for one in cloudckpt.verify(there.uri).unloadable] == [("posix.system",)]
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_value_too_large_to_be_loaded_is_counted(folder: Place) -> None:
+    there = save(folder, {"x": torch.ones(2), "t": "x" * (1 << 20), "n": 5})
+    found = cloudckpt.verify(there.uri, memory_limit=2 << 20)
+    assert found.ok and found.unproven == 1
+    assert "1 value too large" in run("verify", there.uri, "-o", "memory_limit=2MiB").out
+
+
+class Harm:
+    """What leaves a file behind when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self._path}",)

@@ -34,10 +34,12 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import load, metadata, stock, unpickler, values
+from cloudckpt.backends import load, metadata, stock, unpickler
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
-from support import hostile
+from cloudckpt.backends.state import values
+from cloudckpt.backends.state.codec import build, builtin_types
+from support import hostile, plain_values, value_classes
 
 SECONDS = 10
 """That one input may take, on a machine that does other things too."""
@@ -48,7 +50,10 @@ _ADDRESS_SPACE = 4096 * _MIB
 _FINDINGS = 20
 
 _CLASSES = [*unpickler._CLASSES.values(), torch.Size, collections.OrderedDict, torch.Tensor]
-_TABLES: tuple[dict[Any, Any], ...] = (unpickler._CLASSES, unpickler._FUNCTIONS, values._PLAIN)
+_TABLES: tuple[dict[Any, Any], ...] = (
+    *(unpickler._CLASSES, unpickler._FUNCTIONS, values._PLAIN),
+    *(build._BUILDERS, builtin_types.FACTORIES, builtin_types.CONSTANTS),
+)
 
 _HARMLESS = frozenset(
     {"object.__getattr__", "object.__setattr__", "object.__delattr__", "sys._getframe", "builtins.id"}
@@ -390,6 +395,47 @@ class ValueKind(Kind):
         return None
 
 
+class PlainKind(ValueKind):
+    """A value of classes that are known here, read by the loader alone."""
+
+    def __init__(self, seeds: list[Objects]) -> None:
+        super().__init__(seeds)
+        expected = plain_values.table()
+        value_classes.RAN.clear()
+        self.items = [values.dumps(value).getvalue() for value in expected.values() if _is_short(value)]
+        for protocol in (2, 4, 5):
+            stream = io.BytesIO()
+            torch.save(expected, stream, pickle_protocol=protocol)
+            self.items.append(stream.getvalue())
+        for item in self.items:  # imports what the honest ones import
+            values.loads(item, "x")
+        parts = [hostile.instructions(hostile.records(item)["archive/data.pkl"]) for item in self.items]
+        self.pickled = [part for part in parts if len(part) > 2]
+
+    def make(self, rng: random.Random) -> bytes:
+        if rng.random() < 0.3:
+            return self.an_item(rng)
+        pieces = hostile.reordered(rng.choice(self.pickled), rng)
+        if rng.random() < 0.5:
+            pieces = hostile.garbled(pieces, [pieces], rng)
+        return hostile.archive(hostile.records(self.items[0]) | {"archive/data.pkl": pieces})
+
+    def run(self, data: bytes) -> object:
+        try:
+            value = values.loads(data, "x")
+            if values.refusal(value) is None:
+                values.digest(value)
+        finally:
+            if value_classes.RAN:
+                value_classes.RAN.clear()
+                raise AssertionError("a method of a user's class ran")
+        return None
+
+
+def _is_short(value: object) -> bool:
+    return len(values.dumps(value).getbuffer()) < 4_000
+
+
 class CheckpointKind(Kind):
     """A whole checkpoint, through DCP."""
 
@@ -446,6 +492,7 @@ KINDS: dict[str, type[Kind]] = {
     "metadata": MetadataKind,
     "framing": FramingKind,
     "values": ValueKind,
+    "plain": PlainKind,
     "checkpoint": CheckpointKind,
     "unguarded": UnguardedKind,
 }

@@ -1,0 +1,1 @@
+"""Pickles of values, read into trees and built from tables of known classes."""
