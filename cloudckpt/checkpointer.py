@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, get_args
+from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -18,16 +18,15 @@ from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
-    ConfigurationError,
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
+from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
-from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.rendezvous import grouped
@@ -37,11 +36,9 @@ from cloudckpt.progress import display
 from cloudckpt.ranks import agreed, own_rank, together
 from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
-from cloudckpt.saves import Saves
+from cloudckpt.saves import OnFailure, Saves
 from cloudckpt.schedule import Schedule
 from cloudckpt.watch import Watch
-
-OnFailure = Literal["raise", "warn"]
 
 _log = background_log.logger(__name__)
 
@@ -120,8 +117,7 @@ class Checkpointer:
         self._run = Run(Target.given("Checkpointer", uri, options))
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        if on_failure not in get_args(OnFailure):
-            raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
+        self._saves = Saves(on_failure)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._overwrite = true_or_false("overwrite", overwrite)
@@ -134,11 +130,11 @@ class Checkpointer:
             port_range=port_range,
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
+        self._calls = Calls(self._executor, process_group, self.uri)
         self._rank = own_rank(process_group)
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
         self._watch = Watch(on_event, self._rank, self._display)
-        self._saves = Saves(warn=on_failure == "warn")
         self._preemption = Preemption(preemption_grace, self._rank)
 
     @property
@@ -156,7 +152,8 @@ class Checkpointer:
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
-        agreed(self._run.prove, self._group)
+        name = "warmup()" if state_dict is None else "warmup(state_dict)"
+        self._calls.agreed(name, self._run.prove)
         self._executor.warmup(
             None if state_dict is None else lambda: AppState(state_dict).as_dcp_has_it(),
             process_group=self._group,
@@ -183,10 +180,11 @@ class Checkpointer:
                 handle raises it, on each.
             Preempted: the job was told to end, and this was its last step.
         """
-        self._pass(step, state_dict, metric)
-        if not self._schedule.is_due(step, self._follow_first):
+        name = f"async_save({spelled(step)})"
+        self._pass(step, state_dict, metric, name)
+        if not self._schedule.is_due(step, self._calls.follow_first(name, "due")):
             return skipped()
-        self._saves.raise_unheard(self._follow_first)
+        self._saves.raise_unheard(self._calls.follow_first(name, "unheard"))
         return self._save(step, state_dict, metric)
 
     def save(
@@ -199,7 +197,7 @@ class Checkpointer:
             CheckpointError: what failed the save, on whichever rank.
             Preempted: the job was told to end, and this was its last step.
         """
-        self._pass(step, state_dict, metric)
+        self._pass(step, state_dict, metric, f"save({spelled(step)})")
         return self._save(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
@@ -227,6 +225,7 @@ class Checkpointer:
         def choose() -> tuple[int | None, bool]:
             return (self._run.newest(), fallback) if step is None else (step, False)
 
+        self._calls.meet(f"load({'' if step is None else f'step={spelled(step)}'})")
         state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
             raise CheckpointNotFoundError(
@@ -253,11 +252,11 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest committed step, whoever committed it; None where there is none. Alike on every rank."""
-        return agreed(self._run.newest, self._group)
+        return self._calls.agreed("latest_step()", self._run.newest)
 
     def all_steps(self) -> list[int]:
         """Every committed step, in order. Alike on every rank."""
-        return agreed(self._run.steps, self._group)
+        return self._calls.agreed("all_steps()", self._run.steps)
 
     def pin(self, step: int) -> None:
         """Keep a committed step, whatever else does not stay. Every rank calls it.
@@ -265,11 +264,11 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such step.
         """
-        agreed(lambda: self._run.pin(step), self._group)
+        self._calls.agreed(f"pin({spelled(step)})", lambda: self._run.pin(step))
 
     def unpin(self, step: int) -> None:
         """Leave a step to ``keep_last`` and the others again. Every rank calls it."""
-        agreed(lambda: self._run.unpin(step), self._group)
+        self._calls.agreed(f"unpin({spelled(step)})", lambda: self._run.unpin(step))
 
     def wait(self) -> None:
         """Wait for every save under way. Every rank calls it.
@@ -283,9 +282,7 @@ class Checkpointer:
             self._settle()
             return self._saves.ended_badly
 
-        self._saves.raise_alike(
-            self._executor.confer(ended_badly, process_group=self._group, no_dist=not grouped())
-        )
+        self._saves.raise_alike(self._calls.confer("wait()", ended_badly))
 
     def preempt(self) -> None:
         """Have every rank save its next step as the last, as at a SIGTERM: for notices that are no signals.
@@ -329,14 +326,11 @@ class Checkpointer:
         finally:
             self._preemption.close(deliver=deliver)
 
-    def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> None:
+    def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None, name: str) -> None:
         """Let a call go on, unless its step is none, or is the last of the job."""
         self._run.folder(step)
-        if not self._preemption.passes(self._last_call):
+        if not self._preemption.passes(self._calls.last_call(name)):
             self._end(step, state_dict, metric)
-
-    def _last_call(self, heard: Heard) -> LastCall:
-        return self._executor.last_call(heard, process_group=self._group, no_dist=not grouped())
 
     def _end(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> NoReturn:
         """Save the last step in the time that is left, or give up, and raise what ends the process."""
@@ -350,9 +344,6 @@ class Checkpointer:
         except failures.ANY as error:
             _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
         raise self._preemption.ended(step, info)
-
-    def _follow_first(self, value: bool) -> bool:
-        return self._executor.follow_first(value, process_group=self._group, no_dist=not grouped())
 
     def _save(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
@@ -385,6 +376,7 @@ class Checkpointer:
             described if grouped() else described(),
             describe,
             begun=begun,
+            subject=f"the save of step {spelled(step)} of {self.uri}",
             storage_writer=writer,
             process_group=self._group,
             no_dist=not grouped(),

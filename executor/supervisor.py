@@ -190,6 +190,7 @@ class Supervisor:
             subject=job.subject,
             generation=self._living_generation(),
             failure=failures.dumps(job.failure) if job.failure is not None else None,
+            together=job.use_collectives,
         )
         try:
             trial = self._council.convene(standing, self._terms.start_timeout)
