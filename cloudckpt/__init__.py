@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cloudckpt.events import CheckpointInfo
     from cloudckpt.executor import SaveHandle
     from cloudckpt.preemption import Preempted
+    from cloudckpt.state.random_state import RandomState
 
 __all__ = [
     "AccessDeniedError",
@@ -53,6 +54,7 @@ __all__ = [
     "IntegrityError",
     "ObjectNotFoundError",
     "Preempted",
+    "RandomState",
     "SaveHandle",
     "SaveTimeoutError",
     "StorageError",
@@ -83,6 +85,7 @@ _HOMES = {
     "events": ("CheckpointInfo",),
     "executor": ("SaveHandle",),
     "preemption": ("Preempted",),
+    "state.random_state": ("RandomState",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
