@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -29,6 +29,8 @@ from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
+from cloudckpt.executor.rank_conflicts import RankConflicts
+from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
@@ -84,6 +86,9 @@ class Checkpointer:
             collectives, saves do not.
         trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
         overwrite: replace a step that is committed already.
+        rank_conflicts: what a save does with a name whose value differs between ranks: ``"error"`` refuses
+            it, ``"warn"`` logs it, and a list has patterns of names that may differ, as ``["*.expert.*"]``.
+            The lowest rank's value is saved then. `PerRank` saves each rank's.
         options: of the URI, as in the table of options.
 
     Raises:
@@ -112,6 +117,7 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         trust: bool = False,
         overwrite: bool = False,
+        rank_conflicts: Literal["error", "warn"] | Sequence[str] = "error",
         **options: Any,
     ) -> None:
         self._run = Run(Target.given("Checkpointer", uri, options))
@@ -121,6 +127,7 @@ class Checkpointer:
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._overwrite = true_or_false("overwrite", overwrite)
+        self._rank_conflicts: RankConflicts = rank_conflicts_checked(rank_conflicts)
         self._executor = ProcessExecutor(
             save_timeout,
             start_timeout,
@@ -377,6 +384,7 @@ class Checkpointer:
             describe,
             begun=begun,
             subject=f"the save of step {spelled(step)} of {self.uri}",
+            rank_conflicts=self._rank_conflicts,
             storage_writer=writer,
             process_group=self._group,
             no_dist=not grouped(),

@@ -59,20 +59,24 @@ class PlanCache:
     def __init__(self) -> None:
         self._key: str | None = None
 
-    def planner_for(self, writer: StorageWriter, fingerprints: Iterable[bytes]) -> SavePlanner:
+    def planner_for(
+        self, writer: StorageWriter, fingerprints: Iterable[bytes], *, to_lowest_rank: bool = False
+    ) -> SavePlanner:
         """A planner that uses the plans kept under these fingerprints of all ranks, by rank.
 
         Every rank must call it with the same. Another library's writer may put into a plan what is good for
-        one save only, so that its plans aren't kept.
+        one save only, so that its plans aren't kept. With ``to_lowest_rank``, what several ranks have is
+        written by the lowest of them.
         """
         if not isinstance(writer, OurWriter):
             self.forget()
-            return DefaultSavePlanner()
-        key = f"cloudckpt/{hashlib.sha256(b''.join(fingerprints)).hexdigest()}"
+            return DefaultSavePlanner(dedup_save_to_lowest_rank=to_lowest_rank)
+        which = "lowest" if to_lowest_rank else "any"
+        key = f"cloudckpt/{which}/{hashlib.sha256(b''.join(fingerprints)).hexdigest()}"
         if key != self._key:
             self.forget()
             self._key = key
-        planner = DefaultSavePlanner(enable_plan_caching=True)
+        planner = DefaultSavePlanner(enable_plan_caching=True, dedup_save_to_lowest_rank=to_lowest_rank)
         planner._cached_plans_key = key  # noqa: SLF001 - its own key is its class's name
         return planner
 

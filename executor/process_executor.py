@@ -25,6 +25,7 @@ from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
+from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import flag
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
@@ -140,6 +141,7 @@ class ProcessExecutor:
         *,
         begun: Callable[[SaveHandle[T]], object] | None = None,
         subject: str | None = None,
+        rank_conflicts: RankConflicts | None = None,
         checkpoint_id: str | os.PathLike[str] | None = None,
         storage_writer: StorageWriter | None = None,
         planner: SavePlanner | None = None,
@@ -154,6 +156,8 @@ class ProcessExecutor:
         taking its snapshot does. ``begun`` gets the handle before: an interruption, such as Ctrl-C, fails the
         save on the other ranks and is raised here. ``subject`` is what errors call the save, by default
         ``the save of`` its URI. Where ranks come with different subjects, the save fails on all of them.
+        ``rank_conflicts`` says what becomes of values that differ between ranks under one name; None does
+        not compare them.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
         self._calls += 1  # before what may fail on this rank alone: the others count this call
@@ -178,6 +182,7 @@ class ProcessExecutor:
             checkpoint_id=None if checkpoint_id is None else os.fspath(checkpoint_id),
             no_dist=no_dist,
             use_collectives=use_collectives,
+            rank_conflicts=rank_conflicts,
         )
         if begun is not None:
             begun(job.delivery.handle)

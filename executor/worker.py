@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -32,6 +33,7 @@ from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, 
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, fingerprint
 from cloudckpt.executor.progress import ProgressBoard
+from cloudckpt.executor.rank_conflicts import RankCheck, Summary
 from cloudckpt.executor.watch import watched
 
 _log = background_log.logger(__name__)
@@ -134,6 +136,9 @@ class _Prepared:
     writer: StorageWriter
     planner: SavePlanner | None
     fingerprint: bytes
+    leaves: dict[str, Any]
+    """By the names that they are saved under, where ranks' values are compared."""
+    summary: Summary | None
 
 
 class Worker:
@@ -145,6 +150,7 @@ class Worker:
         self._board = board
         self._arenas: dict[int, Arena] = {}
         self._plans = PlanCache()
+        self._check: RankCheck | None = None
         self._writer: StorageWriter | None = None
         self._giving_up = threading.Lock()
 
@@ -184,11 +190,13 @@ class Worker:
         self._board.begin(request.number, request.snapshot.tensor_bytes)
         try:
             prepared = self._prepared(request)
-            fingerprints = self._together(prepared)
+            fingerprints = self._together(prepared, request)
             metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
             return Answer(request.number, result=pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL))
         except failures.ANY as error:  # the trainer raises it
             self._plans.forget()
+            if self._check is not None:
+                self._check.forget()
             self.give_up()
             alike = isinstance(error, CheckpointException) or not self._grouped
             lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
@@ -199,7 +207,9 @@ class Worker:
 
     def _saved(self, request: SaveRequest, prepared: _Prepared, fingerprints: list[bytes]) -> Metadata:
         self._writer = prepared.writer
-        planner = prepared.planner or self._plans.planner_for(prepared.writer, fingerprints)
+        planner = prepared.planner or self._plans.planner_for(
+            prepared.writer, fingerprints, to_lowest_rank=self._check is not None and bool(self._check.lowest)
+        )
         watched(prepared.writer, planner, self._board)
         with warnings.catch_warnings():
             # A single process is meant when there is one.
@@ -220,11 +230,24 @@ class Worker:
             arena = self._arena(request.arena)
             writer, planner = unpickle.loads(request.storage)
             state = snapshot.restore(request.snapshot, arena)
-            return _Prepared(state, writer, planner, b"" if planner is not None else fingerprint(state))
+            structure = b"" if planner is not None else fingerprint(state)
+            leaves, summary = self._summarized(request, state)
+            return _Prepared(state, writer, planner, structure, leaves, summary)
         except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
             return failures.noted(error)
 
-    def _together(self, prepared: _Prepared | Exception) -> list[bytes]:
+    def _summarized(
+        self, request: SaveRequest, state: dict[str, Any]
+    ) -> tuple[dict[str, Any], Summary | None]:
+        """This rank's part of a save as it is compared with the others', if it is."""
+        if not self._grouped or request.rank_conflicts is None or not request.use_collectives:
+            return {}, None
+        if self._check is None:
+            self._check = RankCheck(dist.get_rank(), dist.get_world_size())
+        leaves, _ = flatten_state_dict(state)
+        return leaves, self._check.summary(leaves, request.rank_conflicts)
+
+    def _together(self, prepared: _Prepared | Exception, request: SaveRequest) -> list[bytes]:
         """Go on only when every rank can: one that stayed away would leave the others in a collective."""
         if not self._grouped:
             if isinstance(prepared, Exception):
@@ -232,12 +255,18 @@ class Worker:
             return [prepared.fingerprint]
         told: list[Any] = [None] * dist.get_world_size()
         failed = isinstance(prepared, Exception)
-        own = failures.dumps(prepared) if isinstance(prepared, Exception) else prepared.fingerprint
+        own: Any = failures.dumps(prepared) if isinstance(prepared, Exception) else None
+        if isinstance(prepared, _Prepared):
+            own = prepared.fingerprint, prepared.summary
         dist.all_gather_object(told, (failed, own))
         problems = {rank: failures.loads(data) for rank, (failed, data) in enumerate(told) if failed}
         if problems:
             raise CheckpointException("prepare", {rank: (e, _NO_FRAMES) for rank, e in problems.items()})
-        return [data for _, data in told]
+        if self._check is not None and request.rank_conflicts is not None and isinstance(prepared, _Prepared):
+            summaries = [summary for _, (_, summary) in told]
+            if prepared.summary is not None:
+                self._check.settle(summaries, prepared.leaves, request.rank_conflicts)
+        return [structure for _, (structure, _) in told]
 
     def _lost(self, error: BaseException) -> BaseException:
         """A collective that failed: what it says is about sockets, and means a rank."""
