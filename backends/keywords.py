@@ -37,6 +37,7 @@ OWN: Final[Mapping[str, tuple[str, ...]]] = {
         "process_group",
         "trust",
         "overwrite",
+        "rank_conflicts",
     ),
     "StorageWriter": ("overwrite", "notes"),
     "StorageReader": ("trust", "share"),

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from cloudckpt.events import CheckpointInfo
     from cloudckpt.executor import SaveHandle
     from cloudckpt.preemption import Preempted
+    from cloudckpt.state.per_rank import PerRank
+    from cloudckpt.state.random_state import RandomState
 
 __all__ = [
     "AccessDeniedError",
@@ -52,7 +54,9 @@ __all__ = [
     "Garbage",
     "IntegrityError",
     "ObjectNotFoundError",
+    "PerRank",
     "Preempted",
+    "RandomState",
     "SaveHandle",
     "SaveTimeoutError",
     "StorageError",
@@ -84,6 +88,8 @@ _HOMES = {
     "events": ("CheckpointInfo",),
     "executor": ("SaveHandle",),
     "preemption": ("Preempted",),
+    "state.per_rank": ("PerRank",),
+    "state.random_state": ("RandomState",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

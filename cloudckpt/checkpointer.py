@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, get_args
+from typing import Any, Literal, NoReturn, Self
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -17,19 +17,20 @@ from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
-    ConfigurationError,
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.state.flatten import flatten
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
+from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
-from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
+from cloudckpt.executor.rank_conflicts import RankConflicts
+from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
@@ -37,12 +38,10 @@ from cloudckpt.progress import display
 from cloudckpt.ranks import agreed, own_rank, together
 from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
-from cloudckpt.saves import Saves
+from cloudckpt.saves import OnFailure, Saves
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
 from cloudckpt.watch import Watch
-
-OnFailure = Literal["raise", "warn"]
 
 _log = background_log.logger(__name__)
 
@@ -88,6 +87,9 @@ class Checkpointer:
             collectives, saves do not.
         trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
         overwrite: replace a step that is committed already.
+        rank_conflicts: what a save does with a name whose value differs between ranks: ``"error"`` refuses
+            it, ``"warn"`` logs it, and a list has patterns of names that may differ, as ``["*.expert.*"]``.
+            The lowest rank's value is saved then. `PerRank` saves each rank's.
         options: of the URI, as in the table of options.
 
     Raises:
@@ -116,16 +118,17 @@ class Checkpointer:
         process_group: dist.ProcessGroup | None = None,
         trust: bool = False,
         overwrite: bool = False,
+        rank_conflicts: Literal["error", "warn"] | Sequence[str] = "error",
         **options: Any,
     ) -> None:
         self._run = Run(Target.given("Checkpointer", uri, options))
         self._retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        if on_failure not in get_args(OnFailure):
-            raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
+        self._saves = Saves(on_failure)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._overwrite = true_or_false("overwrite", overwrite)
+        self._rank_conflicts: RankConflicts = rank_conflicts_checked(rank_conflicts)
         self._executor = ProcessExecutor(
             save_timeout,
             start_timeout,
@@ -135,11 +138,11 @@ class Checkpointer:
             port_range=port_range,
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
+        self._calls = Calls(self._executor, process_group, self.uri)
         self._rank = own_rank(process_group)
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
         self._watch = Watch(on_event, self._rank, self._display)
-        self._saves = Saves(warn=on_failure == "warn")
         self._preemption = Preemption(preemption_grace, self._rank)
 
     @property
@@ -157,7 +160,8 @@ class Checkpointer:
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
-        agreed(self._run.prove, self._group)
+        name = "warmup()" if state_dict is None else "warmup(state_dict)"
+        self._calls.agreed(name, self._run.prove)
         self._executor.warmup(
             None if state_dict is None else lambda: self._described(state_dict, plan=True),
             process_group=self._group,
@@ -185,10 +189,11 @@ class Checkpointer:
             Preempted: the job was told to end, and this was its last step.
         """
         step = self._run.number(step)
-        self._pass(step, state_dict, metric)
-        if not self._schedule.is_due(step, self._follow_first):
+        name = f"async_save({step})"
+        self._pass(step, state_dict, metric, name)
+        if not self._schedule.is_due(step, self._calls.follow_first(name, "due")):
             return skipped()
-        self._saves.raise_unheard(self._follow_first)
+        self._saves.raise_unheard(self._calls.follow_first(name, "unheard"))
         return self._save(step, state_dict, metric)
 
     def save(
@@ -202,7 +207,7 @@ class Checkpointer:
             Preempted: the job was told to end, and this was its last step.
         """
         step = self._run.number(step)
-        self._pass(step, state_dict, metric)
+        self._pass(step, state_dict, metric, f"save({step})")
         return self._save(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
@@ -230,6 +235,7 @@ class Checkpointer:
         def choose() -> tuple[int | None, bool]:
             return (self._run.newest(), fallback) if step is None else (self._run.number(step), False)
 
+        self._calls.meet(f"load({'' if step is None else f'step={spelled(step)}'})")
         state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
             raise CheckpointNotFoundError(
@@ -256,11 +262,11 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest committed step, whoever committed it; None where there is none. Alike on every rank."""
-        return agreed(self._run.newest, self._group)
+        return self._calls.agreed("latest_step()", self._run.newest)
 
     def all_steps(self) -> list[int]:
         """Every committed step, in order. Alike on every rank."""
-        return agreed(self._run.steps, self._group)
+        return self._calls.agreed("all_steps()", self._run.steps)
 
     def pin(self, step: int) -> None:
         """Keep a committed step, whatever else does not stay. Every rank calls it.
@@ -268,11 +274,11 @@ class Checkpointer:
         Raises:
             CheckpointNotFoundError: there is no such step.
         """
-        agreed(lambda: self._run.pin(step), self._group)
+        self._calls.agreed(f"pin({spelled(step)})", lambda: self._run.pin(step))
 
     def unpin(self, step: int) -> None:
         """Leave a step to ``keep_last`` and the others again. Every rank calls it."""
-        agreed(lambda: self._run.unpin(step), self._group)
+        self._calls.agreed(f"unpin({spelled(step)})", lambda: self._run.unpin(step))
 
     def wait(self) -> None:
         """Wait for every save under way. Every rank calls it.
@@ -286,9 +292,7 @@ class Checkpointer:
             self._settle()
             return self._saves.ended_badly
 
-        self._saves.raise_alike(
-            self._executor.confer(ended_badly, process_group=self._group, no_dist=not grouped())
-        )
+        self._saves.raise_alike(self._calls.confer("wait()", ended_badly))
 
     def preempt(self) -> None:
         """Have every rank save its next step as the last, as at a SIGTERM: for notices that are no signals.
@@ -332,13 +336,10 @@ class Checkpointer:
         finally:
             self._preemption.close(deliver=deliver)
 
-    def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> None:
+    def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None, name: str) -> None:
         """Let a call go on, unless its step is none, or is the last of the job."""
-        if not self._preemption.passes(self._last_call):
+        if not self._preemption.passes(self._calls.last_call(name)):
             self._end(step, state_dict, metric)
-
-    def _last_call(self, heard: Heard) -> LastCall:
-        return self._executor.last_call(heard, process_group=self._group, no_dist=not grouped())
 
     def _end(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> NoReturn:
         """Save the last step in the time that is left, or give up, and raise what ends the process."""
@@ -352,9 +353,6 @@ class Checkpointer:
         except failures.ANY as error:
             _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
         raise self._preemption.ended(step, info)
-
-    def _follow_first(self, value: bool) -> bool:
-        return self._executor.follow_first(value, process_group=self._group, no_dist=not grouped())
 
     def _save(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
@@ -387,6 +385,8 @@ class Checkpointer:
             described if grouped() else described(),
             describe,
             begun=begun,
+            subject=f"the save of step {spelled(step)} of {self.uri}",
+            rank_conflicts=self._rank_conflicts,
             storage_writer=writer,
             process_group=self._group,
             no_dist=not grouped(),

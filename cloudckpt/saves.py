@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import wait
+from typing import Literal, get_args
 
 from cloudckpt.backends import background_log
+from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
@@ -15,6 +17,8 @@ _REMEMBERED = 16
 
 _log = background_log.logger("cloudckpt.checkpointer")
 
+OnFailure = Literal["raise", "warn"]
+
 Follow = Callable[[bool], bool]
 """Rank 0's value, on every rank; each gives its own."""
 
@@ -23,11 +27,16 @@ class Saves:
     """What became of each save is told once: by its handle to who asks that, or else by one of these.
 
     Args:
-        warn: log what failed instead of raising it.
+        on_failure: ``"warn"`` logs what failed instead of raising it.
+
+    Raises:
+        ConfigurationError: ``on_failure`` is neither ``"raise"`` nor ``"warn"``.
     """
 
-    def __init__(self, *, warn: bool) -> None:
-        self._warn = warn
+    def __init__(self, on_failure: OnFailure) -> None:
+        if on_failure not in get_args(OnFailure):
+            raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
+        self._warn = on_failure == "warn"
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
 
     def add(self, step: int, handle: SaveHandle[CheckpointInfo]) -> None:

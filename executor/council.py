@@ -24,15 +24,17 @@ class Standing:
 
     Attributes:
         call: how many saves this rank has been asked for.
-        subject: what is saved, where that is the same on every rank.
+        subject: what this rank comes to, such as ``the save of step 5 of s3://bucket/run``.
         generation: of the group that its checkpoint process is alive in.
         failure: a pickled error, when this rank can't take part.
+        together: every rank must come to the same.
     """
 
     call: int
     subject: str
     generation: int | None
     failure: bytes | None = None
+    together: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +97,6 @@ class Council(ABC):
         """
 
     @abstractmethod
-    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:
-        """The value that rank 0 gives; each rank gives its own and gets that one."""
-
-    @abstractmethod
-    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:
-        """Return what the first rank said that said something, once it has; None when all came and none did.
-
-        Raises:
-            ExecutorError: a rank did not come within ``timeout`` seconds, or the store can't be reached.
-        """
-
-    @abstractmethod
     def leave(self, timeout: float) -> None:
         """Wait until the others have heard the last verdict: the store may end with this process."""
 
@@ -122,12 +112,6 @@ class SoloCouncil(Council):
         if standing.failure is not None:
             raise failures.loads(standing.failure)
         return _SoloTrial(self._attempt, standing.generation or self._attempt)
-
-    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:  # noqa: ARG002 - the interface
-        return value
-
-    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:  # noqa: ARG002 - the interface
-        return said
 
     def leave(self, timeout: float) -> None:
         """Nobody else listens."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudckpt.executor.network.network_options import NetworkOptions
+from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.snapshot import Snapshot
 
@@ -55,7 +56,10 @@ class ArenaNews:
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """One save. ``storage`` is the pickled pair of writer and planner."""
+    """One save. ``storage`` is the pickled pair of writer and planner.
+
+    ``rank_conflicts`` says what becomes of values that differ between ranks; None compares none.
+    """
 
     number: int
     arena: ArenaNews
@@ -64,6 +68,7 @@ class SaveRequest:
     checkpoint_id: str | None
     no_dist: bool
     use_collectives: bool
+    rank_conflicts: RankConflicts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor import failures
-from cloudckpt.executor.council import Council
+from cloudckpt.executor.roll_call import Call, RollCall
 from cloudckpt.executor.supervisor import Job, Supervisor
 
 _YES = b"yes"
@@ -33,12 +33,13 @@ def joining(job: Job, supervisor: Supervisor) -> Iterator[None]:
     supervisor.submit(job)
 
 
-def confer(council: Council, topic: str, ask: Callable[[], bool], rank: int, timeout: float) -> bool:
+def confer(calls: RollCall, call: Call, ask: Callable[[], bool], rank: int, timeout: float) -> bool:
     """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
 
     A yes of rank 0 and an error end it at once; a no does once all ranks have come.
 
     Raises:
+        ConfigurationError: another rank makes another call.
         ExecutorError: a rank did not come within ``timeout`` seconds, or was interrupted.
         BaseException: what ``ask`` raised, noted with the rank.
     """
@@ -50,11 +51,32 @@ def confer(council: Council, topic: str, ask: Callable[[], bool], rank: int, tim
         own = failures.shared(error, rank)
         said = failures.dumps(own)
         if not isinstance(error, failures.ANY):
-            with contextlib.suppress(ExecutorError):  # this rank raises what interrupted it
-                council.confer(topic, said, min(_LAST_WORD, timeout))
+            with contextlib.suppress(ExecutorError, ConfigurationError):  # this rank raises its interruption
+                calls.confer(call, said, min(_LAST_WORD, timeout))
             raise
-    word = council.confer(topic, said, timeout)
+    word = _answered(calls, call, said, rank, timeout)
     if word is None or word == _YES:
         return word is not None
     common = failures.with_traceback_of(own, failures.loads(word))
     raise common from common.__cause__
+
+
+def meet(calls: RollCall, call: Call, rank: int, timeout: float) -> None:
+    """Wait until every rank makes this call.
+
+    Raises:
+        ConfigurationError: another rank makes another call.
+        ExecutorError: a rank did not come within ``timeout`` seconds, or was interrupted.
+    """
+    _answered(calls, call, None, rank, timeout)
+
+
+def _answered(calls: RollCall, call: Call, said: bytes | None, rank: int, timeout: float) -> bytes | None:
+    try:
+        return calls.confer(call, said, timeout)
+    except failures.ANY:
+        raise
+    except BaseException as error:
+        with contextlib.suppress(ExecutorError):  # this rank raises its interruption
+            calls.refuse(call, failures.dumps(failures.shared(error, rank)), min(_LAST_WORD, timeout))
+        raise

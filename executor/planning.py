@@ -94,33 +94,41 @@ class PlanCache:
         self._proven = Proven()
 
     def planner_for(
-        self, writer: StorageWriter, fingerprints: Iterable[bytes], prepared: Prepared
+        self,
+        writer: StorageWriter,
+        fingerprints: Iterable[bytes],
+        prepared: Prepared,
+        *,
+        to_lowest_rank: bool = False,
     ) -> SavePlanner:
         """A planner that uses the plans kept under these fingerprints of all ranks, by rank.
 
         Every rank must call it with the same. Another library's writer may put into a plan what is good for
-        one save only, so that its plans aren't kept.
+        one save only, so that its plans aren't kept. With ``to_lowest_rank``, what several ranks have is
+        written by the lowest of them.
         """
         if not isinstance(writer, OurWriter):
             self.forget()
-            return self._planner(prepared, caching=False)
-        key = f"cloudckpt/{hashlib.sha256(b''.join(fingerprints)).hexdigest()}"
+            return self._planner(prepared, caching=False, to_lowest_rank=to_lowest_rank)
+        which = "lowest" if to_lowest_rank else "any"
+        key = f"cloudckpt/{which}/{hashlib.sha256(b''.join(fingerprints)).hexdigest()}"
         if key != self._key:
             self.forget()
             self._key = key
-        planner = self._planner(prepared, caching=True)
+        planner = self._planner(prepared, caching=True, to_lowest_rank=to_lowest_rank)
         planner._cached_plans_key = key  # noqa: SLF001 - its own key is its class's name
         return planner
 
-    def _planner(self, prepared: Prepared, *, caching: bool) -> DefaultSavePlanner:
+    def _planner(self, prepared: Prepared, *, caching: bool, to_lowest_rank: bool) -> DefaultSavePlanner:
         if prepared.flat is None:
-            return DefaultSavePlanner(enable_plan_caching=caching)
+            return DefaultSavePlanner(enable_plan_caching=caching, dedup_save_to_lowest_rank=to_lowest_rank)
         return CheckpointSavePlanner(
             prepared.flat,
             self._proven,
             trust=prepared.trust,
             allowed=prepared.allowed,
             enable_plan_caching=caching,
+            dedup_save_to_lowest_rank=to_lowest_rank,
         )
 
     def forget(self) -> None:

@@ -20,14 +20,14 @@ from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import outcomes, quiet, snapshot
-from cloudckpt.executor.council import Council, SoloCouncil
+from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
-from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
-from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, flag, grouped
-from cloudckpt.executor.store_council import StoreCouncil
+from cloudckpt.executor.rank_conflicts import RankConflicts
+from cloudckpt.executor.rendezvous import flag
+from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
 from cloudckpt.executor.unpickle import MainScript
 
@@ -91,19 +91,13 @@ class ProcessExecutor:
         quiet.check()
         descriptors.fill_standard()
         self._network = NetworkOptions.given(interface, port_range)
+        self._ranks = Gathering(start_timeout, use_prefix_store, self._network)
         self._save_timeout = save_timeout
         self._start_timeout = start_timeout
         self._on_busy = on_busy
-        self._use_prefix_store = use_prefix_store
         self._arenas = ArenaPool(snapshots)
         self._calls = 0
-        self._asked = 0
-        self._closed = False
         self._owner = os.getpid()
-        self._served: tuple[dist.ProcessGroup | None, bool] | None = None
-        self._place: MeetingPlace | None = None
-        self._meeting: Meeting | None = None
-        self._council: Council = SoloCouncil()
         self._supervisor: Supervisor | None = None
         atexit.register(self.close)
 
@@ -146,6 +140,8 @@ class ProcessExecutor:
         make: Callable[[Metadata], T],
         *,
         begun: Callable[[SaveHandle[T]], object] | None = None,
+        subject: str | None = None,
+        rank_conflicts: RankConflicts | None = None,
         checkpoint_id: str | os.PathLike[str] | None = None,
         storage_writer: StorageWriter | None = None,
         planner: SavePlanner | None = None,
@@ -158,13 +154,18 @@ class ProcessExecutor:
         ``make`` is called once, when the result is first asked for. A ``state`` that is a function is
         called when it is its turn. What it raises fails the save on every rank, as all that keeps a rank from
         taking its snapshot does. ``begun`` gets the handle before: an interruption, such as Ctrl-C, fails the
-        save on the other ranks and is raised here.
+        save on the other ranks and is raised here. ``subject`` is what errors call the save, by default
+        ``the save of`` its URI. Where ranks come with different subjects, the save fails on all of them.
+        ``rank_conflicts`` says what becomes of values that differ between ranks under one name; None does
+        not compare them.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
         self._calls += 1  # before what may fail on this rank alone: the others count this call
-        supervisor = self._ready(process_group, no_dist)
-        if self._on_busy != "wait" and self._council.follow_first(
-            f"busy/{self._calls}", self._arenas.busy, self._start_timeout
+        if subject is None:
+            subject = f"the save of {uri}" if uri else ""
+        supervisor = self._ready(process_group, no_dist, subject or "this save")
+        if self._on_busy != "wait" and self._ranks.follow_first(
+            Call(subject, uri, "busy"), self._arenas.busy
         ):
             if self._on_busy == "skip":
                 return skipped()
@@ -175,12 +176,13 @@ class ProcessExecutor:
             )
         job = Job(
             number=self._calls,
-            subject=uri or "",
+            subject=subject,
             delivery=Delivery(make),
             uri=uri,
             checkpoint_id=None if checkpoint_id is None else os.fspath(checkpoint_id),
             no_dist=no_dist,
             use_collectives=use_collectives,
+            rank_conflicts=rank_conflicts,
         )
         if begun is not None:
             begun(job.delivery.handle)
@@ -213,14 +215,16 @@ class ProcessExecutor:
             Exception: what a rank's state raised, or there is no memory for it: on every rank.
         """
         self._calls += 1
-        supervisor = self._ready(process_group, no_dist)
-        proof = Job(number=self._calls, subject="warm-up", delivery=Delivery(_itself))
+        supervisor = self._ready(process_group, no_dist, "the warm-up")
+        proof = Job(number=self._calls, subject="the warm-up", delivery=Delivery(_itself))
         supervisor.submit(proof)
         jobs = [proof]
         if state_dict is not None:
             # Another, for while the process starts the memory is touched, which may fail on one rank alone.
             self._calls += 1
-            jobs.append(Job(number=self._calls, subject="memory of a snapshot", delivery=Delivery(_itself)))
+            jobs.append(
+                Job(number=self._calls, subject="the warm-up of a snapshot", delivery=Delivery(_itself))
+            )
             with outcomes.joining(jobs[1], supervisor):
                 self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
         for job in jobs:
@@ -228,55 +232,19 @@ class ProcessExecutor:
             if error is not None:
                 raise error
 
-    def follow_first(
-        self, value: bool, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
-    ) -> bool:
-        """Rank 0's value, on every rank: by the store in which the processes meet, without a collective.
+    def ranks(
+        self, call: str, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
+    ) -> Gathering:
+        """Return the ranks that this executor serves, after they have agreed where to meet.
 
-        Every rank calls it, and in the same order with all other calls.
-
-        Raises:
-            ExecutorError: rank 0 did not say within ``start_timeout``.
-        """
-        self._asked += 1  # before what may fail on this rank alone
-        topic = f"asked/{self._asked}"
-        self._ready(process_group, no_dist)
-        return self._council.follow_first(topic, value, self._start_timeout)
-
-    def confer(
-        self,
-        ask: Callable[[], bool],
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        no_dist: bool = False,
-    ) -> bool:
-        """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
-
-        By the store, without a collective. A "yes" of rank 0 does not wait for the others.
+        Every rank calls it. After `close` they are those that have met before, if any have.
 
         Raises:
-            ExecutorError: a rank did not come within ``start_timeout``, or was interrupted.
+            ExecutorError: rank 0 did not come to ``call`` within ``start_timeout``.
         """
-        self._asked += 1
-        topic = f"asked/{self._asked}"
-        self._ready(process_group, no_dist)
-        if self._place is None:
-            return ask()
-        return outcomes.confer(self._council, topic, ask, self._place.rank, self._start_timeout)
-
-    def last_call(
-        self, heard: Heard, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
-    ) -> LastCall:
-        """What agrees with the other ranks on the last of the calls that their trainers make, in this store.
-
-        Every rank calls it once, and in the same order with all other calls.
-
-        Raises:
-            ExecutorError: rank 0 did not say within ``start_timeout`` where to meet.
-        """
-        self._ready(process_group, no_dist)
-        server = self._meeting.hosted if self._meeting is not None else None
-        return LastCall(self._place, heard, self._start_timeout, server)
+        if not self._ranks.closed:
+            self._ranks.gather(process_group, no_dist, call)
+        return self._ranks
 
     @property
     def pid(self) -> int | None:
@@ -294,14 +262,14 @@ class ProcessExecutor:
         Each has its deadline, so that this ends too; after ``timeout`` seconds, or at Ctrl-C, what has not
         ended is given up and fails. Leaving a ``with`` block and the interpreter do this as well.
         """
-        if self._closed or os.getpid() != self._owner:
+        if self._ranks.closed or os.getpid() != self._owner:
             return
-        self._closed = True
+        self._ranks.close()
         atexit.unregister(self.close)
         if self._supervisor is not None and not self._supervisor.close(timeout):
             return  # what could not be ended may still hold the arenas
         self._arenas.close()
-        self._meeting = None
+        self._ranks.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -311,33 +279,20 @@ class ProcessExecutor:
     ) -> None:
         self.close()
 
-    def _ready(self, process_group: dist.ProcessGroup | None, no_dist: bool) -> Supervisor:
+    def _ready(self, process_group: dist.ProcessGroup | None, no_dist: bool, call: str) -> Supervisor:
         """The supervisor, after the ranks have agreed where to meet."""
-        if self._closed:
-            raise ExecutorError("the executor is closed", hint="Make a new one")
-        if self._supervisor is not None:
-            if self._served != (process_group, no_dist):
-                raise ConfigurationError(
-                    "an executor serves one process group, and this call names another than the first",
-                    hint="Make an executor for each",
-                )
-            return self._supervisor
-        if not no_dist and grouped() and dist.get_world_size(process_group) > 1:
-            if self._meeting is None:
-                self._meeting = Meeting(process_group, self._use_prefix_store, self._network)
-            self._place = self._meeting.place(self._start_timeout)
-            self._council = StoreCouncil(self._place)
-        terms = Terms(
-            rank=self._place.rank if self._place is not None else 0,
-            place=self._place,
-            network=self._network,
-            save_timeout=self._save_timeout,
-            start_timeout=self._start_timeout,
-            disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),
-            disable_manual_gc=flag("DCP_DISABLE_MANUAL_GC"),
-        )
-        self._served = (process_group, no_dist)
-        self._supervisor = Supervisor(terms, self._council, self._arenas)
+        self._ranks.gather(process_group, no_dist, call)
+        if self._supervisor is None:
+            terms = Terms(
+                rank=self._ranks.rank,
+                place=self._ranks.place,
+                network=self._network,
+                save_timeout=self._save_timeout,
+                start_timeout=self._start_timeout,
+                disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),
+                disable_manual_gc=flag("DCP_DISABLE_MANUAL_GC"),
+            )
+            self._supervisor = Supervisor(terms, self._ranks.council, self._arenas)
         return self._supervisor
 
     def _touch(self, layout: Layout) -> None:

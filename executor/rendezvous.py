@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException, _wrap_exceptio
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from cloudckpt.backends.endpoint_url import host_and_port
-from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread
 from cloudckpt.executor.network import absence, addresses
@@ -30,6 +30,11 @@ from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import said_by_hosts
 from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
 from cloudckpt.executor.network.probe import LONGEST
+
+T = TypeVar("T")
+
+_GRACE: Final = 5.0
+"""Seconds that an answer of the store may take beyond the time that it was given."""
 
 
 class ProcessGroupInfo:
@@ -141,6 +146,25 @@ class MeetingPlace:
             raise self.absent(error) from error
         return PrefixStore(f"{self.prefix}/{name}", store)
 
+    def bounded(self, what: str, ask: Callable[[], T], timeout: float) -> T:
+        """Return the answer of a store that may be cut off, in which case it would never return.
+
+        Raises:
+            ExecutorError: the store does not answer.
+        """
+        try:
+            return in_thread(ask, f"cloudckpt-{what}").result(timeout + _GRACE)
+        except (TimeoutError, DistError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise ExecutorError(
+                f"the ranks could not {what}: the store at {self.at} "
+                f"did not answer rank {self.rank} on host {socket.gethostname()} within {timeout:g} s "
+                f"({type(error).__name__}: {one_line(error)})",
+                rank=self.rank,
+                hint="Look whether that host is up and reachable from here; the next call tries again",
+            ) from error
+
     def absent(self, error: Exception) -> ExecutorError:
         """Return the same error as `unreachable`, once the other ranks have been sent it."""
         unreachable = self.unreachable(error)
@@ -183,12 +207,16 @@ class Meeting:
         self._told = False
         self.hosted: TCPStore | None = None
 
-    def place(self, timeout: float) -> MeetingPlace:
+    def place(self, timeout: float, call: str = "this call") -> MeetingPlace:
         """Agree on a place through the store of the training group, without its collectives.
+
+        Args:
+            timeout: seconds to wait for rank 0.
+            call: made by this rank, as an error names it.
 
         Raises:
             CheckpointException: rank 0 found nothing to meet in.
-            ExecutorError: rank 0 said nothing within ``timeout`` seconds, or a rank can't reach its store.
+            ExecutorError: rank 0 did not come within ``timeout`` seconds, or a rank can't reach its store.
         """
         deadline = time.monotonic() + timeout
         group = self._group.group_name if self._group is not None else "world"
@@ -203,7 +231,7 @@ class Meeting:
         if self._rank == 0 and not self._told:
             store.set(self._key, pickle.dumps(self._decided()).hex())
             self._told = True
-        word = self._word(store, self._key, deadline)
+        word = self._word(store, self._key, deadline, timeout, call)
         decided = pickle.loads(bytes.fromhex(word.decode()))  # noqa: S301 - from rank 0
         if isinstance(decided, BaseException):
             self._key, self._told = None, False  # on every rank: the next call asks anew
@@ -230,16 +258,16 @@ class Meeting:
             late = TimeoutError(f"no answer within {timeout:g} s")
             raise place.absent(error if isinstance(error, DistError) else late) from error
 
-    def _word(self, store: Store, key: str, deadline: float) -> bytes:
-        left = max(0.01, deadline - time.monotonic())
+    def _word(self, store: Store, key: str, deadline: float, timeout: float, call: str) -> bytes:
         try:
-            store.wait([key], timedelta(seconds=left))
+            store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
             return store.get(key)
         except RuntimeError as error:  # what a store raises, of TCP or of files
             raise ExecutorError(
-                f"rank 0 did not say within {left:.3g} s where the checkpoint processes meet",
+                f"rank 0 did not come to {call} within start_timeout ({timeout:g} s), to say where the "
+                "checkpoint processes meet",
                 rank=0,
-                hint="Every rank must save at the same steps; raise start_timeout if some come later",
+                hint="Every rank must make this call; raise start_timeout if some come later",
             ) from error
 
     def _decided(self) -> tuple[tuple[str, int] | Offer | None, str] | CheckpointException:

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import pickle
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends import system_limits
-from cloudckpt.backends.errors import CheckpointError, ExecutorError
-from cloudckpt.backends.printable import one_line
-from cloudckpt.executor import failures
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
+from cloudckpt.executor import failures, roll_call
 from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
 from cloudckpt.executor.network import absence
 from cloudckpt.executor.rendezvous import MeetingPlace
-
-T = TypeVar("T")
-
-_GRACE = 5.0
-"""Seconds that an answer may take beyond the time it was asked to."""
-
-_NAMED = 8
-"""Ranks that an error names."""
 
 _REPORT = 30.0
 """Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
@@ -44,52 +34,13 @@ class StoreCouncil(Council):
 
     def convene(self, standing: Standing, timeout: float) -> Trial:
         standing = replace(standing, call=standing.call + self._ahead)
-        agreement, attempt = self._bounded("convene", lambda: self._join(standing, timeout), timeout)
+        agreement, attempt = self._place.bounded("convene", lambda: self._join(standing, timeout), timeout)
         self._next = attempt + 1
         if agreement.refusal is not None:
             raise failures.loads(agreement.refusal)
         self._ahead += agreement.call - standing.call
         self._last = attempt
         return _StoreTrial(self._place, attempt, agreement.generation)
-
-    def follow_first(self, topic: str, value: bool, timeout: float) -> bool:
-        def ask() -> bool:
-            store = self._place.connect("topics", timeout)
-            if self._place.rank == 0:
-                store.set(topic, str(int(value)))
-                return value
-            store.wait([topic], timedelta(seconds=timeout))
-            followed = store.get(topic) == b"1"
-            if store.add(f"{topic}/heard-by", 1) == self._place.world_size - 1:
-                store.delete_key(topic)
-                store.delete_key(f"{topic}/heard-by")
-            return followed
-
-        return self._bounded(f"agree on {topic}", ask, timeout)
-
-    def confer(self, topic: str, said: bytes | None, timeout: float) -> bytes | None:
-        def ask() -> bytes | None:
-            store = self._place.connect("topics", timeout)
-            word, came, heard = f"{topic}/word", f"{topic}/came", f"{topic}/heard-by"
-            if said is not None:
-                _write_once(store, word, said)
-            if store.add(came, 1) == self._place.world_size:
-                _write_once(store, word, None)
-            try:
-                store.wait([word], timedelta(seconds=timeout))
-            except DistStoreError:
-                late = ExecutorError(
-                    f"not every rank came to this call within {timeout:g} s",
-                    hint="Every rank must make the same calls; raise start_timeout if some come later",
-                )
-                _write_once(store, word, failures.dumps(late))
-            first: bytes | None = _value(store.get(word))
-            if store.add(heard, 1) == self._place.world_size:
-                for key in (word, came, heard):
-                    store.delete_key(key)
-            return first
-
-        return self._bounded(f"agree on {topic}", ask, timeout)
 
     def leave(self, timeout: float) -> None:
         last = self._last
@@ -102,24 +53,9 @@ class StoreCouncil(Council):
                 store.wait([f"{last}/heard"], timedelta(seconds=timeout))
 
         try:
-            self._bounded("leave", wait, timeout)
+            self._place.bounded("leave", wait, timeout)
         except ExecutorError:
             return  # whoever has not heard it is gone
-
-    def _bounded(self, what: str, ask: Callable[[], T], timeout: float) -> T:
-        """The answer of a store that may be cut off, in which case it would never return."""
-        try:
-            return system_limits.in_thread(ask, f"cloudckpt-{what}").result(timeout + _GRACE)
-        except (TimeoutError, DistError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise ExecutorError(
-                f"the ranks could not {what}: the store at {self._place.at} "
-                f"did not answer rank {self._place.rank} on host {socket.gethostname()} within {timeout:g} s "
-                f"({type(error).__name__}: {one_line(error)})",
-                rank=self._place.rank,
-                hint="Look whether that host is up and reachable from here; the next save tries again",
-            ) from error
 
     def _join(self, standing: Standing, timeout: float) -> tuple[Agreement, int]:
         """The attempt's agreement and number, whoever wrote it."""
@@ -141,7 +77,8 @@ class StoreCouncil(Council):
                 remaining = max(0.001, deadline - time.monotonic())
                 store.wait([f"{attempt}/agreement"], timedelta(seconds=remaining))
             except DistStoreError:
-                _write_once(store, f"{attempt}/agreement", self._given_up(store, attempt, timeout))
+                given_up = self._given_up(store, attempt, standing, timeout)
+                _write_once(store, f"{attempt}/agreement", given_up)
             agreement: Agreement = _value(store.get(f"{attempt}/agreement"))
             if agreement.rejoin != standing.call:
                 return agreement, attempt
@@ -158,36 +95,23 @@ class StoreCouncil(Council):
         subjects = {standing.subject for standing in standings.values()}
         if behind and len(subjects) > 1:
             refusal = ExecutorError(
-                f"rank {behind[0]} is behind: it is to save {standings[behind[0]].subject}, "
+                f"rank {behind[0]} is behind: it comes to {standings[behind[0]].subject}, "
                 "and other ranks have gone on to the next save",
                 rank=behind[0],
                 hint="Every rank must save at the same steps",
             )
             return Agreement(attempt, refusal=failures.dumps(refusal), rejoin=call)
+        if len(subjects) > 1 and all(standing.together for standing in standings.values()):
+            return Agreement(attempt, refusal=failures.dumps(_different(standings)))
         generations = {standing.generation for standing in standings.values()}
         (alive,) = generations if len(generations) == 1 else (None,)
         return Agreement(alive if alive is not None else attempt, call=call)
 
-    def _given_up(self, store: Store, attempt: int, timeout: float) -> Agreement:
+    def _given_up(self, store: Store, attempt: int, standing: Standing, timeout: float) -> Agreement:
         missing = [
             rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/standing/{rank}"])
         ]
-        for rank, reason in absence.reasons(self._place.group, missing[:_NAMED]).items():
-            cause = ExecutorError(
-                f"rank {rank} did not come to this save within {timeout:g} s: {reason}",
-                rank=rank,
-                hint="Open the port of the store between the hosts for connections made while the job runs",
-            )
-            return Agreement(attempt, refusal=failures.dumps(cause))
-        named = ", ".join(map(str, missing[:_NAMED])) + (", …" if len(missing) > _NAMED else "")
-        refusal = ExecutorError(
-            f"rank {named} did not come to this save within {timeout:g} s"
-            if missing
-            else "the ranks met too late",
-            rank=missing[0] if missing else None,
-            hint="Every rank must save at the same steps; raise start_timeout if some come later. "
-            "The next save tries again",
-        )
+        refusal = roll_call.missing(self._place, missing, standing.subject or "this save", timeout)
         return Agreement(attempt, refusal=failures.dumps(refusal))
 
     def _standings(self, store: Store, attempt: int) -> dict[int, Standing]:
@@ -265,6 +189,17 @@ class _StoreTrial(Trial):
         except (DistError, CheckpointError) as error:
             self._lost = f"{type(error).__name__}: {error}"
             self._wake()
+
+
+def _different(standings: dict[int, Standing]) -> ConfigurationError:
+    subjects = {rank: f"to {standing.subject or 'a save'}" for rank, standing in standings.items()}
+    rank, told = roll_call.compared(subjects, "comes", "come")
+    return ConfigurationError(
+        f"the ranks save differently: {told}",
+        uri="",  # none is the same on all ranks, and the error is
+        rank=rank,
+        hint="Every rank must save the same steps to the same URI; the next save tries again",
+    )
 
 
 def _write_once(store: Store, key: str, value: Agreement | Verdict | bytes | None) -> None:

@@ -23,6 +23,7 @@ from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, Save
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
+from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
@@ -48,6 +49,7 @@ class Job:
     checkpoint_id: str | None = None
     no_dist: bool = False
     use_collectives: bool = True
+    rank_conflicts: RankConflicts | None = None
     state: Future[dict[str, Any]] | None = None
     arena: int | None = None
     taken: snapshot.Snapshot | None = None
@@ -190,6 +192,7 @@ class Supervisor:
             subject=job.subject,
             generation=self._living_generation(),
             failure=failures.dumps(job.failure) if job.failure is not None else None,
+            together=job.use_collectives,
         )
         try:
             trial = self._council.convene(standing, self._terms.start_timeout)
@@ -331,6 +334,7 @@ class Supervisor:
                         checkpoint_id=job.checkpoint_id,
                         no_dist=job.no_dist,
                         use_collectives=job.use_collectives,
+                        rank_conflicts=job.rank_conflicts,
                     ),
                     arena,
                 )

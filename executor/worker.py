@@ -32,6 +32,7 @@ from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, 
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, Prepared
 from cloudckpt.executor.progress import ProgressBoard
+from cloudckpt.executor.rank_conflicts import RankCheck, Summary
 from cloudckpt.executor.watch import watched
 
 _log = background_log.logger(__name__)
@@ -134,6 +135,8 @@ class _Prepared:
     writer: StorageWriter
     planner: SavePlanner | None
     plan: Prepared
+    summary: Summary | None
+    """Of what is compared with the other ranks', if it is."""
 
 
 class Worker:
@@ -145,6 +148,7 @@ class Worker:
         self._board = board
         self._arenas: dict[int, Arena] = {}
         self._plans = PlanCache()
+        self._check: RankCheck | None = None
         self._writer: StorageWriter | None = None
         self._giving_up = threading.Lock()
 
@@ -184,11 +188,13 @@ class Worker:
         self._board.begin(request.number, request.snapshot.tensor_bytes)
         try:
             prepared = self._prepared(request)
-            fingerprints = self._together(prepared)
+            fingerprints = self._together(prepared, request)
             metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
             return Answer(request.number, result=pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL))
         except failures.ANY as error:  # the trainer raises it
             self._plans.forget()
+            if self._check is not None:
+                self._check.forget()
             self.give_up()
             alike = isinstance(error, CheckpointException) or not self._grouped
             lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
@@ -199,7 +205,12 @@ class Worker:
 
     def _saved(self, request: SaveRequest, prepared: _Prepared, fingerprints: list[bytes]) -> Metadata:
         self._writer = prepared.writer
-        planner = prepared.planner or self._plans.planner_for(prepared.writer, fingerprints, prepared.plan)
+        planner = prepared.planner or self._plans.planner_for(
+            prepared.writer,
+            fingerprints,
+            prepared.plan,
+            to_lowest_rank=self._check is not None and bool(self._check.lowest),
+        )
         watched(prepared.writer, planner, self._board)
         with warnings.catch_warnings():
             # A single process is meant when there is one.
@@ -221,11 +232,20 @@ class Worker:
             writer, planner = unpickle.loads(request.storage)
             state = snapshot.restore(request.snapshot, arena)
             plan = Prepared(b"") if planner is not None else Prepared.of(state)
-            return _Prepared(state, writer, planner, plan)
+            return _Prepared(state, writer, planner, plan, self._summarized(request, plan))
         except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
             return failures.noted(error)
 
-    def _together(self, prepared: _Prepared | Exception) -> list[bytes]:
+    def _summarized(self, request: SaveRequest, plan: Prepared) -> Summary | None:
+        """Summarize this rank's part of a save, where it is compared with the others'."""
+        policy = request.rank_conflicts
+        if not self._grouped or policy is None or plan.flat is None or not request.use_collectives:
+            return None
+        if self._check is None:
+            self._check = RankCheck(dist.get_rank(), dist.get_world_size())
+        return self._check.summary(plan.flat.common(), policy)
+
+    def _together(self, prepared: _Prepared | Exception, request: SaveRequest) -> list[bytes]:
         """Go on only when every rank can: one that stayed away would leave the others in a collective."""
         if not self._grouped:
             if isinstance(prepared, Exception):
@@ -233,12 +253,24 @@ class Worker:
             return [prepared.plan.fingerprint]
         told: list[Any] = [None] * dist.get_world_size()
         failed = isinstance(prepared, Exception)
-        own = failures.dumps(prepared) if isinstance(prepared, Exception) else prepared.plan.fingerprint
+        own: Any = failures.dumps(prepared) if isinstance(prepared, Exception) else None
+        if isinstance(prepared, _Prepared):
+            own = prepared.plan.fingerprint, prepared.summary
         dist.all_gather_object(told, (failed, own))
         problems = {rank: failures.loads(data) for rank, (failed, data) in enumerate(told) if failed}
         if problems:
             raise CheckpointException("prepare", {rank: (e, _NO_FRAMES) for rank, e in problems.items()})
-        return [data for _, data in told]
+        self._compare(prepared, [summary for _, (_, summary) in told], request)
+        return [structure for _, (structure, _) in told]
+
+    def _compare(
+        self, prepared: _Prepared | Exception, summaries: list[Summary], request: SaveRequest
+    ) -> None:
+        """Find what ranks have different values of under one name."""
+        if self._check is None or request.rank_conflicts is None or not isinstance(prepared, _Prepared):
+            return
+        if prepared.summary is not None and prepared.plan.flat is not None:
+            self._check.settle(summaries, prepared.plan.flat.common(), request.rank_conflicts)
 
     def _lost(self, error: BaseException) -> BaseException:
         """A collective that failed: what it says is about sockets, and means a rank."""

@@ -52,10 +52,17 @@ class Flat:
     placements: dict[str, Placement] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
     """Leaves that another rank writes."""
+    rank0: set[str] = field(default_factory=set)
+    """Leaves that rank 0 writes, whatever the others have."""
     own: dict[str, list[str]] = field(default_factory=dict)
     """Lists of names that ranks may have different ones of."""
     keys: dict[str, str] = field(default_factory=dict)
     """A text of the keys of each mapping that holds values alone, which must be alike on all ranks."""
+
+    def common(self) -> dict[str, Any]:
+        """Return what ranks that have it must have alike: leaves, and the keys of mappings of values."""
+        apart = self.rank0 | self.own.keys()
+        return {**self.keys, **{name: leaf for name, leaf in self.leaves.items() if name not in apart}}
 
     def structure(self) -> object:
         """What a plan depends on, beside the leaves."""
@@ -116,6 +123,7 @@ class _Walk:
                 self._record(name, Container(path, "per_rank", length=ranks))
                 return self.value((*path, str(rank)), f"{name}.{rank}", inner)
             case markers.Rank0Only(leaf, mine):
+                self._flat.rank0.add(name)
                 if not mine:
                     self._flat.foreign.add(name)
                 return self.value(path, name, leaf)

@@ -34,6 +34,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
         trust: the state may hold what loads with ``trust=True`` alone.
         allowed: classes that the trainer lets torch load beyond its own.
         enable_plan_caching: as in DCP.
+        dedup_save_to_lowest_rank: as in DCP.
     """
 
     def __init__(
@@ -44,8 +45,11 @@ class CheckpointSavePlanner(DefaultSavePlanner):
         trust: bool = False,
         allowed: Sequence[Any] = (),
         enable_plan_caching: bool = False,
+        dedup_save_to_lowest_rank: bool = False,
     ) -> None:
-        super().__init__(enable_plan_caching=enable_plan_caching)
+        super().__init__(
+            enable_plan_caching=enable_plan_caching, dedup_save_to_lowest_rank=dedup_save_to_lowest_rank
+        )
         self._flat = flat
         self._proven = proven
         self._trust = trust

@@ -11,11 +11,10 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.markers import PerRankState
 from cloudckpt.state import fsdp1, live, modules, optimizers
 from cloudckpt.state.live import joined
-from cloudckpt.state.per_rank import PerRank, resize
+from cloudckpt.state.per_rank import DROPPED, PerRank, needed, resize
 from cloudckpt.state.restore import NOTHING, Build, Loaded, Restorer
 
 if TYPE_CHECKING:
@@ -251,22 +250,17 @@ class PerRankOwner(Owner):
             restorer.missing.append(name)
             return lambda _loaded: None
         policy = self.per_rank.on_resize
-        if record is not None and len(names) == ranks:
-            return self._read(restorer, names[rank])
-        if policy == "error":
-            raise ConfigurationError(
-                f"{name!r} was saved by {len(names)} rank(s), each its own, and is loaded by {ranks}",
-                hint="Give PerRank on_resize='first', 'drop', or a function that makes each rank's value",
-            )
         restorer.ignored.update(leaf for one in names for leaf in tree.leaves(one))
-        if policy == "drop":
-            return lambda _loaded: None
-        if policy == "first":
-            return self._read(restorer, names[0])
-        builds = [restorer.restore(one, NOTHING, stateful=True) for one in names]
+        if not callable(policy) or len(names) == ranks:
+            chosen = resize(names, rank, ranks, policy, key=name)
+            return self._read(restorer, chosen) if chosen is not DROPPED else lambda _loaded: None
+        builds = [
+            restorer.restore(names[one], NOTHING, stateful=True)
+            for one in needed(len(names), rank, ranks, policy)
+        ]
 
         def apply(loaded: Loaded) -> None:
-            self._take(resize([build(loaded) for build in builds], rank, ranks, policy))
+            self._take(resize([build(loaded) for build in builds], rank, ranks, policy, key=name))
 
         return apply
 

@@ -179,7 +179,7 @@ rank = dist.get_rank()
 with ProcessExecutor(save_timeout=60, start_timeout=60) as executor:
     for step in range(2):
         executor.execute_save(small_state(step, rank), checkpoint_id=f"{sys.argv[1]}/step-{step}").result()
-        assert executor._meeting.hosted is None, "the agent's store was there"
+        assert executor._ranks._meeting.hosted is None, "the agent's store was there"
 dist.destroy_process_group()
 """
 
