@@ -20,7 +20,6 @@ from cloudckpt.backends.errors import (
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
-from cloudckpt.backends.state.flatten import flatten
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
@@ -143,6 +142,7 @@ class Checkpointer:
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
         self._watch = Watch(on_event, self._rank, self._display)
+        self._state = partial(AppState, group=process_group, trust=self._trust)
         self._preemption = Preemption(preemption_grace, self._rank)
 
     @property
@@ -163,7 +163,7 @@ class Checkpointer:
         name = "warmup()" if state_dict is None else "warmup(state_dict)"
         self._calls.agreed(name, self._run.prove)
         self._executor.warmup(
-            None if state_dict is None else lambda: self._described(state_dict, plan=True),
+            None if state_dict is None else lambda: self._state(state_dict).plan(),
             process_group=self._group,
             no_dist=not grouped(),
         )
@@ -228,7 +228,7 @@ class Checkpointer:
         """
 
         def begin() -> AppState:
-            state = AppState(state_dict, self._group)
+            state = self._state(state_dict)
             self._settle()
             return state
 
@@ -378,7 +378,7 @@ class Checkpointer:
         def described() -> dict[str, Any]:
             if problem is not None:
                 raise problem
-            return self._described(state_dict)
+            return self._state(state_dict).describe()
 
         handle = self._executor.submit(
             # With other ranks the handle raises what this does, on all of them.
@@ -395,12 +395,6 @@ class Checkpointer:
             blocked = time.monotonic() - began
             self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
         return handle
-
-    def _described(self, state_dict: Mapping[str, Any], *, plan: bool = False) -> dict[str, Any]:
-        described = AppState(state_dict, self._group, trust=self._trust).describe()
-        if plan:  # which a save leaves to the checkpoint process
-            flatten(described)
-        return described
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends, until all is told of it."""

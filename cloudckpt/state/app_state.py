@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state.flatten import flatten
 from cloudckpt.backends.state.load_planner import Targets
 from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.backends.state.tree import SavedTree
 from cloudckpt.executor.rendezvous import grouped
-from cloudckpt.state import live
 from cloudckpt.state.describe import Describer
 from cloudckpt.state.owners import Owners
+from cloudckpt.state.per_rank import PerRank
 from cloudckpt.state.restore import Build, Loaded, Restorer
 
 
@@ -60,7 +61,8 @@ class AppState:
         """Return the state for a save, every value of which is known to load again.
 
         Raises:
-            ConfigurationError: a value can't be saved and restored, or an optimizer's model is not in the state.
+            ConfigurationError: a value can't be saved and restored, or an optimizer's model is not in the
+                state.
         """
         owners = Owners.of(self._state, self._rank, self._ranks)
         owners.ask()
@@ -74,7 +76,13 @@ class AppState:
         described.allowed = tuple(torch.serialization.get_safe_globals())
         return described
 
-    def prepare(self) -> None:
+    def plan(self) -> CheckpointState:
+        """Return the same, and find what only the plan of a save finds, such as names that meet."""
+        described = self.describe()
+        flatten(described)
+        return described
+
+    def prepare(self) -> Owners:
         """Ask modules, optimizers and others for the state that they have now, before a load.
 
         Raises:
@@ -82,19 +90,18 @@ class AppState:
         """
         self._owners = Owners.of(self._state, self._rank, self._ranks)
         self._owners.ask()
+        return self._owners
 
     def choose(self, metadata: Metadata) -> Targets:
         """Return what to read of a checkpoint, and into what.
 
         Raises:
-            ConfigurationError: the checkpoint does not have what the state asks for, or has it in another form.
+            ConfigurationError: the checkpoint lacks what the state asks for, or has it in another form.
         """
-        if self._owners is None:
-            self.prepare()
-        assert self._owners is not None
-        restoring = _Restoring(self._owners)
+        restoring = _Restoring(self._owners or self.prepare())
         tree = SavedTree(metadata)
-        restorer = Restorer(tree, _meshes(self._state), restoring.visit)
+        meshes = [*{id(mesh): mesh for mesh in _meshes(self._state)}.values()]
+        restorer = Restorer(tree, meshes, restoring.visit)
         for key, value in self._state.items():
             restoring.builds[key] = restorer.restore(key, value)
         restorer.raise_missing()
@@ -116,10 +123,12 @@ class AppState:
         Raises:
             ConfigurationError: a value can't be put into the state.
         """
-        assert self._restoring is not None
-        for apply in self._restoring.in_order():
+        restoring = self._restoring
+        if restoring is None:
+            raise RuntimeError("a state takes what was loaded of its own choice")
+        for apply in restoring.in_order():
             apply(loaded)
-        for key, build in self._restoring.builds.items():
+        for key, build in restoring.builds.items():
             value = build(loaded)
             if value is self._state[key]:
                 continue
@@ -151,31 +160,21 @@ class _Restoring:
         return [apply for _, apply in sorted(self.applies, key=lambda one: one[0])]
 
 
-def _meshes(state: Mapping[str, Any]) -> list[DeviceMesh]:
-    """Return the device meshes of the state's tensors."""
-    meshes: list[DeviceMesh] = []
-
-    def add(value: Any) -> None:
-        if isinstance(value, DTensor):
-            if all(value.device_mesh is not mesh for mesh in meshes):
-                meshes.append(value.device_mesh)
-        elif isinstance(value, torch.nn.Module):
-            for parameter in value.parameters():
-                add(parameter)
-        elif isinstance(value, torch.optim.Optimizer):
-            for group in value.param_groups:
-                add(group["params"])
-        elif isinstance(value, Mapping):
-            for inner in value.values():
-                add(inner)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                add(inner)
-
-    add(state)
-    for found in live.find(state):
-        add(found.value)
-    return meshes
+def _meshes(value: Any) -> Iterator[DeviceMesh]:
+    """Yield the device meshes of a state's tensors."""
+    if isinstance(value, DTensor):
+        yield value.device_mesh
+    elif isinstance(value, torch.nn.Module):
+        yield from _meshes([*value.parameters()])
+    elif isinstance(value, torch.optim.Optimizer):
+        yield from _meshes([group["params"] for group in value.param_groups])
+    elif isinstance(value, PerRank):
+        yield from _meshes(value.value)
+    elif isinstance(value, Mapping):
+        yield from _meshes([*value.values()])
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _meshes(inner)
 
 
 def _unasked(tree: SavedTree, restorer: Restorer) -> frozenset[str]:

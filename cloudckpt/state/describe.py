@@ -115,7 +115,8 @@ class Describer:
     def _refused(self, value: object, name: str, instead: str, of: str = "") -> ConfigurationError:
         kind = type(value)
         return ConfigurationError(
-            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}{of}, which can't be restored",
+            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}{of}, which can't be "
+            "restored",
             hint=f"Make a {instead} of it",
         )
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
     ShardingStrategy,
@@ -30,7 +30,7 @@ _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2) 
 
 def is_wrapped(module: nn.Module) -> bool:
     """Return whether a module, or one in it, is wrapped in ``FullyShardedDataParallel``."""
-    return bool(FSDP.fsdp_modules(module))
+    return bool(FullyShardedDataParallel.fsdp_modules(module))
 
 
 class ShardedOptimizer(NamedOptimizer):
@@ -39,7 +39,7 @@ class ShardedOptimizer(NamedOptimizer):
     @functools.cached_property
     def _sharded(self) -> dict[str, Any]:
         with _sharded_types(self.module):
-            state: dict[str, Any] = FSDP.optim_state_dict(
+            state: dict[str, Any] = FullyShardedDataParallel.optim_state_dict(
                 self.module, self.optimizer, dict(self.state), group=_group_of(self.module)
             )
         state["state"] = {name.replace(_COMPILED, ""): held for name, held in state["state"].items()}
@@ -96,14 +96,18 @@ class ShardedOptimizer(NamedOptimizer):
             ],
         }
         with _sharded_types(self.module):
-            flat = FSDP.optim_state_dict_to_load(
+            flat = FullyShardedDataParallel.optim_state_dict_to_load(
                 self.module, self.optimizer, loaded, group=_group_of(self.module)
             )
         self.optimizer.load_state_dict(flat)
 
 
 def _group_of(module: nn.Module) -> dist.ProcessGroup | None:
-    wrapper = module if isinstance(module, FSDP) else FSDP.fsdp_modules(module)[0]
+    wrapper = (
+        module
+        if isinstance(module, FullyShardedDataParallel)
+        else FullyShardedDataParallel.fsdp_modules(module)[0]
+    )
     group = None if wrapper.sharding_strategy in _HYBRID else wrapper.process_group
     return None if isinstance(group, tuple) else group
 
@@ -112,7 +116,7 @@ def _group_of(module: nn.Module) -> dist.ProcessGroup | None:
 def _sharded_types(module: nn.Module) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP.state_dict_type", category=FutureWarning)
-        with FSDP.state_dict_type(
+        with FullyShardedDataParallel.state_dict_type(
             module,
             StateDictType.SHARDED_STATE_DICT,
             ShardedStateDictConfig(),

@@ -1,4 +1,4 @@
-"""The objects of a state that are asked for their own state: modules, optimizers, and what has a state_dict."""
+"""Objects of a state that are asked for their own: modules, optimizers, and what has a state_dict."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ class NamedOptimizer:
             for other in others:
                 if not _same_options(groups[first], groups[other]):
                     raise ConfigurationError(
-                        f"the optimizer at {self.name!r} has {found[first]!r} and {found[other]!r} in one group, "
-                        "and the checkpoint's had them in groups of different options",
+                        f"the optimizer at {self.name!r} has {found[first]!r} and {found[other]!r} in one "
+                        "group, and the checkpoint's had them in groups of different options",
                         hint="Build the optimizer with the groups that were saved",
                     )
             matched.append(groups[first])

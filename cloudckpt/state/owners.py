@@ -1,4 +1,4 @@
-"""The owners of state: each asks a live object for its state, describes it, and gives it back what was loaded."""
+"""Owners of state: each asks an object for its state, describes it, and gives back what was loaded."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def _blank_for(
 class PerRankOwner(Owner):
     """A value that each rank has its own of."""
 
-    per_rank: PerRank
+    per_rank: PerRank[Any]
     owners: Owners
 
     def ask(self) -> None:

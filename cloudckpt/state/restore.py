@@ -234,8 +234,8 @@ class _Container:
             if type(self.template) is list and kind is list:
                 self.template[:] = items
                 return self.template
-            same = type(self.template) is kind and len(items) == len(self.template)
-            if same and all(a is b for a, b in zip(items, self.template, strict=True)):
+            same = type(self.template) is kind and len(items) == len(held)
+            if same and all(a is b for a, b in zip(items, held, strict=True)):
                 return self.template
             return kind(items)
 
