@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.tensor import DTensor
 
+from cloudckpt.backends.state import placements
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 
 
 def fingerprint(state: dict[str, Any]) -> bytes:
-    """A digest of all that a plan depends on: names, kinds, dtypes, shapes, strides, placements, meshes."""
+    """A digest of all that a plan depends on: names, kinds, dtypes, shapes, strides, shards, placements."""
     flat, mappings = flatten_state_dict(state)
     digest = hashlib.sha256()
     meshes: dict[int, str] = {}
@@ -49,6 +50,7 @@ def _structure(value: object, meshes: dict[int, str]) -> object:
             value.requires_grad,
             tuple(value.shape),
             value.stride() if value.layout is torch.strided else None,
+            placements.shard_attributes(value),
         )
     return "value"
 

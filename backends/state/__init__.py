@@ -1,0 +1,1 @@
+"""What a state may hold, and how it is stored: tensors, values and containers."""
