@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.backends import strides
 from cloudckpt.backends.segments import Fetched, Gathered, Segment, View, bytes_of
+from cloudckpt.backends.state import subclasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +133,10 @@ def encode_tensor(tensor: torch.Tensor) -> Item:
     on a device become row-major and are gathered a window at a time. What has no plain strided memory
     (sparse, quantised, tensor subclasses) goes through ``torch.save`` into memory as a whole.
     """
-    tensor = tensor.detach()
+    if subclasses.is_plain(tensor):  # others lose what is not a tensor, or can't be detached
+        tensor = tensor.detach()
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or tensor.is_quantized:
-        whole = io.BytesIO()
-        torch.save(tensor.cpu().clone(), whole)  # a view would bring its whole storage along
-        return encode_bytes(whole)
+        return encode_bytes(subclasses.serialize(tensor))
     shape = tuple(tensor.shape)
     row_major = strides.row_major(shape)
     stride = row_major

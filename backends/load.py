@@ -5,26 +5,32 @@ from __future__ import annotations
 import functools
 import io
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.collection import no_collection
-from cloudckpt.backends.devices import await_caller, await_copies, beside, settle
+from cloudckpt.backends.destination import assign, copy, is_ordinary, landing_for, memory_for, settle_into
+from cloudckpt.backends.devices import await_caller, await_copies, settle
 from cloudckpt.backends.download import Downloader, in_reads
-from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    ConfigurationError,
+    IntegrityError,
+    UnsafeCheckpointError,
+)
 from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_slices
-from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.shared_reads import SharedReads
+from cloudckpt.backends.state import sparse, stand_ins
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.state.values import load_tensor, loads, prove_safe
 from cloudckpt.backends.stock import Stored, locate
@@ -74,19 +80,22 @@ class _Load:
         self._wanted: defaultdict[str, list[Extent]] = defaultdict(list)
         self._wholes: dict[tuple[str, int, int], _Whole] = {}
         self._devices: set[torch.device] = set()
+        self._parts: Counter[MetadataIndex] = Counter()
         self._one_at_a_time = threading.Lock()
 
     def run(self, items: Sequence[ReadItem]) -> None:
         infos = [self._info(item) for item in items]
+        self._parts = Counter(item.dest_index for item in items)
         places = self._stored(items, infos)
         with no_collection():
             self._want(items, infos, places)
         # Extents refer back to this object: kept here, they keep the tensors until the collector comes by.
         wanted, self._wanted, self._wholes = self._wanted, defaultdict(list), {}
-        if self._shared is None:
-            self._downloader.read(wanted)
-        else:
-            self._shared.read(self._downloader, wanted)
+        with sparse.unlisted():
+            if self._shared is None:
+                self._downloader.read(wanted)
+            else:
+                self._shared.read(self._downloader, wanted)
         await_copies(self._devices)
 
     def _want(
@@ -180,22 +189,47 @@ class _Load:
 
     def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         try:
-            tensor = load_tensor(data, item.storage_index.fqn, trust=self._trust)
+            tensor = self._loaded(item, data)
         except CheckpointError as error:
             error.located(object_name=info.relative_path)
             raise
         self._check_box(item, info, tuple(tensor.shape))
         with self._one_at_a_time:
+            if not is_ordinary(tensor) and self._is_taken(item, tensor):
+                return
             target = self._target(item)
             try:
-                _copy(item, target, narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths))
+                with torch.no_grad():
+                    part = narrow_tensor_by_index(tensor, item.storage_offsets, item.lengths)
+                assign(item, target, part, whole=self._parts[item.dest_index] == 1)
             finally:
                 settle()
             self._planner.commit_tensor(item, target)
 
+    def _loaded(self, item: ReadItem, data: memoryview) -> torch.Tensor:
+        try:
+            return load_tensor(data, item.storage_index.fqn, trust=self._trust)
+        except UnsafeCheckpointError:
+            with self._one_at_a_time:
+                target = self._resolved(item)
+            known = self._parts[item.dest_index] == 1 and not is_ordinary(target)
+            tensor = stand_ins.load(data, target) if known else None
+            if tensor is None:
+                raise
+            return tensor
+
+    def _is_taken(self, item: ReadItem, tensor: torch.Tensor) -> bool:
+        """Offer the planner a tensor that is stored as more than its values; True if it takes it as it is."""
+        take: Callable[[ReadItem, torch.Tensor], bool] | None = getattr(self._planner, "take_tensor", None)
+        return take is not None and take(item, tensor)
+
+    def _resolved(self, item: ReadItem) -> torch.Tensor:
+        with torch.no_grad():  # else the local part of a DTensor is a view, which subclasses make lossily
+            return self._planner.resolve_tensor(item)
+
     def _target(self, item: ReadItem) -> torch.Tensor:
-        target = self._planner.resolve_tensor(item)
-        if target.layout is torch.strided:  # of others, what is copied into a detached one doesn't come back
+        target = self._resolved(item)
+        if is_ordinary(target):  # of others, what is copied into a detached one doesn't come back
             target = target.detach()
         await_caller(target)
         self._devices.add(target.device)
@@ -231,7 +265,7 @@ class _Load:
                 hint="The checkpoint is damaged; load another step",
             )
         target = self._target(item)
-        if target.layout is not torch.strided:
+        if not is_ordinary(target):
             self._whole(item, info, functools.partial(self._take_whole_tensor, item, info))
             return
         first = sum(at * step for at, step in zip(item.storage_offsets, stored.stride, strict=True))
@@ -239,7 +273,8 @@ class _Load:
         lengths = tuple(item.lengths)
         checks = self._checks(info)
         chunk = chunk_size(span) if checks else 0
-        if (memory := _memory_for(target, stored)) is not None:
+        landing = landing_for(target)
+        if (memory := memory_for(landing, stored)) is not None:
             todo = [
                 functools.partial(_extent_into, stored.offset + at, piece)
                 for at, piece in in_reads(start - stored.offset, memory, self._downloader.largest, chunk or 1)
@@ -249,12 +284,12 @@ class _Load:
             most = self._downloader.largest if self._shared is None else self._shared.largest_piece
             gap = max(GAP, chunk) // itemsize
             pieces = cut(lengths, stored.stride, first, max(1, most // itemsize), gap)
-            todo = [functools.partial(self._piece_extent, item, piece, target, stored) for piece in pieces]
-        done = _Countdown(len(todo), functools.partial(self._commit, item, target))
+            todo = [functools.partial(self._piece_extent, item, piece, landing, stored) for piece in pieces]
+        done = _Countdown(len(todo), functools.partial(self._commit, item, target, landing))
         fqn = item.storage_index.fqn
         self._wanted[info.relative_path].extend(_checked(make(done.step), checks, fqn, info) for make in todo)
         if not todo:
-            self._commit(item, target)
+            self._commit(item, target, landing)
 
     def _piece_extent(
         self,
@@ -268,12 +303,12 @@ class _Load:
             target = target.narrow(dim, at, length)
         itemsize = stored.dtype.itemsize
         offset, size = stored.offset + piece.first * itemsize, piece.span * itemsize
-        if (memory := _memory_for(target, stored)) is not None:
+        if (memory := memory_for(target, stored)) is not None:
             return Extent(offset, size, done, into=memory)
 
         def deliver(data: memoryview) -> None:
             flat = torch.frombuffer(data, dtype=torch.uint8).view(stored.dtype)
-            _copy(item, target, flat.as_strided(piece.lengths, stored.stride))
+            copy(item, target, flat.as_strided(piece.lengths, stored.stride))
 
         lead = trail = 0
         if self._shared is not None:
@@ -289,8 +324,10 @@ class _Load:
             to_device=target.is_cuda,
         )
 
-    def _commit(self, item: ReadItem, target: torch.Tensor) -> None:
+    def _commit(self, item: ReadItem, target: torch.Tensor, landing: torch.Tensor) -> None:
         with self._one_at_a_time:
+            if landing is not target:
+                settle_into(item, target, landing)
             self._planner.commit_tensor(item, target)
 
 
@@ -354,36 +391,6 @@ def _extent_into(offset: int, memory: memoryview, done: Callable[[], None]) -> E
     return Extent(offset, memory.nbytes, done, into=memory)
 
 
-def _copy(item: ReadItem, target: torch.Tensor, source: torch.Tensor) -> None:
-    try:
-        with torch.no_grad(), beside(target):
-            target.copy_(source, non_blocking=True)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"{item.dest_index.fqn!r} cannot be copied into the state's tensor: {error}",
-            hint="Give it a destination like the tensor that was saved, with memory of its own",
-        ) from error
-
-
 def _give(takers: Sequence[Callable[[memoryview], None]], data: memoryview) -> None:
     for take in takers:
         take(data)
-
-
-def _memory_for(target: torch.Tensor, stored: Stored) -> memoryview | None:
-    """The destination's own memory, where stored bytes can go straight into it; None where they can't."""
-    shape = tuple(target.shape)
-    straight = (
-        type(target) is torch.Tensor
-        and target.device.type == "cpu"
-        and target.layout is torch.strided
-        and target.dtype == stored.dtype
-        and not target.is_conj()
-        and not target.is_neg()
-        and not target.is_quantized
-        and strides.is_dense(shape, stored.stride)
-        and strides.same_order(shape, target.stride(), stored.stride)
-    )
-    if not straight or target.numel() == 0:
-        return None
-    return bytes_of(target.as_strided((target.numel(),), (1,)))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
@@ -23,6 +24,7 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment, part_size_of
+from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore
 
 
@@ -109,15 +111,15 @@ def laid_out(
 
 def _encoded(item: WriteItem, planner: SavePlanner) -> Item:
     if item.type is not WriteItemType.BYTE_IO:
-        resolved = planner.resolve_data(item)
+        with torch.no_grad():  # else the local part of a DTensor is a view, which subclasses make lossily
+            resolved = planner.resolve_data(item)
         if isinstance(resolved, Item):  # by a planner of this library's own
             return resolved
         tensor = cast(torch.Tensor, resolved)
-        if tensor.is_meta:
-            raise ConfigurationError(
-                f"the tensor {item.index.fqn!r} is on the meta device and has no data",
-                hint="Materialise it before saving, or leave it out",
-            )
+        if isinstance(tensor, AsyncCollectiveTensor):
+            tensor = tensor.wait()
+        if refused := tensors.unstorable(tensor):
+            raise ConfigurationError(f"the tensor {item.index.fqn!r} {refused.reason}", hint=refused.hint)
         encoded, planned = encode_tensor(tensor), item.tensor_data
         await_caller(tensor)  # for what encoding has queued as well: a conjugate's elements, say
         if planned is None or tensor.shape != planned.chunk.sizes:

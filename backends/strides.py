@@ -39,3 +39,8 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def same_order(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two strides lay a shape out alike; dimensions of length one don't count."""
     return all(a == b for length, a, b in zip(shape, one, other, strict=True) if length > 1)
+
+
+def repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a dimension repeats the same elements, as ``expand`` makes them."""
+    return any(stride == 0 and length > 1 for length, stride in zip(shape, strides, strict=True))

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.tensor import DTensor
 
+from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.flatten import Flat, flatten
 from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.backends.state.proven import Proven
@@ -82,6 +83,7 @@ def _structure(value: object, meshes: dict[int, str]) -> object:
             value.requires_grad,
             tuple(value.shape),
             value.stride() if value.layout is torch.strided else None,
+            placements.shard_attributes(value),
         )
     return "value"
 

@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.storage import TypedStorage
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state import placements, sparse, subclasses, tensors
 from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.executor import copying, unpickle
 from cloudckpt.executor.arena import Arena
@@ -92,7 +92,8 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 
 def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
     """The state again, its tensors over the arena: they last until another snapshot is taken into it."""
-    return _Restorer(taken, arena).load()  # type: ignore[no-any-return]
+    with sparse.unlisted():
+        return _Restorer(taken, arena).load()  # type: ignore[no-any-return]
 
 
 def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
@@ -104,6 +105,8 @@ def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
     collector = _Collector(out)
     try:
         collector.dump(told)
+    except _RefusedError as error:
+        raise ConfigurationError(f"{_culprit(told)} {error.why.reason}", hint=error.why.hint) from error
     except Exception as error:
         raise ConfigurationError(
             f"{_culprit(told)} can't be pickled: {type(error).__name__}: {error}",
@@ -126,6 +129,14 @@ def _culprit(state: Mapping[str, Any], above: str = "") -> str:
             path = f"{above}{key}"
             return _culprit(value, f"{path}.") if isinstance(value, Mapping) else f"the value at {path!r}"
     return f"the value at {above.rstrip('.')!r}" if above else "the state"
+
+
+class _RefusedError(Exception):
+    """A tensor that can't be saved."""
+
+    def __init__(self, why: tensors.Refusal) -> None:
+        super().__init__(why.reason)
+        self.why = why
 
 
 class _Collector(pickle.Pickler):
@@ -153,21 +164,35 @@ class _Collector(pickle.Pickler):
             return ("storage", self._storage(obj))
         return None
 
+    def reducer_override(self, obj: Any) -> Any:
+        """Have a subclass that stands in front of tensors on a device restored on the host, as they are."""
+        if isinstance(obj, torch.Tensor) and subclasses.is_wrapper(obj):
+            return subclasses.reduce_to_host(obj)
+        return NotImplemented
+
     def _tensor(self, tensor: torch.Tensor) -> Any:
+        kind = type(tensor)
+        shards = placements.shard_attributes(tensor)
+        if (kind not in _PLAIN or shards is not None) and (why := tensors.unstorable(tensor)) is not None:
+            raise _RefusedError(why)
         if isinstance(tensor, DTensor):
             return ("dtensor", tensor._local_tensor, tensor._spec)  # noqa: SLF001 - to_local() would copy a view of it
         if isinstance(tensor, ShardedTensor):
             return ("sharded", tensor.local_shards(), tensor.metadata(), tensor.sharding_spec())
-        if type(tensor) not in _PLAIN:
+        if kind not in _PLAIN:
             if isinstance(tensor, AsyncCollectiveTensor):
                 return self._tensor(tensor.wait())
-            if _is_wrapper(tensor):
+            if subclasses.is_wrapper(tensor):
                 return None  # its own pickling takes it apart, down to tensors with memory
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             return None
         zeros = torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
         number = self._number(tensor, tensor.clone() if zeros else tensor)
-        is_parameter = type(tensor) is torch.nn.Parameter
+        if not subclasses.is_plain(tensor):
+            return ("subclass", number, kind, tensor.requires_grad, subclasses.attributes(tensor))
+        is_parameter = kind is not torch.Tensor
+        if shards is not None:
+            return ("shards", number, is_parameter, tensor.requires_grad, tuple(shards))
         if is_parameter or tensor.requires_grad:
             return ("leaf", number, is_parameter, tensor.requires_grad)
         return number
@@ -194,14 +219,6 @@ class _Collector(pickle.Pickler):
         return self._mesh_numbers[id(mesh)]
 
 
-def _is_wrapper(tensor: Any) -> bool:
-    """Whether it is of a class that stands in front of other tensors, with no memory of its own."""
-    undispatched: Any = torch.Tensor
-    return is_traceable_wrapper_subclass(tensor) or (
-        type(tensor).__torch_dispatch__ is not undispatched.__torch_dispatch__
-    )
-
-
 class _Restorer(unpickle.Unpickler):
     """Unpickles a state, with tensors over the arena for the numbers in it."""
 
@@ -218,10 +235,17 @@ class _Restorer(unpickle.Unpickler):
             case int():
                 return self._tensors[pid]
             case ("leaf", number, is_parameter, requires_grad):
+                return self._leaf(number, is_parameter, requires_grad)
+            case ("shards", number, is_parameter, requires_grad, shards):
+                tensor = self._leaf(number, is_parameter, requires_grad)
+                placements.ShardAttributes(*shards).put_on(tensor)
+                return tensor
+            case ("subclass", number, kind, requires_grad, attributes):
                 if number not in self._leaves:
-                    tensor = self._tensors[number].requires_grad_(requires_grad)
-                    leaf = torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor
-                    self._leaves[number] = leaf
+                    tensor = self._tensors[number].as_subclass(kind).requires_grad_(requires_grad)
+                    self._leaves[number] = tensor
+                    for name, value in attributes.items():
+                        setattr(tensor, name, value)
                 return self._leaves[number]
             case ("mesh", number):
                 return self._meshes[number]
@@ -236,6 +260,12 @@ class _Restorer(unpickle.Unpickler):
                 return self._tensors[number].untyped_storage()
             case _:
                 raise pickle.UnpicklingError(f"an unknown persistent id: {pid!r}")
+
+    def _leaf(self, number: int, is_parameter: bool, requires_grad: bool) -> torch.Tensor:
+        if number not in self._leaves:
+            tensor = self._tensors[number].requires_grad_(requires_grad)
+            self._leaves[number] = torch.nn.Parameter(tensor, requires_grad) if is_parameter else tensor
+        return self._leaves[number]
 
     def _view(self, view: View) -> torch.Tensor:
         if view.extent < 0:

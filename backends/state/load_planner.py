@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,17 @@ from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.tensor import DTensor
 
-Targets = Mapping[str, torch.Tensor | None]
-"""What to read, by name: the tensor to read into, or None for a value."""
+
+@dataclass(slots=True)
+class Targets:
+    """What to read of a checkpoint."""
+
+    tensors: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    """The tensor to read into, by name; None for a value."""
+    blank: set[str] = field(default_factory=set)
+    """Names of tensors that were made to be read into, so that what is read may take their place."""
 
 
 class CheckpointLoadPlanner(DefaultLoadPlanner):
@@ -27,6 +36,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
     def __init__(self, choose: Callable[[Metadata], Targets]) -> None:
         super().__init__(flatten_state_dict=False)
         self._choose = choose
+        self._targets = Targets()
         self.loaded: dict[str, Any] = {}
         """What was read, by name."""
 
@@ -39,7 +49,8 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
         """Choose the targets."""
         if metadata is None:
             raise AssertionError("DCP gives a planner the metadata")
-        targets: dict[str, Any] = dict(self._choose(metadata))
+        self._targets = self._choose(metadata)
+        targets: dict[str, Any] = dict(self._targets.tensors)
         self.loaded = dict(targets)
         if any(isinstance(target, ShardedTensor) for target in targets.values()):
             targets = _flatten_sharded_tensors(targets)
@@ -56,6 +67,23 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Take a value that was proven to be safe."""
         self.take_value(read_item, torch.load(value, weights_only=False))
+
+    def take_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> bool:
+        """Take a tensor of a subclass that was stored whole, in place of one that was made to be read into."""
+        name = read_item.dest_index.fqn
+        target = self.loaded.get(name)
+        if name not in self._targets.blank or not isinstance(target, torch.Tensor):
+            return False
+        local = target._local_tensor if isinstance(target, DTensor) else target  # noqa: SLF001 - no view of it
+        if tuple(tensor.shape) != tuple(local.shape) or tuple(read_item.lengths) != tuple(local.shape):
+            return False
+        on_device = tensor.to(local.device)
+        if isinstance(target, DTensor):
+            spec = target._spec  # noqa: SLF001 - as above
+            self.loaded[name] = DTensor(on_device, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        else:
+            self.loaded[name] = on_device
+        return True
 
     def take_value(self, read_item: ReadItem, value: object) -> None:
         """Take a value that was loaded."""

@@ -178,7 +178,7 @@ def _meshes(value: Any) -> Iterator[DeviceMesh]:
 
 
 def _unasked(tree: SavedTree, restorer: Restorer) -> frozenset[str]:
-    asked = restorer.targets.keys() | restorer.ignored
+    asked = restorer.targets.tensors.keys() | restorer.ignored
     left = frozenset(tree.entries) - asked
     tops = {tree.top(name) for name in left} - {tree.top(name) for name in asked}
     return frozenset(top if (top := tree.top(name)) in tops else name for name in left)

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.state import markers, values
+from cloudckpt.backends.state import markers, tensors, values
 from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS, is_leaf_list
 from cloudckpt.backends.state.records import plain_key
 from cloudckpt.state import live
 from cloudckpt.state.live import joined
 from cloudckpt.state.owners import Owners, PerRankOwner
 
-_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _MARKERS = (markers.Rank0Only, markers.Placed, markers.OwnNames)
 
 
@@ -40,10 +39,12 @@ class Describer:
         Raises:
             ConfigurationError: it can't be saved and restored.
         """
-        if type(value) in _TENSORS or isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
             self._check_tensor(value, name)
             return value
         if isinstance(value, _MARKERS):
+            if isinstance(value, markers.Placed):
+                self._check_tensor(value.tensor, name)
             return value
         if live.is_live(value):
             owner = self._owners[value]
@@ -66,11 +67,15 @@ class Describer:
         return value
 
     def module(self, state: Mapping[str, Any], name: str) -> markers.ModuleState:
-        """Describe the state of a module, whose tensors have been looked at."""
+        """Describe the state of a module."""
         described = markers.ModuleState()
         for fqn, value in state.items():
-            known = type(value) in _TENSORS or type(value) is markers.Rank0Only
-            described[fqn] = value if known else self.value(value, joined(name, fqn))
+            leaf = value.leaf if isinstance(value, markers.Rank0Only) else value
+            if isinstance(leaf, torch.Tensor):
+                self._check_tensor(leaf, joined(name, fqn), in_place=True)
+                described[fqn] = value
+            else:
+                described[fqn] = self.value(value, joined(name, fqn))
         return described
 
     def mapping(self, value: Mapping[Any, Any], name: str = "") -> Mapping[Any, Any]:
@@ -120,11 +125,11 @@ class Describer:
             hint=f"Make a {instead} of it",
         )
 
-    def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
-        if live.is_meta(tensor):
+    def _check_tensor(self, tensor: torch.Tensor, name: str, *, in_place: bool = False) -> None:
+        refusal = tensors.refusal(tensor, trust=self._trust, in_place=in_place)
+        if refusal is not None:
             raise ConfigurationError(
-                f"the tensor at {name!r} is on the meta device and has no data",
-                hint="Materialize it before saving, or leave it out",
+                f"the tensor at {name!r}, a {refusal.class_name}, {refusal.reason}", hint=refusal.hint
             )
 
     def _check(self, value: Any, name: str) -> None:

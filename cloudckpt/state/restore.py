@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, empty
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS
+from cloudckpt.backends.state.load_planner import Targets
 from cloudckpt.backends.state.records import Container, Placement
 from cloudckpt.backends.state.tree import SavedTree
 from cloudckpt.state.live import is_live, is_meta, joined
@@ -53,8 +54,7 @@ class Restorer:
     tree: SavedTree
     meshes: list[DeviceMesh]
     visit: Callable[[Restorer, str, Any], Build]
-    targets: dict[str, torch.Tensor | None] = field(default_factory=dict)
-    """The tensor to read into, by name; None for a value."""
+    targets: Targets = field(default_factory=Targets)
     missing: list[str] = field(default_factory=list)
     """Names that the state asks for and the checkpoint does not have."""
     ignored: set[str] = field(default_factory=set)
@@ -104,7 +104,7 @@ class Restorer:
 
     def read(self, name: str, target: torch.Tensor | None) -> Build:
         """Read a leaf: into a tensor, or as a value."""
-        self.targets[name] = target
+        self.targets.tensors[name] = target
         return lambda loaded: loaded[name]
 
     def _leaf(
@@ -121,6 +121,7 @@ class Restorer:
         if isinstance(template, torch.Tensor) and not (stateful and _differs(template, entry)):
             self.ensure_fits(name, template, entry)
             return self.read(name, template)
+        self.targets.blank.add(name)
         if blank is not None:
             return self.read(name, blank(name, entry))
         device = template.device if isinstance(template, torch.Tensor) else None

@@ -98,13 +98,22 @@ class _Gloo(ProcessGroupGloo):
         return super().__new__(cls, *arguments, **keywords) if cls.connected is None else cls.connected
 
     def __init__(
-        self, store: Store, rank: int, size: int, options: Any = None, *, timeout: timedelta | None = None
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        options: Any = None,
+        *,
+        timeout: timedelta | None = None,
+        **newer: Any,  # since torch 2.14 enable_reconfigure, which is an attribute of the options as well
     ) -> None:
         if _Gloo.connected is self:
             _Gloo.connected = None
             return
         if timeout is not None:
             options = _options(self.address, timeout.total_seconds())
+            for name, value in newer.items():
+                setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 
