@@ -69,7 +69,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
         self.take_value(read_item, torch.load(value, weights_only=False))
 
     def take_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> bool:
-        """Take a tensor of a subclass that was stored whole, in place of one that was made to be read into."""
+        """Take a tensor that was stored whole in place of one that was made to be read into."""
         name = read_item.dest_index.fqn
         target = self.loaded.get(name)
         if name not in self._targets.blank or not isinstance(target, torch.Tensor):

@@ -30,6 +30,8 @@ class Describer:
     def __init__(self, owners: Owners, *, trust: bool) -> None:
         self._owners = owners
         self._trust = trust
+        self._in_place = True
+        """The state that is loaded into has such a tensor. An optimizer that has taken no step has none."""
         self._around: set[int] = set()
         """Containers around the one that is described, by identity."""
 
@@ -72,7 +74,7 @@ class Describer:
         for fqn, value in state.items():
             leaf = value.leaf if isinstance(value, markers.Rank0Only) else value
             if isinstance(leaf, torch.Tensor):
-                self._check_tensor(leaf, joined(name, fqn), in_place=True)
+                self._check_tensor(leaf, joined(name, fqn))
                 described[fqn] = value
             else:
                 described[fqn] = self.value(value, joined(name, fqn))
@@ -89,6 +91,12 @@ class Describer:
             return {key: self.value(inner, str(key)) for key, inner in value.items()}
         if kind not in MAPPINGS:
             raise self._refused(value, name, "dict")
+        if kind is markers.OptimizerState and self._in_place:
+            self._in_place = False
+            try:
+                return self.mapping(value, name)
+            finally:
+                self._in_place = True
         made: Any = kind()
         if isinstance(value, collections.defaultdict):
             if value.default_factory not in FACTORIES:
@@ -125,8 +133,8 @@ class Describer:
             hint=f"Make a {instead} of it",
         )
 
-    def _check_tensor(self, tensor: torch.Tensor, name: str, *, in_place: bool = False) -> None:
-        refusal = tensors.refusal(tensor, trust=self._trust, in_place=in_place)
+    def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
+        refusal = tensors.refusal(tensor, trust=self._trust, in_place=self._in_place)
         if refusal is not None:
             raise ConfigurationError(
                 f"the tensor at {name!r}, a {refusal.class_name}, {refusal.reason}", hint=refusal.hint

@@ -165,6 +165,10 @@ def test_before_torch_2_14_a_checkpointable_tensor_is_refused(tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def fingerprint(state: State) -> bytes:
+    return Prepared.of(state).fingerprint
+
+
 @pytest.mark.parametrize("name", placements.SHARD_ATTRIBUTES)
 def test_each_shard_attribute_changes_the_fingerprint(name: str) -> None:
     def state(**changed: Any) -> State:
@@ -176,7 +180,7 @@ def test_each_shard_attribute_changes_the_fingerprint(name: str) -> None:
     assert fingerprint(state()) == fingerprint(state())
     assert fingerprint(state(**{name: ((5, 5), (5, 5))})) != fingerprint(state())
     plain = {"w": torch.zeros(8, 4)}
-    assert fingerprint(state()) != Prepared.of(plain).fingerprint
+    assert fingerprint(state()) != fingerprint(plain)
 
 
 @needs_protocol
