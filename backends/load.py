@@ -171,21 +171,18 @@ class _Load:
 
     def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn
-        loaded: object = None
-        takes = isinstance(self._planner, CheckpointLoadPlanner)
+        planner = self._planner
         try:
-            if takes:
-                loaded = loads(data, fqn, trust=self._trust)
+            if isinstance(planner, CheckpointLoadPlanner):
+                take = functools.partial(planner.take_value, item, loads(data, fqn, trust=self._trust))
             else:
                 value = io.BytesIO(data) if self._trust else prove_safe(data, fqn)
+                take = functools.partial(planner.load_bytes, item, value)
         except CheckpointError as error:
             error.located(object_name=info.relative_path)
             raise
         with self._one_at_a_time:
-            if isinstance(self._planner, CheckpointLoadPlanner):
-                self._planner.take_value(item, loaded)
-            else:
-                self._planner.load_bytes(item, value)
+            take()
 
     def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
         try:

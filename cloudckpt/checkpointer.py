@@ -48,12 +48,11 @@ _log = background_log.logger(__name__)
 class Checkpointer:
     """Saves and loads the steps of one run, in the background and with every rank.
 
-    Each step is a folder below the run's URI. A step exists when its commit does, on every rank and for
-    every other process at once. Every rank makes a Checkpointer and calls its methods alike; without
-    ``torch.distributed`` it works in a single process.
+    Each step is a folder below the run's URI, which exists when its commit does. Every rank makes a
+    Checkpointer and calls its methods alike; without ``torch.distributed`` it works in a single process.
 
     A state is a dict of modules, optimizers, whatever has ``state_dict`` and ``load_state_dict``, tensors and
-    plain values.
+    values, in dicts, lists and tuples. What a save accepts is restored exactly, and all else is refused.
 
     Args:
         uri: the run, such as ``s3://bucket/run``; options may stand in its query.
@@ -63,25 +62,23 @@ class Checkpointer:
             committed in each.
         keep_best: so many steps with the highest ``metric`` are kept beyond ``keep_last``.
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
-        every_seconds: `async_save` saves when so many seconds have passed since the save before began, by
-            rank 0's clock; with ``every_steps``, when either says so.
-        on_failure: what becomes of a save that failed in the background and whose handle nobody asked:
-            ``"raise"`` at the next `async_save`, `wait` or `close`, or ``"warn"``.
+        every_seconds: `async_save` saves so many seconds after the save before began, by rank 0's clock; with
+            ``every_steps``, when either says so.
+        on_failure: a failed save whose handle nobody asked is raised by the next call (``"raise"``), or logged (``"warn"``).
         snapshots: states that may be held at once: 1, or 2 to take one while the one before is saved.
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
-        progress: show on rank 0 how far saves and loads are: as tqdm's bars on a terminal where that is
-            installed, and else by a line in the log every ten seconds.
-        interface: the interface, address or network by which the checkpoint processes reach each other, as
-            ``"eth1"``, ``"10.0.3.7"`` or ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``,
-            ``GLOO_SOCKET_IFNAME``, or the address from which a rank reaches training's store.
+        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log.
+        interface: by which the checkpoint processes reach each other, as ``"eth1"``, ``"10.0.3.7"`` or
+            ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the address from
+            which a rank reaches training's store.
         port_range: the first and last port that they may listen on, as ``"29600-29699"``; by default
             ``CLOUDCKPT_PORT_RANGE``, or any port.
-        preemption_grace: seconds that are left after SIGTERM or SIGUSR1. The ranks agree on a call of
-            `async_save` or `save` that is next, save that step, whatever is due, and raise `Preempted`, which
-            ends the process. None leaves signals alone; so does a handler that somebody else has put.
-        on_event: told of what happens, as a `cloudckpt.events.Event`: on every rank, on a thread of its own.
+        preemption_grace: seconds that are left after SIGTERM or SIGUSR1. The ranks save the step of a call on
+            which they agree, and raise `Preempted`, which ends the process. None leaves signals alone; so
+            does a handler that somebody else has put.
+        on_event: gets each `cloudckpt.events.Event`, on every rank, on a thread of its own.
         process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
             collectives, saves do not.
         trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
@@ -153,15 +150,15 @@ class Checkpointer:
     def warmup(self, state_dict: Mapping[str, Any] | None = None) -> None:
         """Prove the store, start the checkpoint processes and have them meet, before step 0.
 
-        With a state, the memory of a snapshot is made ready as well: the first save is then as short as the
-        others.
+        A state that can't be saved is refused. The memory of its snapshot is made ready: the first save is then
+        as short as the others.
 
         Raises:
+            ConfigurationError: the state holds what can't be restored.
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
-        name = "warmup()" if state_dict is None else "warmup(state_dict)"
-        self._calls.agreed(name, self._run.prove)
+        self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
         self._executor.warmup(
             None if state_dict is None else lambda: self._state(state_dict).plan(),
             process_group=self._group,
@@ -213,11 +210,11 @@ class Checkpointer:
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
         """Load a step into the state, and return its number; by default the newest that is committed.
 
-        Waits for this run's own saves first. Tensors and modules are loaded in place; plain values are put
-        into the dict.
+        Waits for this run's own saves first. Tensors, modules and optimizers are loaded in place; dicts and
+        lists become what was saved. What the state does not ask for is not read, and logged.
 
         Args:
-            state_dict: like the one that was saved; what it does not have is not read.
+            state_dict: like the one that was saved.
             step: which one, the same on every rank.
             fallback: where the newest proves damaged, load the one before it, and so on.
 
@@ -397,6 +394,6 @@ class Checkpointer:
         return handle
 
     def _settle(self) -> None:
-        """Wait for every save under way, however it ends, until all is told of it."""
+        """Wait for every save under way, however it ends."""
         self._saves.settle()
         self._watch.finish()

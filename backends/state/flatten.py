@@ -135,8 +135,9 @@ class _Walk:
                 self._flat.own[name] = names
                 self._leaf(path, name, names)
                 return _LEAVES
-        self._leaf(path, name, value)
-        return _LEAVES
+            case _:
+                self._leaf(path, name, value)
+                return _LEAVES
 
     def mapping(self, path: Path, name: str, value: Mapping[Any, Any]) -> int:
         known = isinstance(value, markers.ModuleState | markers.OptimizerState)

@@ -16,6 +16,7 @@ import torch
 from torch import _weights_only_unpickler
 
 from cloudckpt.backends.state import subclasses
+from cloudckpt.backends.state.codec.archive import checked_archive
 
 _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
 
@@ -43,12 +44,14 @@ def load(data: memoryview | bytes, like: torch.Tensor) -> torch.Tensor | None:
     """Load an archive with stand-ins for the classes that a tensor is made of; None if that is not enough.
 
     Args:
-        data: what ``torch.save`` wrote, checked as an archive.
+        data: what ``torch.save`` wrote.
         like: the tensor of the state.
     """
     module = types.SimpleNamespace(__name__="pickle", Unpickler=_unpickler(like))
+    stream = io.BytesIO(data)
     try:
-        loaded: object = torch.load(io.BytesIO(data), pickle_module=module, weights_only=False)
+        checked_archive(stream, len(data))
+        loaded: object = torch.load(stream, pickle_module=module, weights_only=False)
     except Exception:  # noqa: BLE001 - the loader that refused it has said why
         return None
     return loaded if isinstance(loaded, torch.Tensor) and is_stand_in(loaded, like) else None

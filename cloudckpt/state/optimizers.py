@@ -137,20 +137,21 @@ class NamedOptimizer:
         complete: bool,
     ) -> list[Mapping[str, Any]]:
         """Return the saved group of each of the optimizer's own groups."""
-        of = {name: index for index, names in enumerate(lists) for name in names}
+        of: dict[str, int] = {name: index for index, names in enumerate(lists) for name in names}
         matched = []
         for index, group in enumerate(own):
             found: dict[int, str] = {}
             for number in group[_PARAMS]:
-                at = next((of[name] for name in aliases[number] if name in of), None)
+                names = aliases[int(number)]
+                at = next((of[name] for name in names if name in of), None)
                 if at is None and complete:
                     raise ConfigurationError(
-                        f"the optimizer at {self.name!r} has the parameter {aliases[number][0]!r}, which the "
+                        f"the optimizer at {self.name!r} has the parameter {names[0]!r}, which the "
                         "checkpoint's did not have",
                         hint="Build the optimizer that was saved",
                     )
                 if at is not None:
-                    found.setdefault(at, aliases[number][0])
+                    found.setdefault(at, names[0])
             if not found and index < len(groups):
                 found[index] = ""
             first, *others = [*found] or [-1]
@@ -169,6 +170,21 @@ class NamedOptimizer:
                     )
             matched.append(groups[first])
         return matched
+
+
+def checked(groups: Any, name: str) -> list[dict[str, Any]]:
+    """Return groups of parameters that were loaded.
+
+    Raises:
+        ConfigurationError: they are none.
+    """
+    if isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get(_PARAMS), list) for group in groups
+    ):
+        return groups
+    raise ConfigurationError(
+        f"the checkpoint has no groups of parameters at {name!r}", hint="Build the state that was saved"
+    )
 
 
 def is_alike(shape: torch.Size, parameter: torch.Tensor, key: str) -> bool:

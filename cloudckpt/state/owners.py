@@ -195,10 +195,11 @@ class OptimizerOwner(Owner):
                 break
 
         def apply(loaded: Loaded) -> None:
-            saved = groups(loaded)
+            saved = optimizers.checked(groups(loaded), groups_name)
             own = tree.records.own
             lists = [
-                own.get(f"{groups_name}.{index}.params", group["params"]) for index, group in enumerate(saved)
+                own.get(f"{groups_name}.{index}.params") or group["params"]
+                for index, group in enumerate(saved)
             ]
             state = {
                 key: {part: build(loaded) for part, build in held.items()} for key, held in states.items()
