@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
@@ -60,7 +60,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         """Plan what this rank reads."""
-        return create_default_local_load_plan(self.state_dict, cast("Metadata", self.metadata))
+        return create_default_local_load_plan(self.state_dict, self.metadata)  # type: ignore[arg-type]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Take a value that was proven to be safe."""
