@@ -64,8 +64,8 @@ class Checkpointer:
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
         every_seconds: `async_save` saves so many seconds after the save before began, by rank 0's clock; with
             ``every_steps``, when either says so.
-        on_failure: a failed save whose handle nobody asked is raised by the next call (``"raise"``), or logged
-            (``"warn"``).
+        on_failure: a failed save whose handle nobody asked is raised by the next call (``"raise"``) or
+            logged (``"warn"``).
         snapshots: states that may be held at once: 1, or 2 to take one while the one before is saved.
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.

@@ -110,7 +110,7 @@ class Run:
             self.optimizer.zero_grad()
             loss = self._loss(at)
             torch.autograd.backward(loss)
-            return loss
+            return _mean_of_ranks(loss) if isinstance(self.optimizer, LBFGS) else loss
 
         if isinstance(self.optimizer, LBFGS):
             loss = self.optimizer.step(closure)  # type: ignore[no-untyped-call]
@@ -150,6 +150,15 @@ class Run:
         """Return what neither saving nor loading may change: gradients, and random numbers."""
         gradients = {name: digest(one.grad) for name, one in self.model.named_parameters()}
         return {"gradients": gradients, "random": digest(torch.get_rng_state())}
+
+
+def _mean_of_ranks(loss: Tensor) -> Tensor:
+    """Return the loss of all ranks, which LBFGS decides by and keeps: it must be one for all of them."""
+    if not dist.is_initialized():
+        return loss
+    mean = loss.detach() / dist.get_world_size()
+    dist.all_reduce(mean)
+    return mean
 
 
 def digest(value: Any) -> Any:
