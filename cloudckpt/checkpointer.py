@@ -233,7 +233,7 @@ class Checkpointer:
         def choose() -> tuple[int | None, bool]:
             return (self._run.newest(), fallback) if step is None else (self._run.number(step), False)
 
-        self._calls.meet(f"load({'' if step is None else f'step={spelled(step)}'})")
+        self._calls.meet("load()")  # the step is compared with rank 0's choice
         state, (chosen, may_go_back) = together(begin, choose, self._group)
         if chosen is None:
             raise CheckpointNotFoundError(
