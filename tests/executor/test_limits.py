@@ -40,7 +40,7 @@ with ProcessExecutor() as executor:
     writer = cloudckpt.StorageWriter(sys.argv[1])
     executor.execute_save(state, storage_writer=writer).result(timeout=100)
 # Without a memfd there is no more than that, which is an error and no bus error.
-arena._GROWS_IN_PLACE = False
+arena._GROWS_IN_PLACE, arena.memory_file = False, lambda: None
 small = arena.Arena()
 small.reserve({SHM_MIB // 2} << 20)
 try:
