@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.flatten import Flat, flatten
 from cloudckpt.backends.state.markers import CheckpointState
-from cloudckpt.backends.state.proven import Proven
+from cloudckpt.backends.state.proof_cache import ProofCache
 from cloudckpt.backends.state.save_planner import CheckpointSavePlanner
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 
@@ -93,7 +93,7 @@ class PlanCache:
 
     def __init__(self) -> None:
         self._key: str | None = None
-        self._proven = Proven()
+        self._proofs = ProofCache()
 
     def planner_for(
         self,
@@ -126,7 +126,7 @@ class PlanCache:
             return DefaultSavePlanner(enable_plan_caching=caching, dedup_save_to_lowest_rank=to_lowest_rank)
         return CheckpointSavePlanner(
             prepared.flat,
-            self._proven,
+            self._proofs,
             trust=prepared.trust,
             allowed=prepared.allowed,
             enable_plan_caching=caching,

@@ -20,6 +20,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -28,6 +29,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state import placements
 from cloudckpt.executor import digests
 from cloudckpt.executor.roll_call import named
 
@@ -196,7 +198,7 @@ class RankCheck:
                 if len(ranks) < self.world_size:
                     for shard in leaf.local_shards():
                         yield (name, tuple(shard.metadata.shard_offsets)), shard.tensor
-            else:
+            elif not (isinstance(leaf, torch.Tensor) and placements.shard_attributes(leaf)):
                 yield (name, None), leaf
 
     def _is_elsewhere(self, tensor: DTensor) -> bool:

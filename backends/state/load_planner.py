@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
+from cloudckpt.backends.errors import ConfigurationError
+
 
 @dataclass(slots=True)
 class Targets:
@@ -74,7 +76,11 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
             return False
         local = target._local_tensor if isinstance(target, DTensor) else target  # noqa: SLF001 - no view of it
         if tuple(tensor.shape) != tuple(local.shape) or tuple(read_item.lengths) != tuple(local.shape):
-            return False
+            raise ConfigurationError(
+                f"{name!r} was saved as a {type(tensor).__name__} of shape {tuple(tensor.shape)}, which "
+                f"can't be cut to {tuple(local.shape)}",
+                hint="Load it on as many ranks as saved it",
+            )
         on_device = tensor.to(local.device)
         if isinstance(target, DTensor):
             spec = target._spec  # noqa: SLF001 - as above

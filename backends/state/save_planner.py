@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from cloudckpt.backends.state import values
 from cloudckpt.backends.state.flatten import Flat, Path
-from cloudckpt.backends.state.proven import Proven
+from cloudckpt.backends.state.proof_cache import ProofCache
 from cloudckpt.backends.state.records import Records
 
 
@@ -30,7 +30,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
 
     Args:
         flat: the state of this rank.
-        proven: values that are known to load, which it adds to.
+        proofs: of values that are known to load, which it adds to.
         trust: the state may hold what loads with ``trust=True`` alone.
         allowed: classes that the trainer lets torch load beyond its own.
         enable_plan_caching: as in DCP.
@@ -40,7 +40,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
     def __init__(
         self,
         flat: Flat,
-        proven: Proven,
+        proofs: ProofCache,
         *,
         trust: bool = False,
         allowed: Sequence[Any] = (),
@@ -51,7 +51,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
             enable_plan_caching=enable_plan_caching, dedup_save_to_lowest_rank=dedup_save_to_lowest_rank
         )
         self._flat = flat
-        self._proven = proven
+        self._proofs = proofs
         self._trust = trust
         self._allowed = allowed
 
@@ -83,7 +83,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
             return super().transform_object(write_item, object)
         data: io.BytesIO = values.dumps(object)
         if not self._trust:
-            self._proven.prove(data.getbuffer(), write_item.index.fqn, self._allowed)
+            self._proofs.prove(data.getbuffer(), write_item.index.fqn, self._allowed)
         return data
 
 

@@ -266,7 +266,7 @@ class PerRankOwner(Owner):
         return apply
 
     def _read(self, restorer: Restorer, name: str) -> Apply:
-        build = restorer.restore(name, self.per_rank.value)
+        build = restorer.restore(name, self.per_rank.value, stateful=True)
 
         def apply(loaded: Loaded) -> None:
             self.per_rank.value = build(loaded)

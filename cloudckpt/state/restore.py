@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, empty
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS
 from cloudckpt.backends.state.load_planner import Targets
 from cloudckpt.backends.state.records import Container, Placement
@@ -138,10 +139,11 @@ class Restorer:
                 f"the tensor at {name!r} is on the meta device, and can't be loaded into",
                 hint="Materialize it, as with torch.empty_like(tensor, device=…)",
             )
-        if tuple(target.shape) != tuple(entry.size):
+        shards = placements.shard_attributes(target)
+        size = tuple(target.shape if shards is None else shards.global_shape)
+        if size != tuple(entry.size):
             raise ConfigurationError(
-                f"the tensor {name!r} has size {tuple(target.shape)} in the state and {tuple(entry.size)} in "
-                "the checkpoint",
+                f"the tensor {name!r} has size {size} in the state and {tuple(entry.size)} in the checkpoint",
                 hint="Build the state that was saved, or leave this tensor out of it",
             )
 
@@ -305,7 +307,8 @@ class _Container:
 
 def _differs(template: torch.Tensor, entry: TensorStorageMetadata) -> bool:
     """Return whether an object's own tensor is not like the one that was saved, so that it gets a new one."""
-    if isinstance(template, DTensor | ShardedTensor) or template.is_meta:
+    known = isinstance(template, DTensor | ShardedTensor) or placements.shard_attributes(template)
+    if known or template.is_meta:
         return False
     return tuple(template.shape) != tuple(entry.size) or template.dtype != entry.properties.dtype
 

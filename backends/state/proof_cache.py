@@ -15,7 +15,7 @@ _REMEMBERED = 100_000
 """Digests kept: 16 bytes each."""
 
 
-class Proven:
+class ProofCache:
     """Serialized values that are known to load, so that each is loaded once and not at every save."""
 
     def __init__(self) -> None:
