@@ -91,7 +91,14 @@ def _opens(value: object) -> bool:
     return isinstance(value, _OPENED)
 
 
-_OPENED = (Mapping, torch.Tensor, markers.TupleState, markers.PerRankState, markers.Rank0Only, markers.Placed)
+_OPENED = (
+    Mapping,
+    torch.Tensor,
+    markers.SequenceState,
+    markers.PerRankState,
+    markers.Rank0Only,
+    markers.Placed,
+)
 
 
 _TENSORS, _LEAVES = 1, 2
@@ -116,8 +123,8 @@ class _Walk:
         if isinstance(value, list) and not is_leaf_list(value):
             return self._items(path, name, value)
         match value:
-            case markers.TupleState(items):
-                self._record(name, Container(path, "tuple", length=len(items)))
+            case markers.SequenceState(kind, items):
+                self._record(name, Container(path, kind, length=len(items)))
                 return self._items(path, name, items)
             case markers.PerRankState(rank, ranks, inner):
                 self._record(name, Container(path, "per_rank", length=ranks))

@@ -31,9 +31,10 @@ class OptimizerState(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True)
-class TupleState:
-    """A tuple that holds modules, optimizers or other stateful objects, described in order."""
+class SequenceState:
+    """A list or tuple that holds modules, optimizers or other stateful objects, described in order."""
 
+    kind: str
     items: list[Any]
 
 

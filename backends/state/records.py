@@ -56,7 +56,7 @@ class Container:
     factory: str | None = None
     """The name of a defaultdict's factory."""
     length: int = 0
-    """Items of a tuple, or ranks that stored a value each."""
+    """Items of a list or tuple, or ranks that stored a value each."""
 
     def as_plain(self) -> tuple[Any, ...]:
         """Return the record as plain data."""

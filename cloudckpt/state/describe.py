@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS, is_leaf_list
 from cloudckpt.backends.state.records import plain_key
 from cloudckpt.state import live
 from cloudckpt.state.live import joined
-from cloudckpt.state.owners import Owners, PerRankOwner
+from cloudckpt.state.owners import Owners
 
 _MARKERS = (markers.Rank0Only, markers.Placed, markers.OwnNames)
 
@@ -49,16 +49,12 @@ class Describer:
                 self._check_tensor(value.tensor, name)
             return value
         if live.is_live(value):
-            owner = self._owners[value]
-            if isinstance(owner, PerRankOwner):
-                return owner.describe_at(self, name)
-            return owner.describe(self)
+            return self._owners[value].describe(self, name)
         if isinstance(value, Mapping):
             return self._around_it(value, name, self.mapping)
-        if type(value) is tuple and any(live.is_live(found) for found in _inside(value)):
-            items = [self.value(inner, joined(name, index)) for index, inner in enumerate(value)]
-            return markers.TupleState(items)
-        if type(value) is list and not (is_leaf_list(value) and not any(map(live.is_live, _inside(value)))):
+        if type(value) in (list, tuple) and next(live.find(value), None) is not None:
+            return markers.SequenceState(type(value).__name__, self._around_it(value, name, self._items))
+        if type(value) is list and not is_leaf_list(value):
             return self._around_it(value, name, self._items)
         if isinstance(value, list) and type(value) is not list:
             raise self._refused(value, name, "list")
@@ -110,7 +106,7 @@ class Describer:
             made[plain_key(key, name)] = self.value(inner, joined(name, key))
         return made  # type: ignore[no-any-return]
 
-    def _items(self, value: list[Any], name: str) -> list[Any]:
+    def _items(self, value: Sequence[Any], name: str) -> list[Any]:
         return [self.value(inner, joined(name, index)) for index, inner in enumerate(value)]
 
     def _around_it(self, value: Any, name: str, describe: Any) -> Any:
@@ -148,11 +144,3 @@ class Describer:
                 f"{refusal.reason}",
                 hint=refusal.hint,
             )
-
-
-def _inside(value: Any) -> list[Any]:
-    """Return what is in lists and tuples, however deep."""
-    found: list[Any] = []
-    for inner in value:
-        found += _inside(inner) if type(inner) in (list, tuple) else [inner]
-    return found

@@ -18,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.markers import ModuleState, Rank0Only
 
-TENSORS = (torch.Tensor,)
-"""The classes of a module's parameters and buffers; a ShardedTensor is one of them."""
-
 
 def describe(module: nn.Module, name: str) -> ModuleState:
     """Return the state of a module, which FSDP, DDP and ``torch.compile`` may have wrapped.

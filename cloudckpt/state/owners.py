@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
@@ -18,8 +19,6 @@ from cloudckpt.state.per_rank import DROPPED, PerRank, needed, resize
 from cloudckpt.state.restore import NOTHING, Build, Loaded, Restorer
 
 if TYPE_CHECKING:
-    import torch
-
     from cloudckpt.state.describe import Describer
 
 Apply = Callable[[Loaded], None]
@@ -36,8 +35,8 @@ class Owner(ABC):
         """Ask the object for the state that it has now."""
 
     @abstractmethod
-    def describe(self, describer: Describer) -> Any:
-        """Return the state that it had when it was asked, for a save."""
+    def describe(self, describer: Describer, name: str) -> Any:
+        """Return the state that it had when it was asked, for a save under a name."""
 
     @abstractmethod
     def restore(self, restorer: Restorer, name: str) -> Apply:
@@ -88,22 +87,21 @@ class Owners:
             return OptimizerOwner(name, value, candidates)
         if isinstance(value, PerRank):
             return PerRankOwner(value, self)
-        return StatefulOwner(name, value)
+        return StatefulOwner(value)
 
 
 @dataclass(slots=True)
 class StatefulOwner(Owner):
     """What has ``state_dict`` and ``load_state_dict``."""
 
-    name: str
     value: Any
     _state: Any = None
 
     def ask(self) -> None:
         self._state = self.value.state_dict()
 
-    def describe(self, describer: Describer) -> Any:
-        return describer.value(self._state, self.name)
+    def describe(self, describer: Describer, name: str) -> Any:
+        return describer.value(self._state, name)
 
     def restore(self, restorer: Restorer, name: str) -> Apply:
         build = restorer.restore(name, self._state, stateful=True)
@@ -125,8 +123,8 @@ class ModuleOwner(Owner):
     def ask(self) -> None:
         self._state = modules.describe(self.module, self.name)
 
-    def describe(self, describer: Describer) -> Any:
-        return describer.module(self._state, self.name)
+    def describe(self, describer: Describer, name: str) -> Any:
+        return describer.module(self._state, name)
 
     def restore(self, restorer: Restorer, name: str) -> Apply:
         builds: dict[str, Build] = {}
@@ -134,7 +132,7 @@ class ModuleOwner(Owner):
             inner = joined(name, fqn)
             if not restorer.tree.has(inner):
                 restorer.missing.append(inner)
-            elif isinstance(value, modules.TENSORS):
+            elif isinstance(value, torch.Tensor):
                 builds[fqn] = restorer.restore(inner, value)
             else:
                 builds[fqn] = restorer.restore(inner, value, stateful=True)
@@ -165,9 +163,9 @@ class OptimizerOwner(Owner):
             self._owned = kind(self.name, self.optimizer, module, self._state)
             self._owned.ask()
 
-    def describe(self, describer: Describer) -> Any:
+    def describe(self, describer: Describer, name: str) -> Any:
         state = self._state if self._owned is None else self._owned.describe()
-        return describer.value(state, self.name)
+        return describer.value(state, name)
 
     def restore(self, restorer: Restorer, name: str) -> Apply:
         owned = self._owned
@@ -232,11 +230,7 @@ class PerRankOwner(Owner):
     def ask(self) -> None:
         """Nothing to ask: what is in it is asked itself."""
 
-    def describe(self, describer: Describer) -> Any:
-        raise NotImplementedError
-
-    def describe_at(self, describer: Describer, name: str) -> PerRankState:
-        """Return the state for a save, under a name."""
+    def describe(self, describer: Describer, name: str) -> Any:
         rank = self.owners.rank
         return PerRankState(rank, self.owners.ranks, describer.value(self.per_rank.value, joined(name, rank)))
 

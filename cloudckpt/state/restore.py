@@ -39,6 +39,7 @@ _KINDS: dict[str, type] = {
     "defaultdict": collections.defaultdict,
     "Counter": collections.Counter,
 }
+_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple}
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
 
 
@@ -214,8 +215,8 @@ class _Container:
 
     def build(self) -> Build:
         """Choose what to read, and return what makes the container of it."""
-        if self.record is not None and self.record.kind == "tuple":
-            return self._items(tuple, self.record.length)
+        if self.record is not None and self.record.kind in _SEQUENCES:
+            return self._items(_SEQUENCES[self.record.kind], self.record.length)
         if self.record is None and self.children and all(type(part) is int for part in self.children):
             return self._items(list, max(part for part in self.children if isinstance(part, int)) + 1)
         return self._mapping()

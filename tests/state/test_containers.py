@@ -89,6 +89,35 @@ def test_a_container_is_what_was_saved(checkpointer: cloudckpt.Checkpointer, nam
     assert_same(state, {"value": VALUES[name](), "w": torch.ones(1)})
 
 
+class Plain:
+    """An object whose state is no dict."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("saved", [[1, 2], [], {}, 5, None, (1, torch.ones(2)), [{}]], ids=repr)
+@pytest.mark.parametrize(
+    "around",
+    [lambda one: one, lambda one: [one], lambda one: ({"x": [one]}, 3)],
+    ids=["itself", "in a list", "in a tuple"],
+)
+def test_an_object_may_have_any_state_and_be_anywhere(
+    checkpointer: cloudckpt.Checkpointer, around: Callable[[Any], Any], saved: Any
+) -> None:
+    checkpointer.save(0, {"object": around(Plain(saved))})
+    fresh = Plain("nothing")
+    state = {"object": around(fresh)}
+    checkpointer.load(state)
+    assert_same(fresh.state, saved)
+
+
 def test_containers_of_the_state_are_filled_in_place(checkpointer: cloudckpt.Checkpointer) -> None:
     checkpointer.save(0, {"outer": {"inner": {"a": 1}, "items": [{"b": 2}]}})
     inner: dict[str, Any] = {}
