@@ -167,6 +167,11 @@ class Records:
             if isinstance(names, list) and all(type(one) is str for one in names)
         }
         containers = {name: Container.of_plain(data) for name, data in _named_of(state, "containers").items()}
+        containers = {
+            name: one
+            for name, one in containers.items()
+            if one is not None and one.path and ".".join(map(str, one.path)) == name
+        }
         placements = {name: Placement.of_plain(data) for name, data in _named_of(state, "placements").items()}
         return cls(
             {name: container for name, container in containers.items() if container is not None},

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import collections
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, empty
 
-from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.errors import ConfigurationError, IntegrityError
 from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS
 from cloudckpt.backends.state.load_planner import Targets
@@ -155,10 +157,17 @@ class Restorer:
 
         Raises:
             ConfigurationError: it was placed on a mesh, and the state has none like it.
+            IntegrityError: no machine like this one can have held it.
         """
         placement = self.tree.records.placements.get(name)
         dtype = entry.properties.dtype
         if placement is None or not placement.mesh:
+            nbytes = math.prod(entry.size) * entry.properties.dtype.itemsize
+            if nbytes > psutil.virtual_memory().total:
+                raise IntegrityError(
+                    f"{name!r} claims to be a tensor of {nbytes:,} bytes, more than this machine's memory",
+                    hint="Give the state a tensor to load into, or load another step",
+                )
             layout = entry.properties.layout
             return torch.empty(tuple(entry.size), dtype=dtype, device=device, layout=layout)
         mesh = self._mesh_for(name, placement)
