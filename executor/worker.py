@@ -164,6 +164,8 @@ class Worker:
             del request, answer
             if not self._hello.disable_manual_gc:
                 gc.collect()
+                if not gc.get_freeze_count():  # modules and what they hold, which no later save has to walk
+                    gc.freeze()
 
     def give_up(self) -> None:
         """Take back what a save under way has left pending: DCP does not always tell a writer."""
