@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cloudckpt import Checkpointer, ConfigurationError, ExecutorError
+from support import living as kept
 from support.executors import until
 from support.ranks import RankPool, RankPools
 
@@ -27,20 +28,14 @@ PATIENT = 300.0
 SOON = 60.0
 """Seconds: less than any timeout of torch's, and enough for a busy machine."""
 
-_LIVING: dict[tuple[str, float], Checkpointer] = {}
 _numbers = itertools.count()
 
 
-def end(_rank: int) -> None:
-    while _LIVING:
-        _LIVING.popitem()[1].close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pool(rank_pool: RankPools) -> Iterator[RankPool]:
     pool = rank_pool(RANKS)
     yield pool
-    pool(end)
+    pool(kept.end)
 
 
 def new_run(folder: Path) -> str:
@@ -48,13 +43,7 @@ def new_run(folder: Path) -> str:
 
 
 def living(uri: str, start_timeout: float = PATIENT, **options: Any) -> Checkpointer:
-    """This rank's Checkpointer of a run, made at the first call."""
-    key = uri, start_timeout
-    if key not in _LIVING:
-        _LIVING[key] = Checkpointer(
-            uri, start_timeout=start_timeout, preemption_grace=None, progress=False, **options
-        )
-    return _LIVING[key]
+    return kept.living(uri, start_timeout=start_timeout, **options)
 
 
 def state() -> dict[str, Any]:
@@ -317,7 +306,7 @@ def test_a_rank_that_is_interrupted_while_it_waits_ends_the_call_of_the_others(
             thread.join()
             (tmp_path / "over").touch()
         assert checkpointer.all_steps() == []
-        _LIVING.pop((uri, PATIENT)).close()
+        kept.end(rank)
         return told
 
     first, second, _ = rank_pool(3)(on_rank)

@@ -14,6 +14,7 @@ import pytest
 from cloudckpt import Checkpointer, ConfigurationError
 from support import injected
 from support.injected import EXCEPTIONS, living
+from support.living import end
 from support.ranks import RankPool, RankPools
 
 RANKS = 2
@@ -55,7 +56,7 @@ CALLS: dict[str, tuple[str, tuple[int, ...]]] = {
 def pool(rank_pool: RankPools) -> Iterator[RankPool]:
     pool = rank_pool(RANKS)
     yield pool
-    pool(injected.end)
+    pool(end)
 
 
 @pytest.fixture(scope="module")

@@ -22,21 +22,15 @@ from cloudckpt import Checkpointer, ConfigurationError
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.digests import value_digest
 from cloudckpt.executor.rank_conflicts import RankCheck, RankConflicts, checked, judged
+from support.living import end, living
 from support.ranks import RankPool, RankPools
 
 RANKS = 2
 LARGE = 1 << 20
 """Elements: far more than are read of a tensor that is sampled."""
 
-_LIVING: dict[str, Checkpointer] = {}
 
-
-def end(_rank: int) -> None:
-    while _LIVING:
-        _LIVING.popitem()[1].close()
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pool(rank_pool: RankPools) -> Iterator[RankPool]:
     pool = rank_pool(RANKS)
     yield pool
@@ -266,13 +260,6 @@ def test_no_policy_is_refused_when_the_checkpointer_is_made(given: Any, tmp_path
     with pytest.raises(ConfigurationError, match="rank_conflicts is"):
         Checkpointer(f"file://{tmp_path}/run", rank_conflicts=given, preemption_grace=None)
     assert checked(["a*"]) == ("a*",) and checked("warn") == "warn"
-
-
-def living(uri: str, **options: Any) -> Checkpointer:
-    key = f"{uri} {options}"
-    if key not in _LIVING:
-        _LIVING[key] = Checkpointer(uri, preemption_grace=None, progress=False, **options)
-    return _LIVING[key]
 
 
 def of_rank(rank: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import MultiStepLR
 
 import cloudckpt
-from support.exact import assert_same
+from support.exact import Holder, assert_same
 
 FULL = [{"name": "a", "at": 1}, {"name": "b", "at": 2}]
 
@@ -89,19 +89,6 @@ def test_a_container_is_what_was_saved(checkpointer: cloudckpt.Checkpointer, nam
     assert_same(state, {"value": VALUES[name](), "w": torch.ones(1)})
 
 
-class Plain:
-    """An object whose state is no dict."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state: Any) -> None:
-        self.state = state
-
-
 @pytest.mark.parametrize("saved", [[1, 2], [], {}, 5, None, (1, torch.ones(2)), [{}]], ids=repr)
 @pytest.mark.parametrize(
     "around",
@@ -111,8 +98,8 @@ class Plain:
 def test_an_object_may_have_any_state_and_be_anywhere(
     checkpointer: cloudckpt.Checkpointer, around: Callable[[Any], Any], saved: Any
 ) -> None:
-    checkpointer.save(0, {"object": around(Plain(saved))})
-    fresh = Plain("nothing")
+    checkpointer.save(0, {"object": around(Holder(saved))})
+    fresh = Holder("nothing")
     state = {"object": around(fresh)}
     checkpointer.load(state)
     assert_same(fresh.state, saved)

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import cloudckpt
+from support.exact import Holder
 from support.plain_values import difference
 
 VALUES = st.one_of(
@@ -70,19 +71,6 @@ STATES = st.dictionaries(
     st.recursive(VALUES | tensors(), containers, max_leaves=8),
     max_size=3,
 )
-
-
-class Holder:
-    """An object whose state is anything."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-    def state_dict(self) -> Any:
-        return self.state
-
-    def load_state_dict(self, state: Any) -> None:
-        self.state = state
 
 
 @pytest.fixture(scope="module")

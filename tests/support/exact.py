@@ -1,4 +1,4 @@
-"""Equality of states to the bit: classes, order, dtypes and content."""
+"""Equality of states to the bit: classes, order, dtypes and content; and a holder of any state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+
+class Holder:
+    """An object whose state is anything."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> Any:
+        """Return the state."""
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take a state."""
+        self.state = state
 
 
 def assert_same(one: Any, other: Any, at: str = "") -> None:

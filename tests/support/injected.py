@@ -16,6 +16,7 @@ from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.state import load_planner
 from cloudckpt.executor import arena, snapshot
 from cloudckpt.state import app_state
+from support import living as kept
 
 
 class Particular(Exception):
@@ -88,23 +89,12 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 
 _START_TIMEOUT = 600.0
-_LIVING: dict[str, Checkpointer] = {}
 
 
 def living(uri: str) -> tuple[Checkpointer, dict[str, Any]]:
-    """Return this rank's Checkpointer of a run, made at the first call, and a new state.
-
-    It is kept here because a test's own module travels to the ranks anew with each call.
-    """
-    if uri not in _LIVING:
-        _LIVING[uri] = Checkpointer(uri, start_timeout=_START_TIMEOUT, preemption_grace=None, progress=False)
-    return _LIVING[uri], {"weight": torch.ones(30), "sullen": Sullen(), "step": 1}
-
-
-def end(_rank: int) -> None:
-    """Close this rank's Checkpointers."""
-    while _LIVING:
-        _LIVING.popitem()[1].close()
+    """Return this rank's Checkpointer of a run, made at the first call, and a new state."""
+    checkpointer = kept.living(uri, start_timeout=_START_TIMEOUT)
+    return checkpointer, {"weight": torch.ones(30), "sullen": Sullen(), "step": 1}
 
 
 @contextlib.contextmanager
