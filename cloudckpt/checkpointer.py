@@ -383,7 +383,7 @@ class Checkpointer:
             described if grouped() else described(),
             describe,
             begun=begun,
-            subject=f"the save of step {spelled(step)} of {self.uri}",
+            subject=f"the save of step {step} of {self.uri}",
             rank_conflicts=self._rank_conflicts,
             storage_writer=writer,
             process_group=self._group,

@@ -74,11 +74,8 @@ def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup
     own = _Outcome.of(act, rank)
 
     def tell() -> _Word:
-        gathered: list[bytes | None] | None = None
-        if rank == 0:
-            gathered = [None for _ in range(dist.get_world_size(group))]
-        dist.gather_object(own.word.failure, gathered, group=group, group_dst=0)
-        return _broadcast(_first(own.word, gathered) if gathered is not None else None, group)
+        every = gathered(own.word.failure, group)
+        return _broadcast(_first(own.word, every) if every is not None else None, group)
 
     answer = _settled(own, tell)
     return mine[0], cast("R", answer)
@@ -146,9 +143,9 @@ def _settled(own: _Outcome[Any] | None, tell: Callable[[], _Word]) -> Any:
     raise common from common.__cause__
 
 
-def _first(own: _Word, gathered: list[bytes | None]) -> _Word:
+def _first(own: _Word, every: list[bytes | None]) -> _Word:
     """The lowest failing rank's error, with the others' as notes, or else the first rank's answer."""
-    failed = {rank: data for rank, data in enumerate(gathered) if data is not None}
+    failed = {rank: data for rank, data in enumerate(every) if data is not None}
     if not failed:
         return own
     rank, *others = sorted(failed)

@@ -135,8 +135,9 @@ class _Prepared:
     writer: StorageWriter
     planner: SavePlanner | None
     plan: Prepared
+    common: dict[str, Any]
+    """What is compared with the other ranks', by name, if it is."""
     summary: Summary | None
-    """Of what is compared with the other ranks', if it is."""
 
 
 class Worker:
@@ -234,18 +235,20 @@ class Worker:
             writer, planner = unpickle.loads(request.storage)
             state = snapshot.restore(request.snapshot, arena)
             plan = Prepared(b"") if planner is not None else Prepared.of(state)
-            return _Prepared(state, writer, planner, plan, self._summarized(request, plan))
+            common, summary = self._summarized(request, plan)
+            return _Prepared(state, writer, planner, plan, common, summary)
         except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
             return failures.noted(error)
 
-    def _summarized(self, request: SaveRequest, plan: Prepared) -> Summary | None:
+    def _summarized(self, request: SaveRequest, plan: Prepared) -> tuple[dict[str, Any], Summary | None]:
         """Summarize this rank's part of a save, where it is compared with the others'."""
         policy = request.rank_conflicts
         if not self._grouped or policy is None or plan.flat is None or not request.use_collectives:
-            return None
+            return {}, None
         if self._check is None:
             self._check = RankCheck(dist.get_rank(), dist.get_world_size())
-        return self._check.summary(plan.flat.common(), policy)
+        common = plan.flat.common()
+        return common, self._check.summary(common, policy)
 
     def _together(self, prepared: _Prepared | Exception, request: SaveRequest) -> list[bytes]:
         """Go on only when every rank can: one that stayed away would leave the others in a collective."""
@@ -271,8 +274,8 @@ class Worker:
         """Find what ranks have different values of under one name."""
         if self._check is None or request.rank_conflicts is None or not isinstance(prepared, _Prepared):
             return
-        if prepared.summary is not None and prepared.plan.flat is not None:
-            self._check.settle(summaries, prepared.plan.flat.common(), request.rank_conflicts)
+        if prepared.summary is not None:
+            self._check.settle(summaries, prepared.common, request.rank_conflicts)
 
     def _lost(self, error: BaseException) -> BaseException:
         """A collective that failed: what it says is about sockets, and means a rank."""

@@ -16,9 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state import markers
-from cloudckpt.backends.state.records import Container, Placement, plain_key
-
-Path = tuple[str | int, ...]
+from cloudckpt.backends.state.records import Container, Path, Placement, plain_key
 
 MAPPINGS: dict[type, str] = {
     dict: "dict",
@@ -40,6 +38,49 @@ FACTORIES: dict[Any, str] = {
 """The factories of a defaultdict that are restored, by name."""
 
 
+def refused(value: object, name: str, instead: str, of: str = "") -> ConfigurationError:
+    """Return the error for a container of a class that can't be restored.
+
+    Args:
+        value: the container.
+        name: of its place.
+        instead: class to save instead.
+        of: says what it holds, where that is why.
+    """
+    kind = type(value)
+    return ConfigurationError(
+        f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}{of}, which can't be restored",
+        hint=f"Make a {instead} of it",
+    )
+
+
+def kind_of(value: Mapping[Any, Any], name: str) -> str:
+    """Return what a mapping is restored as.
+
+    Raises:
+        ConfigurationError: it is of a class that can't be restored.
+    """
+    if (kind := MAPPINGS.get(type(value))) is None:
+        raise refused(value, name, "dict")
+    return kind
+
+
+def factory_of(value: Mapping[Any, Any], name: str) -> str | None:
+    """Return the name of a defaultdict's factory; None for other mappings.
+
+    Raises:
+        ConfigurationError: it is a factory that can't be restored.
+    """
+    if not isinstance(value, collections.defaultdict):
+        return None
+    if (factory := FACTORIES.get(value.default_factory)) is None:
+        raise ConfigurationError(
+            f"the defaultdict at {name!r} has the factory {value.default_factory!r}, which can't be restored",
+            hint="Make a dict of it, or give it one of Python's own types, such as list or int",
+        )
+    return factory
+
+
 @dataclass(slots=True)
 class Flat:
     """A flattened state."""
@@ -47,7 +88,7 @@ class Flat:
     leaves: dict[str, Any] = field(default_factory=dict)
     """Tensors and values by name."""
     paths: dict[str, Path] = field(default_factory=dict)
-    """The path of each leaf: text for a mapping's key, as DCP has it, and a number for a list's index."""
+    """The path of each leaf."""
     containers: dict[str, Container] = field(default_factory=dict)
     placements: dict[str, Placement] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
@@ -65,7 +106,7 @@ class Flat:
         return {**self.keys, **{name: leaf for name, leaf in self.leaves.items() if name not in apart}}
 
     def structure(self) -> object:
-        """What a plan depends on, beside the leaves."""
+        """Return what a plan depends on, beside the leaves."""
         return self.containers, self.placements, sorted(self.foreign), self.own
 
 
@@ -102,7 +143,7 @@ _OPENED = (
 
 
 _TENSORS, _LEAVES = 1, 2
-"""What is in a value, as flags: tensors, and leaves of any kind."""
+"""Flags of a value that holds tensors, and of one that holds leaves of any kind."""
 
 
 class _Walk:
@@ -172,25 +213,11 @@ class _Walk:
 
     def _recorded(self, path: Path, name: str, value: Mapping[Any, Any], *, plain: bool) -> None:
         """Record a mapping, unless its names say all of it: DCP has none for what holds no leaf."""
-        kind = MAPPINGS.get(type(value))
-        if kind is None:
-            raise ConfigurationError(
-                f"the mapping at {name!r} is a {type(value).__qualname__}, which can't be restored",
-                hint="Make a dict of it",
-            )
+        kind = kind_of(value, name)
         if plain and kind == "dict" and all(type(key) is str for key in value):
             return
         keys = tuple(plain_key(key, name) for key in value)
-        factory = None
-        if isinstance(value, collections.defaultdict):
-            factory = FACTORIES.get(value.default_factory)
-            if factory is None:
-                raise ConfigurationError(
-                    f"the defaultdict at {name!r} has the factory {value.default_factory!r}, "
-                    "which can't be restored",
-                    hint="Make a dict of it, or give it one of Python's own types, such as list or int",
-                )
-        self._record(name, Container(path, kind, keys=keys, factory=factory))
+        self._record(name, Container(path, kind, keys=keys, factory=factory_of(value, name)))
 
     def _items(self, path: Path, name: str, items: list[Any]) -> int:
         whole = 0

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.state import placements
 
 
 @dataclass(slots=True)
@@ -52,11 +51,8 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
         if metadata is None:
             raise AssertionError("DCP gives a planner the metadata")
         self._targets = self._choose(metadata)
-        targets: dict[str, Any] = dict(self._targets.tensors)
-        self.loaded = dict(targets)
-        if any(isinstance(target, ShardedTensor) for target in targets.values()):
-            targets = _flatten_sharded_tensors(targets)
-        self.state_dict = targets
+        self.loaded = dict(self._targets.tensors)
+        self.state_dict = placements.unnested(dict(self._targets.tensors))
         self.metadata = metadata
         self.is_coordinator = is_coordinator
 

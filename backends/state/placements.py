@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -42,6 +43,16 @@ class ShardAttributes(NamedTuple):
         """Make a tensor one of these shards."""
         for name, value in zip(SHARD_ATTRIBUTES, self, strict=True):
             setattr(tensor, name, value)
+
+
+def unnested(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return tensors and values by name, with each ShardedTensor of ShardedTensors as one.
+
+    FSDP over tensor parallelism makes such. A name of which this rank has no shard is left out.
+    """
+    if not any(isinstance(tensor, ShardedTensorBase) for tensor in tensors.values()):
+        return tensors
+    return _flatten_sharded_tensors(tensors)
 
 
 def shard_attributes(tensor: torch.Tensor) -> ShardAttributes | None:

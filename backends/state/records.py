@@ -18,6 +18,9 @@ from cloudckpt.backends.errors import ConfigurationError
 EXTRAS = "cloudckpt"
 _STATE = "state"
 
+Path = tuple[str | int, ...]
+"""The way to a value: text for a mapping's key, as DCP has it, and a number for a list's index."""
+
 Key = str | int | float | bool | bytes | None | tuple[Any, ...]
 
 _PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
@@ -45,11 +48,21 @@ def _named(key: object) -> str:
     return f"{type(key).__module__}.{type(key).__qualname__}"
 
 
+def is_path(path: object) -> bool:
+    """Return whether something that was read is a path."""
+    return isinstance(path, tuple) and bool(path) and all(type(part) in (str, int) for part in path)
+
+
+def name_of(path: Path) -> str:
+    """Return the name that DCP gives to what is at a path."""
+    return ".".join(map(str, path))
+
+
 @dataclass(frozen=True, slots=True)
 class Container:
     """A container that DCP's names don't describe."""
 
-    path: tuple[str | int, ...]
+    path: Path
     kind: str
     keys: tuple[Key, ...] = ()
     """A mapping's keys, in order."""
@@ -69,8 +82,7 @@ class Container:
             return None
         path, kind, keys, factory, length = data
         sound = (
-            isinstance(path, tuple)
-            and all(type(part) in (str, int) for part in path)
+            is_path(path)
             and type(kind) is str
             and isinstance(keys, tuple)
             and all(map(_is_plain, keys))
@@ -167,15 +179,10 @@ class Records:
             if isinstance(names, list) and all(type(one) is str for one in names)
         }
         containers = {name: Container.of_plain(data) for name, data in _named_of(state, "containers").items()}
-        containers = {
-            name: one
-            for name, one in containers.items()
-            if one is not None and one.path and ".".join(map(str, one.path)) == name
-        }
         placements = {name: Placement.of_plain(data) for name, data in _named_of(state, "placements").items()}
         return cls(
-            {name: container for name, container in containers.items() if container is not None},
-            {name: placement for name, placement in placements.items() if placement is not None},
+            {name: one for name, one in containers.items() if one is not None and name_of(one.path) == name},
+            {name: one for name, one in placements.items() if one is not None},
             own,
         )
 

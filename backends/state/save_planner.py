@@ -7,19 +7,17 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from cloudckpt.backends.state import values
-from cloudckpt.backends.state.flatten import Flat, Path
+from cloudckpt.backends.state import placements, values
+from cloudckpt.backends.state.flatten import Flat
 from cloudckpt.backends.state.proof_cache import ProofCache
-from cloudckpt.backends.state.records import Records
+from cloudckpt.backends.state.records import Path, Records
 
 
-class PlannerData(dict[str, "Path"]):
+class PlannerData(dict[str, Path]):
     """The paths that DCP sends to the coordinator with a plan, and the records beside them."""
 
     records: Records
@@ -64,9 +62,7 @@ class CheckpointSavePlanner(DefaultSavePlanner):
         """Take this rank's part of the flattened state."""
         flat = self._flat
         leaves = {name: leaf for name, leaf in flat.leaves.items() if name not in flat.foreign}
-        if any(isinstance(leaf, ShardedTensor) for leaf in leaves.values()):
-            leaves = _flatten_sharded_tensors(leaves)
-        self.state_dict = leaves
+        self.state_dict = placements.unnested(leaves)
         data = PlannerData(flat.paths)
         data.records = Records(flat.containers, flat.placements, flat.own)
         self.mappings = data

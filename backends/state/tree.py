@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from cloudckpt.backends.state.flatten import Path
-from cloudckpt.backends.state.records import Container, Records
+from cloudckpt.backends.state.records import Container, Path, Records, is_path, name_of
 
 Part = str | int
 
@@ -37,7 +36,7 @@ class SavedTree:
             path = self._paths.get(name) or tuple(name.split("."))
             self._tops[str(path[0])].append((path, name))
         for name, container in self.records.containers.items():
-            self._tops[str(container.path[0]) if container.path else ""].append((container.path, name))
+            self._tops[str(container.path[0])].append((container.path, name))
         self._children: dict[str, dict[Part, str]] = {}
         self._built: set[str] = set()
 
@@ -54,14 +53,9 @@ class SavedTree:
         """Return what is recorded of a container."""
         return self.records.containers.get(name)
 
-    def children(self, name: str, top: str | None = None) -> Mapping[Part, str]:
-        """Return the names of what a container holds, by its keys as text or its indices, in order.
-
-        Args:
-            name: of the container.
-            top: the key at the top under which it is; by default what stands before the name's first dot.
-        """
-        self._build(top if top is not None else name.partition(".")[0])
+    def children(self, name: str) -> Mapping[Part, str]:
+        """Return the names of what a container holds, by its keys as text or its indices, in order."""
+        self._build(name.partition(".")[0])
         if name not in self._children and name not in self.entries:
             # A key at the top may have dots itself.
             for one in self._tops:
@@ -90,7 +84,7 @@ class SavedTree:
         for path, name in self._tops.get(top, ()):
             inner = name
             for at in range(len(path) - 1, 0, -1):
-                outer = ".".join(map(str, path[:at]))
+                outer = name_of(path[:at])
                 held = self._children.get(outer)
                 if held is not None and path[at] in held:
                     break
@@ -102,12 +96,4 @@ def _paths_of(metadata: Metadata) -> dict[str, Path]:
     data = metadata.planner_data
     if not isinstance(data, dict):
         return {}
-    return {name: path for name, path in data.items() if _is_path(path) and _joined(path) == name}
-
-
-def _is_path(path: object) -> bool:
-    return isinstance(path, tuple) and bool(path) and all(type(part) in (str, int) for part in path)
-
-
-def _joined(path: Path) -> str:
-    return ".".join(map(str, path))
+    return {name: path for name, path in data.items() if is_path(path) and name_of(path) == name}

@@ -64,8 +64,7 @@ class AppState:
             ConfigurationError: a value can't be saved and restored, or an optimizer's model is not in the
                 state.
         """
-        owners = Owners.of(self._state, self._rank, self._ranks)
-        owners.ask()
+        owners = self._asked()
         try:
             described = CheckpointState(Describer(owners, trust=self._trust).mapping(self._state))
         except RecursionError as error:
@@ -88,9 +87,13 @@ class AppState:
         Raises:
             ConfigurationError: an optimizer's model is not in the state, or a module has no data.
         """
-        self._owners = Owners.of(self._state, self._rank, self._ranks)
-        self._owners.ask()
+        self._owners = self._asked()
         return self._owners
+
+    def _asked(self) -> Owners:
+        owners = Owners.of(self._state, self._rank, self._ranks)
+        owners.ask()
+        return owners
 
     def choose(self, metadata: Metadata) -> Targets:
         """Return what to read of a checkpoint, and into what.

@@ -10,7 +10,7 @@ import torch
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state import markers, tensors, values
-from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS, is_leaf_list
+from cloudckpt.backends.state.flatten import factory_of, is_leaf_list, kind_of, refused
 from cloudckpt.backends.state.records import plain_key
 from cloudckpt.state import live
 from cloudckpt.state.live import joined
@@ -57,10 +57,10 @@ class Describer:
         if type(value) is list and not is_leaf_list(value):
             return self._around_it(value, name, self._items)
         if isinstance(value, list) and type(value) is not list:
-            raise self._refused(value, name, "list")
+            raise refused(value, name, "list")
         if type(value) is collections.deque and any(isinstance(one, torch.Tensor) for one in value):
             # A value is pickled whole: its tensors would be no tensors of the checkpoint.
-            raise self._refused(value, name, "list", of=" of tensors")
+            raise refused(value, name, "list", of=" of tensors")
         self._check(value, name)
         return value
 
@@ -85,8 +85,7 @@ class Describer:
         kind = type(value)
         if not name:
             return {key: self.value(inner, str(key)) for key, inner in value.items()}
-        if kind not in MAPPINGS:
-            raise self._refused(value, name, "dict")
+        kind_of(value, name)
         if kind is markers.OptimizerState and self._in_place:
             self._in_place = False
             try:
@@ -95,12 +94,7 @@ class Describer:
                 self._in_place = True
         made: Any = kind()
         if isinstance(value, collections.defaultdict):
-            if value.default_factory not in FACTORIES:
-                raise ConfigurationError(
-                    f"the defaultdict at {name!r} has the factory {value.default_factory!r}, which can't be "
-                    "restored",
-                    hint="Make a dict of it, or give it one of Python's own types, such as list or int",
-                )
+            factory_of(value, name)
             made.default_factory = value.default_factory
         for key, inner in value.items():
             made[plain_key(key, name)] = self.value(inner, joined(name, key))
@@ -120,14 +114,6 @@ class Describer:
             return describe(value, name)
         finally:
             self._around.remove(id(value))
-
-    def _refused(self, value: object, name: str, instead: str, of: str = "") -> ConfigurationError:
-        kind = type(value)
-        return ConfigurationError(
-            f"the container at {name!r} is a {kind.__module__}.{kind.__qualname__}{of}, which can't be "
-            "restored",
-            hint=f"Make a {instead} of it",
-        )
 
     def _check_tensor(self, tensor: torch.Tensor, name: str) -> None:
         refusal = tensors.refusal(tensor, trust=self._trust, in_place=self._in_place)

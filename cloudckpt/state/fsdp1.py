@@ -57,12 +57,12 @@ class ShardedOptimizer(NamedOptimizer):
 
     def describe(self) -> OptimizerState:
         """Return the state of the optimizer by the names of its parameters."""
-        groups = [{**group, "params": OwnNames(group["params"])} for group in self._sharded["param_groups"]]
+        groups = [{**group, "params": OwnNames(group["params"])} for group in self._own_groups()]
         return OptimizerState({"state": dict(self._sharded["state"]), "param_groups": groups})
 
     def names(self) -> Iterator[tuple[Any, list[str]]]:
         """Yield the name of each parameter, as a key and as its one name."""
-        for group in self._sharded["param_groups"]:
+        for group in self._own_groups():
             for name in group["params"]:
                 yield name, [name]
 
@@ -73,28 +73,11 @@ class ShardedOptimizer(NamedOptimizer):
             return None
         return torch.empty_like(like, dtype=entry.properties.dtype)
 
-    def restore(
-        self,
-        state: Mapping[Any, Any],
-        groups: Sequence[Mapping[str, Any]],
-        lists: Sequence[Sequence[str]],
-        *,
-        complete: bool,
-    ) -> None:
-        """Give the optimizer what was loaded."""
-        aliases = [[name] for group in self._sharded["param_groups"] for name in group["params"]]
-        own, at = [], 0
-        for group in self._sharded["param_groups"]:
-            own.append({**group, "params": [*range(at, at + len(group["params"]))]})
-            at += len(group["params"])
-        matched = self._matched(groups, lists, own, aliases, complete=complete)
-        loaded = {
-            "state": dict(state),
-            "param_groups": [
-                {**fresh, **saved, "params": fresh["params"]}
-                for fresh, saved in zip(self._sharded["param_groups"], matched, strict=True)
-            ],
-        }
+    def _own_groups(self) -> Sequence[Mapping[str, Any]]:
+        groups: Sequence[Mapping[str, Any]] = self._sharded["param_groups"]
+        return groups
+
+    def _load(self, loaded: dict[str, Any]) -> None:
         with _sharded_types(self.module):
             flat = FullyShardedDataParallel.optim_state_dict_to_load(
                 self.module, self.optimizer, loaded, group=_group_of(self.module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +13,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from cloudckpt.state.per_rank import PerRank
-
-T = TypeVar("T")
 
 _NEVER = frozenset(
     {torch.Tensor, nn.Parameter, dict, list, tuple, str, int, float, bool, bytes, complex, type(None)}

@@ -116,33 +116,32 @@ class NamedOptimizer:
         Raises:
             ConfigurationError: the groups that were saved don't fit.
         """
-        matched = self._matched(groups, lists, self.state["param_groups"], self._aliases, complete=complete)
-        own = self.state["param_groups"]
-        loaded = {
-            "state": dict(state),
-            "param_groups": _merged(own, matched),
-        }
+        matched = self._matched(groups, lists, complete=complete)
+        self._load({"state": dict(state), "param_groups": _merged(self._own_groups(), matched)})
+
+    def _own_groups(self) -> Sequence[Mapping[str, Any]]:
+        """Return the optimizer's own groups, whose ``params`` are keys of `names`."""
+        groups: Sequence[Mapping[str, Any]] = self.state["param_groups"]
+        return groups
+
+    def _load(self, loaded: dict[str, Any]) -> None:
+        """Give the optimizer its state and groups, whose parameters are named by keys of `names`."""
         self.optimizer.load_state_dict(loaded)
         for number, parameter in enumerate(_parameters(self.optimizer)):
-            if number in state:
-                _undo_casts(self.optimizer.state[parameter], state[number])
+            if number in loaded["state"]:
+                _undo_casts(self.optimizer.state[parameter], loaded["state"][number])
 
     def _matched(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        lists: Sequence[Sequence[str]],
-        own: Sequence[Mapping[str, Any]],
-        aliases: Sequence[Sequence[str]],
-        *,
-        complete: bool,
+        self, groups: Sequence[Mapping[str, Any]], lists: Sequence[Sequence[str]], *, complete: bool
     ) -> list[Mapping[str, Any]]:
         """Return the saved group of each of the optimizer's own groups."""
         of: dict[str, int] = {name: index for index, names in enumerate(lists) for name in names}
+        aliases, own = dict(self.names()), self._own_groups()
         matched = []
         for index, group in enumerate(own):
             found: dict[int, str] = {}
-            for number in group[_PARAMS]:
-                names = aliases[int(number)]
+            for key in group[_PARAMS]:
+                names = aliases[key]
                 at = next((of[name] for name in names if name in of), None)
                 if at is None and complete:
                     raise ConfigurationError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.markers import PerRankState
 from cloudckpt.state import fsdp1, live, modules, optimizers
 from cloudckpt.state.live import joined
@@ -41,10 +43,6 @@ class Owner(ABC):
     @abstractmethod
     def restore(self, restorer: Restorer, name: str) -> Apply:
         """Choose what to read of a checkpoint; return what gives it to the object."""
-
-    def replace(self, value: Any) -> None:
-        """Give the object a state as a whole."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True)
@@ -106,9 +104,6 @@ class StatefulOwner(Owner):
     def restore(self, restorer: Restorer, name: str) -> Apply:
         build = restorer.restore(name, self._state, stateful=True)
         return lambda loaded: self.value.load_state_dict(build(loaded))
-
-    def replace(self, value: Any) -> None:
-        self.value.load_state_dict(value)
 
 
 @dataclass(slots=True)
@@ -249,13 +244,14 @@ class PerRankOwner(Owner):
         if not callable(policy) or len(names) == ranks:
             chosen = resize(names, rank, ranks, policy, key=name)
             return self._read(restorer, chosen) if chosen is not DROPPED else lambda _loaded: None
+        take = self._taker(name)
         builds = [
             restorer.restore(names[one], NOTHING, stateful=True)
             for one in needed(len(names), rank, ranks, policy)
         ]
 
         def apply(loaded: Loaded) -> None:
-            self._take(resize([build(loaded) for build in builds], rank, ranks, policy, key=name))
+            take(resize([build(loaded) for build in builds], rank, ranks, policy, key=name))
 
         return apply
 
@@ -267,8 +263,14 @@ class PerRankOwner(Owner):
 
         return apply
 
-    def _take(self, value: Any) -> None:
-        if live.is_live(self.per_rank.value):
-            self.owners[self.per_rank.value].replace(value)
-        else:
-            self.per_rank.value = value
+    def _taker(self, name: str) -> Callable[[Any], object]:
+        """Return what takes a value that a function has made of those of all ranks."""
+        value = self.per_rank.value
+        if not live.is_live(value):
+            return partial(setattr, self.per_rank, "value")
+        if isinstance(self.owners[value], StatefulOwner):
+            return value.load_state_dict  # type: ignore[no-any-return]
+        raise ConfigurationError(
+            f"the PerRank at {name!r} holds a {type(value).__name__}, whose state no function can make",
+            hint="Put modules and optimizers into the state itself, where they load on any number of ranks",
+        )

@@ -35,12 +35,7 @@ Build = Callable[[Loaded], Any]
 NOTHING = object()
 """Stands for a place of the state that has nothing yet."""
 
-_KINDS: dict[str, type] = {
-    "dict": dict,
-    "OrderedDict": collections.OrderedDict,
-    "defaultdict": collections.defaultdict,
-    "Counter": collections.Counter,
-}
+_KINDS: dict[str, type] = {name: kind for kind, name in reversed(MAPPINGS.items())}  # dict comes last
 _SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple}
 _FACTORIES = {name: factory for factory, name in FACTORIES.items()}
 
@@ -162,7 +157,7 @@ class Restorer:
         placement = self.tree.records.placements.get(name)
         dtype = entry.properties.dtype
         if placement is None or not placement.mesh:
-            nbytes = math.prod(entry.size) * entry.properties.dtype.itemsize
+            nbytes = math.prod(entry.size) * dtype.itemsize
             if nbytes > psutil.virtual_memory().total:
                 raise IntegrityError(
                     f"{name!r} claims to be a tensor of {nbytes:,} bytes, more than this machine's memory",
