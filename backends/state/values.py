@@ -26,11 +26,9 @@ from cloudckpt.backends.state.codec.classes import ChangedClassError
 from cloudckpt.backends.state.codec.malformed import NotHereError
 from cloudckpt.backends.state.codec.tensors import Storages
 from cloudckpt.backends.state.codec.tree import parse
-from cloudckpt.backends.state.digest import digest
 
 __all__ = [
     "Refusal",
-    "digest",
     "dumps",
     "load_tensor",
     "loads",
@@ -45,7 +43,7 @@ _ALLOW = (
     "wrote the checkpoint"
 )
 _PROTOCOL = 2
-"""What ``torch.save`` writes, and the one that torch's own careful loader reads."""
+"""Protocol that ``torch.save`` writes and torch's ``weights_only`` loader reads."""
 _torch_list = threading.Lock()
 """Held while names are on torch's list, which is one for the whole process."""
 

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cloudckpt.backends.state.values import digest, dumps, loads, prove_safe, refusal
+from cloudckpt.backends.state.values import dumps, loads, prove_safe, refusal
 from support import value_classes as users
 from support.plain_values import difference
+from support.value_digest import digest
 
 KEYS = st.one_of(
     st.text(max_size=5),

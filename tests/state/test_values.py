@@ -30,10 +30,11 @@ import torch
 
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.state import values as loading
-from cloudckpt.backends.state.values import digest, dumps, load_tensor, loads, prove_safe, refusal
-from support import hostile, plain_values
+from cloudckpt.backends.state.values import dumps, load_tensor, loads, prove_safe, refusal
+from support import hostile, plain_values, value_digest
 from support import value_classes as users
 from support.plain_values import difference, table
+from support.value_digest import digest
 
 TABLE = table()
 
@@ -381,7 +382,9 @@ def test_padding_does_not_change_a_digest() -> None:
 def test_values_work_where_numpy_can_not_be_imported() -> None:
     code = (
         "import sys; sys.modules['numpy'] = None\n"
-        "from cloudckpt.backends.state.values import digest, dumps, loads, refusal\n"
+        f"sys.path.insert(0, {str(Path(value_digest.__file__).parents[1])!r})\n"
+        "from cloudckpt.backends.state.values import dumps, loads, refusal\n"
+        "from support.value_digest import digest\n"
         "import datetime, torch\n"
         "value = {'a': (datetime.date(2026, 1, 2), torch.Size([2]), {3})}\n"
         "assert refusal(value) is None and refusal(object()) is not None\n"

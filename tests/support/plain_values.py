@@ -26,6 +26,7 @@ import torch
 
 from cloudckpt.backends.state import values
 from support import value_classes as users
+from support.value_digest import digest
 
 _PARIS = zoneinfo.ZoneInfo("Europe/Paris")
 
@@ -203,10 +204,10 @@ def _is_same(one: Any, other: Any) -> bool:
                 and one.shape == other.shape
                 and one.flags.fnc == other.flags.fnc
                 and other.flags.writeable
-                and values.digest(one) == values.digest(other)
+                and digest(one) == digest(other)
             )
         case np.generic():
-            return bool(one.dtype == other.dtype) and values.digest(one) == values.digest(other)
+            return bool(one.dtype == other.dtype) and digest(one) == digest(other)
         case np.dtype():
             return bool(one == other) and one.fields == other.fields and one.alignment == other.alignment
         case dt.datetime() | dt.time():
@@ -247,7 +248,7 @@ def main(folder: str) -> None:
                 wrong = "a class that is not imported"
             if wrong:
                 found[f"{name} by {how}"] = wrong
-        if values.digest(value).hex() != (pathlib.Path(folder) / f"{number}.digest").read_text():
+        if digest(value).hex() != (pathlib.Path(folder) / f"{number}.digest").read_text():
             found[f"{name}'s digest"] = "another one than in the process that saved it"
     sys.stdout.write(json.dumps({"found": found, "ran": users.RAN, "count": len(expected)}))
 
