@@ -42,5 +42,5 @@ def same_order(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -
 
 
 def repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a dimension repeats the same elements, as ``expand`` makes them."""
+    """Return True if a dimension repeats the same elements, as ``expand`` makes them."""
     return any(stride == 0 and length > 1 for length, stride in zip(shape, strides, strict=True))

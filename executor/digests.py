@@ -72,7 +72,7 @@ def _described(dtype: torch.dtype, shape: torch.Size) -> bytes:
 
 
 def _places(nbytes: int, sampled: int) -> Iterator[int]:
-    """Where samples begin: the first and the last, and others that move from save to save."""
+    """Yield the offsets of samples: the first, the last, and others that move from save to save."""
     yield 0
     yield nbytes - _SAMPLE
     for one in range(_SAMPLES - 2):

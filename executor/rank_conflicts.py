@@ -36,7 +36,7 @@ from cloudckpt.executor.roll_call import named
 _log = background_log.logger(__name__)
 
 RankConflicts = Literal["error", "warn"] | tuple[str, ...]
-"""What becomes of conflicts: a tuple has the patterns of names that may differ."""
+"""Policy for conflicts: a tuple has the patterns of names that may differ."""
 
 _MODULUS: Final = 1 << 128
 _NAMED: Final = 5
@@ -67,7 +67,7 @@ def checked(rank_conflicts: object) -> RankConflicts:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What one rank tells the others. ``sampled`` is None where tensors were read whole."""
+    """Summary of one rank for the others. ``sampled`` is None where tensors were read whole."""
 
     structure: int
     content: int
@@ -183,7 +183,7 @@ class RankCheck:
         return told
 
     def _entries(self, leaves: Mapping[str, Any], left_out: Collection[str]) -> Iterator[tuple[Key, Any]]:
-        """What this rank would write that another rank may write as well."""
+        """Yield what this rank would write and another rank may write as well."""
         for name, leaf in leaves.items():
             if name in left_out:
                 continue

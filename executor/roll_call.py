@@ -152,7 +152,7 @@ class RollCall:
         return self._place.connect("calls", timeout)
 
     def _read(self, store: Store, topic: int, call: Call, timeout: float) -> tuple[bool, int]:
-        """What rank 0 said in this call, or else last, and the topic's number."""
+        """Return rank 0's value in this call, or else its last one, and the topic's number."""
         try:
             store.wait([_followed(topic)], timedelta(seconds=timeout))
         except DistStoreError as error:

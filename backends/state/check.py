@@ -57,12 +57,12 @@ class Refusal:
     """A part of a value that would not be restored exactly."""
 
     path: str
-    """Where it is inside the value, such as ``[2].x``; empty for the value itself."""
+    """Path inside the value, such as ``[2].x``; empty for the value itself."""
     class_name: str
     """Its class, with its module."""
     reason: str
     hint: str
-    """What to do instead."""
+    """Advice on what to save instead."""
 
 
 class RefusedError(Exception):
@@ -300,7 +300,7 @@ class Check:
 
 
 def _is_member(value: enum.Enum, reduced: Any) -> bool:
-    """Whether an Enum's member pickles as its class and its value or name, by which it is found again."""
+    """Return True if an Enum's member pickles as its class and its value or name."""
     cls = type(value)
     match reduced:
         case (made_by, (content,)) if made_by is cls:

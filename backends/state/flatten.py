@@ -1,7 +1,7 @@
 """Flattening a described state to the names that DCP gives, with a record of what DCP's names lose.
 
-DCP joins the keys of nested dicts and the indices of lists with dots. Of a checkpoint's names alone nobody
-can tell an int key from its text, a Counter from a dict, or that there was an empty dict.
+DCP joins the keys of nested dicts and the indices of lists with dots. The names alone do not
+tell an int key from its text, a Counter from a dict, or that there was an empty dict.
 """
 
 from __future__ import annotations

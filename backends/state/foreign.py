@@ -16,7 +16,7 @@ _APART = "Put it into a dict or a list, where tensors are saved one by one"
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is known of a tensor, an array, a scalar or a dtype."""
+    """Verdict on a tensor, an array, a scalar or a dtype."""
 
     reason: str | None = None
     """Why it would not be restored exactly; None where it would."""
@@ -70,7 +70,7 @@ def _of_tensor(tensor: torch.Tensor) -> Finding:
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether saving it here would save one rank's part alone."""
+    """Return True if a value that holds the tensor would hold one rank's part alone."""
     kinds = (
         ("torch.distributed.tensor", "DTensor"),
         ("torch.distributed._shard.sharded_tensor", "ShardedTensor"),

@@ -1,4 +1,4 @@
-"""What to save instead of an object that can't be restored."""
+"""Advice on what to save instead of an object that can't be restored."""
 
 from __future__ import annotations
 

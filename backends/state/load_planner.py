@@ -19,7 +19,7 @@ from cloudckpt.backends.state import placements
 
 @dataclass(slots=True)
 class Targets:
-    """What to read of a checkpoint."""
+    """Tensors and values to read of a checkpoint."""
 
     tensors: dict[str, torch.Tensor | None] = field(default_factory=dict)
     """The tensor to read into, by name; None for a value."""
@@ -39,7 +39,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
         self._choose = choose
         self._targets = Targets()
         self.loaded: dict[str, Any] = {}
-        """What was read, by name."""
+        """Tensors and values that were read, by name."""
 
     def set_up_planner(
         self,

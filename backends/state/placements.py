@@ -1,4 +1,4 @@
-"""Where a tensor's shards lie in the whole: what DCP plans from, and whether it fits the memory.
+"""Positions of a tensor's shards in the whole, from which DCP plans, compared with the memory.
 
 DCP plans a DTensor from its spec, a ShardedTensor from its metadata and, since torch 2.14, a tensor with the
 attributes of ``CheckpointableTensor`` from those. It does not compare them with the tensors themselves.

@@ -34,7 +34,7 @@ class Unloadable:
 
 
 class Proof:
-    """What was found of a checkpoint's values."""
+    """Findings on a checkpoint's values."""
 
     def __init__(self) -> None:
         self.unproven = 0

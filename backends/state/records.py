@@ -1,4 +1,4 @@
-"""What a checkpoint records of the containers and placements of a state, beside DCP's own metadata.
+"""Records of the containers and placements of a state, beside DCP's own metadata.
 
 The records are plain data in the extras of ``.metadata``: a stock reader ignores them. What is read from
 there is checked before it is used.
@@ -95,7 +95,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How a DTensor was placed: on a mesh of this shape, by these placements."""
+    """The placement of a DTensor on a mesh of this shape."""
 
     mesh: tuple[int, ...]
     """Ranks in each dimension of the mesh."""

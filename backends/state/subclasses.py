@@ -23,7 +23,7 @@ PROTOCOL = 2
 """Of pickle: the one that ``torch.save`` uses and that ``weights_only`` reads."""
 
 _DEVICE = 6
-"""Which argument of torch's ``_rebuild_wrapper_subclass`` is the device."""
+"""Index of the device among the arguments of torch's ``_rebuild_wrapper_subclass``."""
 
 _Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 

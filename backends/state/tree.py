@@ -13,7 +13,7 @@ Part = str | int
 
 
 class SavedTree:
-    """What a checkpoint holds, by the names that DCP gave: leaves, and containers around them.
+    """Leaves of a checkpoint and containers around them, by the names that DCP gave.
 
     Args:
         metadata: of the checkpoint.

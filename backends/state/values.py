@@ -75,7 +75,7 @@ def _tried_out(value: object, *, trust: bool) -> str | None:
 
 
 def _is_allowed(cls: type) -> bool:
-    """Whether a class is on torch's list of what ``weights_only`` may make."""
+    """Return True if a class is on torch's list of what ``weights_only`` may make."""
     allowed: list[Any] = torch.serialization.get_safe_globals()
     return any((one[0] if isinstance(one, tuple) else one) is cls for one in allowed)
 

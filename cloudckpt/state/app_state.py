@@ -114,7 +114,7 @@ class AppState:
 
     @property
     def unasked(self) -> frozenset[str]:
-        """What the checkpoint has and `choose` did not ask for.
+        """Names that the checkpoint has and `choose` did not ask for.
 
         Keys at the top of which it asked for nothing, and names of other values.
         """

@@ -90,7 +90,7 @@ class Owners:
 
 @dataclass(slots=True)
 class StatefulOwner(Owner):
-    """What has ``state_dict`` and ``load_state_dict``."""
+    """An object with ``state_dict`` and ``load_state_dict``."""
 
     value: Any
     _state: Any = None

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 Policy = Literal["error", "first", "drop"]
 OnResize = Policy | Callable[[list[Any], int, int], Any]
-"""What a load on another number of ranks does with the values that were saved."""
+"""Policy of a load on another number of ranks than saved."""
 
 DROPPED: Final = object()
 """The result of `resize` where a rank is left without a value: its own stays as it is."""

@@ -85,7 +85,7 @@ class RandomState:
 
     @staticmethod
     def _of_host(state_dict: Mapping[str, Any]) -> Iterator[Callable[[], object]]:
-        """What sets the generators of Python, torch and numpy, each tried on a generator of its own."""
+        """Yield setters of the generators of Python, torch and numpy, each tried on one of its own."""
         python = state_dict["python"]
         state = (int(python["version"]), tuple(map(int, python["words"])), _optional(python["gauss"]))
         random.Random().setstate(state)  # noqa: S311 - no secret
@@ -125,7 +125,7 @@ class _Device:
         return [module.get_rng_state()] if self.name == "mps" else list(module.get_rng_state_all())
 
     def written(self, states: list[torch.Tensor]) -> Callable[[], object]:
-        """What sets the generators, which is possible.
+        """Return a setter of the generators, which is known to work.
 
         Raises:
             ConfigurationError: another number of devices is here.

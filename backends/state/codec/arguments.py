@@ -1,4 +1,4 @@
-"""What a pickle gives to the making of one object, and checks of that."""
+"""Arguments that a pickle gives to the making of one object, and checks of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Arguments:
     values: list[Any]
     """The arguments of the call."""
     state: Any
-    """What BUILD gives it, or ``NOTHING``."""
+    """State that BUILD gives it, or ``NOTHING``."""
     items: list[Any]
-    """What is appended to it."""
+    """Items that are appended to it."""
     pairs: list[tuple[Any, Any]]
     """Keys and values that are set in it."""
     new: bool

@@ -54,7 +54,7 @@ def problem_of_dtype(dtype: Any) -> str | None:
 
 
 def _is_rebuilt(dtype: Any) -> bool:
-    """Whether a dtype is the same when it is built again."""
+    """Return True if a dtype is the same when it is built again."""
     made_by, arguments, state = dtype.__reduce__()
     del made_by
     try:

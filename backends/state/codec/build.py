@@ -79,7 +79,7 @@ def build(root: object, storages: tensors.Storages, *, absent: set[str] | None =
 
 
 def _may_be_imported(named: Global) -> bool:
-    """Whether a name may be that of a user's class, in a module that is not imported."""
+    """Return True if a name may be that of a user's class in a module that is not imported."""
     root = named.module.partition(".")[0]
     known = root in sys.stdlib_module_names or root in _LIBRARIES
     return not known and bool(root) and named.module not in sys.modules

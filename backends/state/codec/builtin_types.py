@@ -37,7 +37,7 @@ ZONE = re.compile(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+){0,3}")
 """A key of the time zone database, which is a path."""
 NEWLINES = (None, "", "\n", "\r", "\r\n")
 _OPEN_STATE = 3
-"""What pickle has of a BytesIO: its bytes, its position, its attributes. A StringIO has its newline too."""
+"""State of a pickled BytesIO: bytes, position, attributes. A StringIO has its newline too."""
 
 
 def _bytes(given: Arguments) -> bytes:
@@ -171,7 +171,7 @@ def _zone_info(given: Arguments) -> zoneinfo.ZoneInfo:
 
 
 def _is_zone(key: str) -> bool:
-    """Whether there is such a zone. `ZoneInfo` itself would import what the key says."""
+    """Return True if there is such a zone. `ZoneInfo` itself would import what the key says."""
     if any((pathlib.Path(folder) / key).is_file() for folder in zoneinfo.TZPATH):
         return True
     if importlib.util.find_spec("tzdata") is None:

@@ -34,7 +34,7 @@ _HOOKS = frozenset(
         "__del__",
     ]
 )
-"""What a class defines to be made, pickled or deleted in a way of its own."""
+"""Methods that a class defines to be made, pickled or deleted in a way of its own."""
 _METACLASSES: tuple[type, ...] = (type, abc.ABCMeta, type(typing.Protocol))
 _NEUTRAL: tuple[type, ...] = (
     object,
@@ -139,7 +139,7 @@ def member_of(cls: Any, value: object) -> enum.Enum:
 
 
 def _combines(cls: type[enum.Flag], value: int) -> bool:
-    """Whether a value is one of defined bits, and making it runs nothing but the standard library."""
+    """Return True for a value of defined bits whose making runs nothing but the standard library."""
     mask: int = vars(cls)["_flag_mask_"]
     return value >= 0 and not value & ~mask and _definer(cls, "_missing_") is enum.Flag
 
