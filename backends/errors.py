@@ -127,6 +127,10 @@ class ExecutorError(CheckpointError, RuntimeError):
     """The background checkpoint process could not serve a save."""
 
 
+class RendezvousError(ExecutorError):
+    """A rank can't reach the store in which the ranks meet. The next call chooses a store anew."""
+
+
 class ExecutorDiedError(ExecutorError):
     """The background checkpoint process ended before it answered."""
 

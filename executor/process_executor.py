@@ -26,7 +26,6 @@ from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
-from cloudckpt.executor.rendezvous import flag
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
 from cloudckpt.executor.unpickle import MainScript
@@ -175,6 +174,7 @@ class ProcessExecutor:
                 hint="Save less often, or give snapshots=2 or on_busy='wait'",
             )
         job = Job(
+            self._ranks.council,
             number=self._calls,
             subject=subject,
             delivery=Delivery(make),
@@ -216,14 +216,21 @@ class ProcessExecutor:
         """
         self._calls += 1
         supervisor = self._ready(process_group, no_dist, "the warm-up")
-        proof = Job(number=self._calls, subject="the warm-up", delivery=Delivery(_itself))
+        proof = Job(
+            self._ranks.council, number=self._calls, subject="the warm-up", delivery=Delivery(_itself)
+        )
         supervisor.submit(proof)
         jobs = [proof]
         if state_dict is not None:
             # Another, for while the process starts the memory is touched, which may fail on one rank alone.
             self._calls += 1
             jobs.append(
-                Job(number=self._calls, subject="the warm-up of a snapshot", delivery=Delivery(_itself))
+                Job(
+                    self._ranks.council,
+                    number=self._calls,
+                    subject="the warm-up of a snapshot",
+                    delivery=Delivery(_itself),
+                )
             )
             with outcomes.joining(jobs[1], supervisor):
                 self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
@@ -285,14 +292,12 @@ class ProcessExecutor:
         if self._supervisor is None:
             terms = Terms(
                 rank=self._ranks.rank,
-                place=self._ranks.place,
+                grouped=self._ranks.place is not None,
                 network=self._network,
                 save_timeout=self._save_timeout,
                 start_timeout=self._start_timeout,
-                disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),
-                disable_manual_gc=flag("DCP_DISABLE_MANUAL_GC"),
             )
-            self._supervisor = Supervisor(terms, self._ranks.council, self._arenas)
+            self._supervisor = Supervisor(terms, self._arenas, self._ranks.failed)
         return self._supervisor
 
     def _touch(self, layout: Layout) -> None:

@@ -7,6 +7,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,6 @@ from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
 from cloudckpt.executor.rank_conflicts import RankConflicts
-from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
@@ -39,8 +39,10 @@ class Job:
     """One save as it was asked for, or the proof that saves will work when there is nothing to ``storage``.
 
     The state is in ``taken`` already, or comes with a future. A ``failure`` here keeps all ranks from saving.
+    ``council`` is that of the ranks at the call.
     """
 
+    council: Council
     number: int
     subject: str
     delivery: Delivery
@@ -61,21 +63,29 @@ class Terms:
     """What holds for every process that the supervisor starts. Times are in seconds."""
 
     rank: int
-    place: MeetingPlace | None
+    grouped: bool
     network: NetworkOptions
     save_timeout: float
     start_timeout: float
-    disable_automatic_gc: bool
-    disable_manual_gc: bool
 
 
 class Supervisor:
-    """Serves jobs one after another with a checkpoint process, and starts a new one when that is gone."""
+    """Serves jobs one after another with a checkpoint process, and starts a new one when that is gone.
 
-    def __init__(self, terms: Terms, council: Council, arenas: ArenaPool) -> None:
+    Args:
+        terms: what holds for every process.
+        arenas: where the snapshots are.
+        unmet: gets the error of each job that failed: the ranks may not have met.
+    """
+
+    def __init__(
+        self, terms: Terms, arenas: ArenaPool, unmet: Callable[[BaseException], object] = lambda _: None
+    ) -> None:
         self._terms = terms
-        self._council = council
         self._arenas = arenas
+        self._unmet = unmet
+        self._council: Council | None = None
+        """That of the last job: a process belongs to one."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._pending: list[Job] = []
         self._process: CheckpointProcess | None = None
@@ -174,7 +184,8 @@ class Supervisor:
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
-            self._council.leave(_GRACE)
+            if self._council is not None:
+                self._council.leave(_GRACE)
         finally:
             self._end_process()
             self._alarm.close()
@@ -185,7 +196,10 @@ class Supervisor:
             self._finish(job, None, ExecutorError("the executor was closed before the save began"))
             return
         self._stage(job)
-        if job.failure is not None and self._terms.place is not None:
+        if job.council is not self._council:  # the ranks meet elsewhere now, and number their groups anew
+            self._end_process()
+            self._council = job.council
+        if job.failure is not None and self._terms.grouped:
             job.failure = failures.shared(job.failure, self._terms.rank)
         standing = Standing(
             call=job.number,
@@ -195,12 +209,11 @@ class Supervisor:
             together=job.use_collectives,
         )
         try:
-            trial = self._council.convene(standing, self._terms.start_timeout)
+            trial = job.council.convene(standing, self._terms.start_timeout)
         except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
-            alone = self._terms.place is None
             common = (
                 job.failure
-                if alone and job.failure is not None
+                if not self._terms.grouped and job.failure is not None
                 else failures.with_traceback_of(job.failure, error)
             )
             self._finish(job, None, common)
@@ -286,18 +299,17 @@ class Supervisor:
         if process is not None:
             return process
         terms = self._terms
+        info, place = job.council.group(trial.generation, terms.start_timeout)
         hello = Hello(
-            rank=terms.rank,
+            info=info,
             generation=trial.generation,
             parent_pid=os.getpid(),
             log_level=_log.getEffectiveLevel(),
             main_script=MainScript.describe(),
-            place=terms.place,
+            place=place,
             network=terms.network,
             deadline=time.monotonic() + terms.start_timeout,
             group_timeout=terms.start_timeout + terms.save_timeout + 60,
-            disable_automatic_gc=terms.disable_automatic_gc,
-            disable_manual_gc=terms.disable_manual_gc,
         )
         process = self._process = CheckpointProcess(hello, self._board)
         ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
@@ -359,6 +371,7 @@ class Supervisor:
         if failure is None:
             job.delivery.done(sealed, replace(last, bytes_done=last.bytes_total, phase="done"))
             return
+        self._unmet(failure)
         if isinstance(failure, CheckpointError):
             failure.located(uri=job.uri)
         job.delivery.failed(failure, replace(last, phase="failed"))

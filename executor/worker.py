@@ -60,13 +60,13 @@ def main(connection_fd: int, board_fd: int) -> None:
     worker = Worker(hello, connection, board)
     try:
         _begin("cloudckpt-end", _end_when_told, worker, hello.parent_pid)
-        quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
+        quiet.settle(hello.info.global_rank, hello.generation, hello.parent_pid, hello.log_level)
         network = _meet(hello)
         _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
         connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
         return
-    if hello.disable_automatic_gc:
+    if hello.info.disable_automatic_gc:
         gc.disable()
     ready = Ready(hello.generation)
     if network is not None:
@@ -86,9 +86,9 @@ def _start_error(error: Exception, hello: Hello) -> Exception:
     if isinstance(error, (ExecutorError, ConfigurationError)):
         return error
     return ExecutorError(
-        f"the checkpoint process of rank {hello.rank} could not meet the others: "
+        f"the checkpoint process of rank {hello.info.global_rank} could not meet the others: "
         f"{type(error).__name__}: {error}",
-        rank=hello.rank,
+        rank=hello.info.global_rank,
         hint="Look whether every host can reach every other; interface= or CLOUDCKPT_INTERFACE names the "
         "interface or address",
     )
@@ -163,7 +163,7 @@ class Worker:
             except (EOFError, OSError):
                 return
             del request, answer
-            if not self._hello.disable_manual_gc:
+            if not self._hello.info.disable_manual_gc:
                 gc.collect()
                 if not gc.get_freeze_count():  # modules and what they hold, which no later save has to walk
                     gc.freeze()
@@ -280,9 +280,9 @@ class Worker:
     def _lost(self, error: BaseException) -> BaseException:
         """A collective that failed: what it says is about sockets, and means a rank."""
         lost = ExecutorError(
-            f"the checkpoint process of rank {self._hello.rank} lost touch with another rank's: "
+            f"the checkpoint process of rank {self._hello.info.global_rank} lost touch with another rank's: "
             f"{type(error).__name__}: {error}",
-            rank=self._hello.rank,
+            rank=self._hello.info.global_rank,
             hint="Look at the other ranks' errors; the next save starts new processes",
         )
         return failures.noted(lost.with_traceback(error.__traceback__))
@@ -293,7 +293,7 @@ class Worker:
                 self._arenas.pop(news.index).close()
             self._arenas[news.index] = Arena.attach(reduction.recv_handle(self._connection), news.nbytes)
         if news.index not in self._arenas:
-            raise ExecutorError(f"arena {news.index} was never described", rank=self._hello.rank)
+            raise ExecutorError(f"arena {news.index} was never described", rank=self._hello.info.global_rank)
         arena = self._arenas[news.index]
         arena.follow(news.nbytes)
         return arena
