@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from cloudckpt.executor import ProcessExecutor
+from cloudckpt.backends.tracebacks import trimmed
+from cloudckpt.executor import ProcessExecutor, failures
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.executor.roll_call import Call
@@ -47,7 +48,10 @@ class Calls:
     def agreed(self, name: str, ask: Callable[[], T]) -> T:
         """Do as `meet`, and then as `ranks.agreed`."""
         self.meet(name)
-        return agreed(ask, self._group)
+        try:
+            return agreed(ask, self._group)
+        except failures.ANY as error:
+            raise trimmed(error) from error.__cause__
 
     def confer(self, name: str, ask: Callable[[], bool]) -> bool:
         """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank.

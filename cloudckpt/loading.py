@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends import background_log, tracebacks
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
@@ -57,7 +57,12 @@ class Loading:
             CheckpointError: it is not there, does not fit or is damaged.
             BaseException: what else failed on any rank, such as the state's own ``load_state_dict``.
         """
+        try:
+            return self._load(state, step, asked)
+        except failures.ANY as error:
+            raise tracebacks.trimmed(error) from error.__cause__
 
+    def _load(self, state: AppState, step: int, asked: int | None) -> str:
         def begin() -> StorageReader:
             if asked is not None and self.run.number(asked) != step:
                 raise ConfigurationError(
@@ -193,13 +198,12 @@ class _Carried:
         failed = {rank: (_opened(failure), frames) for rank, (failure, frames) in error.failures.items()}
         lowest = min(failed)
         if self.own is None:
-            first = failures.original(CheckpointException("load", failed))
+            first = failures.original(CheckpointException("load", failed), self.rank)
         elif self.alone or not isinstance(self.own, failures.ANY):
-            first = self.own
+            first = tracebacks.trimmed(self.own)
         else:
-            first = failures.with_traceback_of(
-                self.own, failures.original(CheckpointException("load", failed))
-            )
+            common = failures.original(CheckpointException("load", failed), self.rank, with_frames=False)
+            first = failures.with_traceback_of(self.own, common)
         if isinstance(first, CheckpointError):
             first.located(uri=uri, rank=lowest)
         raise first from first.__cause__

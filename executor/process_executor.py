@@ -29,6 +29,7 @@ from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import flag
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
 
 OnBusy = Literal["wait", "skip", "raise"]
@@ -160,6 +161,7 @@ class ProcessExecutor:
         not compare them.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
+        log_pending()
         self._calls += 1  # before what may fail on this rank alone: the others count this call
         if subject is None:
             subject = f"the save of {uri}" if uri else ""
@@ -228,6 +230,8 @@ class ProcessExecutor:
             with outcomes.joining(jobs[1], supervisor):
                 self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
         for job in jobs:
+            job.delivery.known()  # the first error is raised, and stands for those after it
+        for job in jobs:
             error = job.delivery.handle.exception()
             if error is not None:
                 raise error
@@ -265,6 +269,7 @@ class ProcessExecutor:
         if self._ranks.closed or os.getpid() != self._owner:
             return
         self._ranks.close()
+        log_pending()
         atexit.unregister(self.close)
         if self._supervisor is not None and not self._supervisor.close(timeout):
             return  # what could not be ended may still hold the arenas
