@@ -7,15 +7,17 @@ logged at DEBUG.
 
 from __future__ import annotations
 
+import functools
 import logging
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError
@@ -47,6 +49,8 @@ _INNERMOST: Final = 3
 """Frames kept of an error that is not raised in the caller's code, and is none of ours either."""
 
 E = TypeVar("E", bound=BaseException)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def is_internal(filename: str) -> bool:
@@ -88,6 +92,19 @@ def trimmed(error: E) -> E:
         link.__traceback__ = _cut(link.__traceback__, everywhere=ours)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return error
+
+
+def trimming(method: Callable[P, R]) -> Callable[P, R]:
+    """Return the method with what it raises cut as `trimmed` does."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return method(*args, **keywords)
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - raised again
+            raise trimmed(error) from error.__cause__
+
+    return run
 
 
 def _cut(trace: TracebackType | None, *, everywhere: bool) -> TracebackType | None:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from cloudckpt.backends.tracebacks import trimmed
-from cloudckpt.executor import ProcessExecutor, failures
+from cloudckpt.backends.tracebacks import trimming
+from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.executor.roll_call import Call
@@ -45,13 +45,11 @@ class Calls:
         if grouped():
             self._executor.ranks(name, process_group=self._group).meet(Call(name, self._uri))
 
+    @trimming
     def agreed(self, name: str, ask: Callable[[], T]) -> T:
         """Do as `meet`, and then as `ranks.agreed`."""
         self.meet(name)
-        try:
-            return agreed(ask, self._group)
-        except failures.ANY as error:
-            raise trimmed(error) from error.__cause__
+        return agreed(ask, self._group)
 
     def confer(self, name: str, ask: Callable[[], bool]) -> bool:
         """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank.

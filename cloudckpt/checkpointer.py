@@ -38,6 +38,7 @@ from cloudckpt.saves import OnFailure, Saves
 from cloudckpt.saving import Saving
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
+from cloudckpt.story import Story
 from cloudckpt.watch import Watch
 
 _log = background_log.logger(__name__)
@@ -68,7 +69,8 @@ class Checkpointer:
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
-        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log.
+        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log,
+            and one line for each save and load: on standard error where logging is not configured.
         interface: by which the checkpoint processes reach each other, as ``"eth1"``, ``"10.0.3.7"`` or
             ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the address from
             which a rank reaches training's store.
@@ -135,7 +137,9 @@ class Checkpointer:
         self._rank = own_rank(process_group)
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
-        self._watch = Watch(on_event, self._rank, self._display)
+        ranks = dist.get_world_size(process_group) if grouped() else 1
+        story = Story(self.uri, ranks, self._rank, retention.rules, shown=shown)
+        self._watch = Watch(on_event, self._rank, self._display, story)
         self._state = partial(AppState, group=process_group, trust=self._trust)
         self._preemption = Preemption(preemption_grace, self._rank)
         self._saving = Saving(
@@ -168,6 +172,7 @@ class Checkpointer:
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
         self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
+        self._watch.story.begin()
         self._executor.warmup(
             None if state_dict is None else lambda: self._state(state_dict).plan(),
             process_group=self._group,
@@ -214,7 +219,7 @@ class Checkpointer:
         """
         step = self._run.number(step)
         self._pass(step, state_dict, metric, f"save({step})")
-        return self._saving.begin(step, state_dict, metric).result()
+        return self._saving.begin(step, state_dict, metric, blocking=True).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
         """Load a step into the state, and return its number; by default the newest that is committed.
@@ -249,7 +254,7 @@ class Checkpointer:
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading = Loading(self._run, self._group, self._rank, self._trust, self._display)
+        loading, newest = Loading(self._run, self._group, self._rank, self._trust, self._display), chosen
         while True:
             began = time.monotonic()
             try:
@@ -263,7 +268,8 @@ class Checkpointer:
                 _log.warning("step %d is damaged, loading step %d: %s", chosen, older, error)
                 chosen = older
             else:
-                self._watch.tell(Loaded(chosen, uri, self._rank, time.monotonic() - began))
+                took, instead_of = time.monotonic() - began, newest if newest != chosen else None
+                self._watch.tell(Loaded(chosen, uri, self._rank, took, loading.size, instead_of))
                 return chosen
 
     def latest_step(self) -> int | None:

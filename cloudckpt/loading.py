@@ -13,10 +13,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import background_log, tracebacks
+from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
+from cloudckpt.backends.tracebacks import trimmed, trimming
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
@@ -34,7 +35,7 @@ _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish
 """Methods that DCP calls and whose exceptions it sends to the other ranks, by pickle as they are."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Loading:
     """Loads steps of a run on these ranks, and shows progress on this display."""
 
@@ -43,7 +44,10 @@ class Loading:
     rank: int
     trust: bool
     shown: Display | None
+    size: int = 0
+    """Bytes of the checkpoint that was loaded last."""
 
+    @trimming
     def load(self, state: AppState, step: int, asked: int | None = None) -> str:
         """Load a step into the state and return its checkpoint's URI. A collective of the group.
 
@@ -57,12 +61,7 @@ class Loading:
             CheckpointError: it is not there, does not fit or is damaged.
             BaseException: what else failed on any rank, such as the state's own ``load_state_dict``.
         """
-        try:
-            return self._load(state, step, asked)
-        except failures.ANY as error:
-            raise tracebacks.trimmed(error) from error.__cause__
 
-    def _load(self, state: AppState, step: int, asked: int | None) -> str:
         def begin() -> StorageReader:
             if asked is not None and self.run.number(asked) != step:
                 raise ConfigurationError(
@@ -93,6 +92,7 @@ class Loading:
             state.take(loaded)
 
         together(finish, lambda: None, self.group)
+        self.size = reader.size
         self._report(step, gathered(state.unasked, self.group))
         return reader.checkpoint_id
 
@@ -200,7 +200,7 @@ class _Carried:
         if self.own is None:
             first = failures.original(CheckpointException("load", failed), self.rank)
         elif self.alone or not isinstance(self.own, failures.ANY):
-            first = tracebacks.trimmed(self.own)
+            first = trimmed(self.own)
         else:
             common = failures.original(CheckpointException("load", failed), self.rank, with_frames=False)
             first = failures.with_traceback_of(self.own, common)

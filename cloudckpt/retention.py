@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -59,6 +59,11 @@ class Retention:
                     f"{name} says which steps outlive keep_last, and that is not given",
                     hint="Give keep_last, too; without it every step stays",
                 )
+
+    @property
+    def rules(self) -> dict[str, object]:
+        """The rules that are set, by the names of their arguments."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
 
     def superseded(
         self, committed: Mapping[int, Entry], metric_of: Callable[[int], float | None] = lambda _: None

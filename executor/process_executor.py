@@ -6,6 +6,7 @@ import atexit
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
@@ -16,8 +17,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends import descriptors
+from cloudckpt.backends import background_log, descriptors, units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import outcomes, quiet, snapshot
 from cloudckpt.executor.gathering import Gathering
@@ -31,6 +33,11 @@ from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
 from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
+
+_log = background_log.logger(__name__)
+
+_LONG = 1.0
+"""Seconds that a call waits for a snapshot before that is worth a warning."""
 
 OnBusy = Literal["wait", "skip", "raise"]
 T = TypeVar("T")
@@ -191,7 +198,7 @@ class ProcessExecutor:
         with outcomes.joining(job, supervisor):
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
-            job.arena = self._arenas.acquire()
+            job.arena = self._acquired(subject or "this save")
             if isinstance(state, Future):
                 job.state = state
             else:
@@ -299,6 +306,22 @@ class ProcessExecutor:
             )
             self._supervisor = Supervisor(terms, self._ranks.council, self._arenas)
         return self._supervisor
+
+    def _acquired(self, subject: str) -> int:
+        """Return an arena once one is free, and log on rank 0 where that blocked the caller for long."""
+        began = time.monotonic()
+        index = self._arenas.acquire()
+        waited = time.monotonic() - began
+        if waited >= _LONG and self._ranks.rank == 0:
+            more = "" if len(self._arenas) > 1 else "snapshots=2, which takes as much memory again, or "
+            _log.warning(
+                "%s was blocked for %s, because the save before was still running. "
+                "Give %son_busy='skip', or save less often",
+                one_line(subject),
+                units.seconds(waited),
+                more,
+            )
+        return index
 
     def _touch(self, layout: Layout) -> None:
         """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""
