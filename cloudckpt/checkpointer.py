@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
@@ -121,7 +123,8 @@ class Checkpointer:
         self._run = Run(Target.given("Checkpointer", uri, options))
         retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        self._saves = Saves(on_failure)
+        self._rank = own_rank(process_group)
+        self._saves = Saves(on_failure, self._rank)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._executor = ProcessExecutor(
@@ -134,7 +137,6 @@ class Checkpointer:
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._calls = Calls(self._executor, process_group, self.uri)
-        self._rank = own_rank(process_group)
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
         ranks = dist.get_world_size(process_group) if grouped() else 1
@@ -337,8 +339,8 @@ class Checkpointer:
             return
         try:
             self._close(deliver=False)
-        except failures.ANY as failed:  # what ends the block is what counts
-            _log.warning("%s", failed)
+        except failures.ANY as failed:  # what ended the block is raised
+            _log.log(logging.WARNING if self._rank == 0 else logging.DEBUG, "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
         self._executor.close(self._preemption.remaining)

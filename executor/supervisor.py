@@ -175,6 +175,7 @@ class Supervisor:
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
+                del job  # a handle that nobody holds is collected now, not at the next save
             self._council.leave(_GRACE)
         finally:
             self._end_process()
