@@ -36,6 +36,7 @@ _CLIENTS: Final = (
     "gcsfs",
     "google",
     "s3fs",
+    "tenacity",
     "urllib3",
 )
 """Packages that send requests. Their errors carry the server's own words."""

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from cloudckpt.backends.tracebacks import trimming
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.executor.rendezvous import grouped
@@ -45,7 +44,6 @@ class Calls:
         if grouped():
             self._executor.ranks(name, process_group=self._group).meet(Call(name, self._uri))
 
-    @trimming
     def agreed(self, name: str, ask: Callable[[], T]) -> T:
         """Do as `meet`, and then as `ranks.agreed`."""
         self.meet(name)

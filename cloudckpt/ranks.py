@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from cloudckpt.backends.errors import note_others
 from cloudckpt.backends.system_limits import try_for
-from cloudckpt.backends.tracebacks import trimmed
+from cloudckpt.backends.tracebacks import trimmed, trimming
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 
@@ -27,6 +27,7 @@ def own_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if grouped() else 0
 
 
+@trimming
 def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Ask on the group's first rank, and return its answer, or raise its error, on every one.
 
@@ -47,6 +48,7 @@ def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     return cast("T", _settled(own, tell))
 
 
+@trimming
 def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup | None) -> tuple[T, R]:
     """Do something on every rank, and raise what it raised on any of them on every one.
 

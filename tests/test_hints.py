@@ -55,7 +55,7 @@ def hints() -> Iterator[tuple[str, str]]:
             if name.startswith(("cloudckpt/backends/", "cloudckpt/executor/")):
                 continue
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.keyword) and node.arg in ("hint", "cure") and node.value is not None:
+                if isinstance(node, ast.keyword) and node.arg in ("hint", "cure"):
                     yield from ((f"{name}:{node.value.lineno}", text) for _, text in _strings(node.value))
 
 
