@@ -40,6 +40,7 @@ class Saving:
         group: the ranks; None for all of them.
         overwrite: replace a step that is committed already.
         rank_conflicts: what becomes of values that differ between ranks.
+        loaded: the step that this job loaded, which retention keeps.
     """
 
     run: Run
@@ -52,6 +53,7 @@ class Saving:
     group: dist.ProcessGroup | None
     overwrite: bool
     rank_conflicts: RankConflicts
+    loaded: int | None = None
 
     def begin(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None, *, blocking: bool = False
@@ -63,8 +65,10 @@ class Saving:
         Raises:
             Exception: a ``state_dict()`` of the state raised it, in a single process.
         """
-        make_writer = partial(PruningWriter, self.run, step, self.retention, overwrite=self.overwrite)
-        writer, problem = with_metric(make_writer, metric)
+        make_writer = partial(
+            PruningWriter, self.run, step, self.retention, loaded=self.loaded, overwrite=self.overwrite
+        )
+        writer, problem = with_metric(make_writer, self.retention, metric)
         uri = writer.checkpoint_id
         self.watch.story.begin()
         began = self.schedule.begin()

@@ -106,6 +106,21 @@ def test_saves_and_loads_are_told_where_logging_is_not_configured(
     assert lines() == []
 
 
+def test_a_load_that_fell_back_names_the_newest_step(tmp_path: Path, lines: Callable[[], list[str]]) -> None:
+    with Checkpointer(f"file://{tmp_path}/run") as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, STATE)
+        (data,) = (tmp_path / "run" / "step-0000000002").glob("*.distcp")
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 255
+        data.write_bytes(content)
+        lines()
+        with unconfigured():
+            assert checkpointer.load(STATE, fallback=True) == 1
+    *_, last = lines()
+    assert_lines([last], rf"resumed from step 1 \({_SIZE} in {_TIME}\), instead of step 2")
+
+
 def test_save_blocks_training_until_the_commit(tmp_path: Path, lines: Callable[[], list[str]]) -> None:
     with unconfigured(), Checkpointer(f"file://{tmp_path}/run", keep_last=3) as checkpointer:
         checkpointer.save(2, STATE)
