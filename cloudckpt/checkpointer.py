@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
 )
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
@@ -37,6 +39,7 @@ from cloudckpt.saves import OnFailure, Saves
 from cloudckpt.saving import Saving
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
+from cloudckpt.story import Story
 from cloudckpt.watch import Watch
 
 _log = background_log.logger(__name__)
@@ -67,7 +70,8 @@ class Checkpointer:
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
-        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log.
+        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log,
+            and one line for each save and load: on standard error where logging is not configured.
         interface: by which the checkpoint processes reach each other, as ``"eth1"``, ``"10.0.3.7"`` or
             ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the address from
             which a rank reaches training's store.
@@ -118,7 +122,8 @@ class Checkpointer:
         self._run = Run(Target.given("Checkpointer", uri, options))
         retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        self._saves = Saves(on_failure)
+        self._rank = own_rank(process_group)
+        self._saves = Saves(on_failure, self._rank)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._executor = ProcessExecutor(
@@ -131,10 +136,11 @@ class Checkpointer:
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._calls = Calls(self._executor, process_group, self.uri)
-        self._rank = own_rank(process_group)
         shown = true_or_false("progress", progress) and self._rank == 0
         self._display = display() if shown else None
-        self._watch = Watch(on_event, self._rank, self._display)
+        ranks = dist.get_world_size(process_group) if grouped() else 1
+        story = Story(self.uri, ranks, self._rank, retention.rules, shown=shown)
+        self._watch = Watch(on_event, self._rank, self._display, story)
         self._state = partial(AppState, group=process_group, trust=self._trust)
         self._preemption = Preemption(preemption_grace, self._rank)
         self._saving = Saving(
@@ -167,6 +173,7 @@ class Checkpointer:
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
         self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
+        self._watch.story.begin()
         self._executor.warmup(
             None if state_dict is None else lambda: self._state(state_dict).plan(),
             process_group=self._group,
@@ -213,7 +220,7 @@ class Checkpointer:
         """
         step = self._run.number(step)
         self._pass(step, state_dict, metric, f"save({step})")
-        return self._saving.begin(step, state_dict, metric).result()
+        return self._saving.begin(step, state_dict, metric, blocking=True).result()
 
     def load(
         self,
@@ -257,16 +264,17 @@ class Checkpointer:
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading = Loading(self._run, self._group, self._rank, self._trust, self._display)
+        loading, newest = Loading(self._run, self._group, self._rank, self._trust, self._display), chosen
         began = time.monotonic()
         if step is None:
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
         else:
             uri = loading.load(state, chosen, asked=step)
+        took, instead_of = time.monotonic() - began, newest if newest != chosen else None
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
         self._saving.loaded = chosen
-        self._watch.tell(Loaded(chosen, uri, self._rank, time.monotonic() - began))
+        self._watch.tell(Loaded(chosen, uri, self._rank, took, loading.size, instead_of))
         return chosen
 
     def rollback(self, step: int) -> list[int]:
@@ -354,8 +362,8 @@ class Checkpointer:
             return
         try:
             self._close(deliver=False)
-        except failures.ANY as failed:  # what ends the block is what counts
-            _log.warning("%s", failed)
+        except failures.ANY as failed:  # what ended the block is raised
+            _log.log(logging.WARNING if self._rank == 0 else logging.DEBUG, "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
         self._executor.close(self._preemption.remaining)

@@ -13,6 +13,7 @@ from cloudckpt.events import (
     Committed,
     Event,
     Failed,
+    Loaded,
     OnEvent,
     Planned,
     Pruned,
@@ -21,6 +22,7 @@ from cloudckpt.events import (
 )
 from cloudckpt.executor import SaveHandle
 from cloudckpt.progress import Display
+from cloudckpt.story import Story
 
 _log = background_log.logger(__name__)
 
@@ -74,9 +76,11 @@ class Watch:
         on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
         rank: of this process.
         shown: shows how far each save is.
+        story: logs a line for each save and load.
     """
 
-    def __init__(self, on_event: OnEvent | None, rank: int, shown: Display | None) -> None:
+    def __init__(self, on_event: OnEvent | None, rank: int, shown: Display | None, story: Story) -> None:
+        self.story = story
         self._on_event = on_event
         self._rank = rank
         self._shown = shown
@@ -92,16 +96,19 @@ class Watch:
         *,
         blocked: float,
         pruned: Callable[[], tuple[int, ...]],
+        blocking: bool = False,
     ) -> None:
-        """Tell of this save from here on.
+        """Report this save from here on.
 
         Args:
             step: its number.
             uri: where its checkpoint will be.
             handle: its handle.
             blocked: seconds that its snapshot took.
-            pruned: says which steps it has let go, once it is committed.
+            pruned: returns the steps that retention deleted, once it is committed.
+            blocking: training waits until it is committed.
         """
+        self.story.follow(step, handle, None if blocking else blocked)
         if self._on_event is None and self._shown is None:
             return
         with self._changed:
@@ -119,6 +126,8 @@ class Watch:
     def tell(self, event: Event) -> None:
         """Hand an event over."""
         _log.debug("%s", event)
+        if isinstance(event, Loaded):
+            self.story.loaded(event)
         if self._on_event is None:
             return
         try:

@@ -78,14 +78,22 @@ class ProofRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealed:
+    """The result of a save: a pickled ``Metadata``, and the bytes of the checkpoint where that has them."""
+
+    metadata: bytes
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What became of a request.
 
-    ``result`` is a pickled ``Metadata``; ``failure`` a pickled exception. A failure is ``sound`` when every
-    rank has met it in the same place, so that the group can go on.
+    ``failure`` is a pickled exception. A failure is ``sound`` when every rank has met it in the same place,
+    so that the group can go on.
     """
 
     number: int
-    result: bytes | None = None
+    result: Sealed | None = None
     failure: bytes | None = None
     sound: bool = True

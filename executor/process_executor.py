@@ -6,6 +6,7 @@ import atexit
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
@@ -16,8 +17,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends import descriptors
+from cloudckpt.backends import background_log, descriptors, units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import outcomes, quiet, snapshot
 from cloudckpt.executor.gathering import Gathering
@@ -28,7 +30,13 @@ from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
+
+_log = background_log.logger(__name__)
+
+_LONG = 1.0
+"""Seconds that a call waits for a snapshot before that is worth a warning."""
 
 OnBusy = Literal["wait", "skip", "raise"]
 T = TypeVar("T")
@@ -159,6 +167,7 @@ class ProcessExecutor:
         not compare them.
         """
         writer, uri = _writer(storage_writer, checkpoint_id)
+        log_pending()
         self._calls += 1  # before what may fail on this rank alone: the others count this call
         if subject is None:
             subject = f"the save of {uri}" if uri else ""
@@ -189,7 +198,7 @@ class ProcessExecutor:
         with outcomes.joining(job, supervisor):
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
-            job.arena = self._arenas.acquire()
+            job.arena = self._acquired(subject or "this save")
             if isinstance(state, Future):
                 job.state = state
             else:
@@ -235,6 +244,8 @@ class ProcessExecutor:
             with outcomes.joining(jobs[1], supervisor):
                 self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
         for job in jobs:
+            job.delivery.known()  # the first error is raised, and stands for those after it
+        for job in jobs:
             error = job.delivery.handle.exception()
             if error is not None:
                 raise error
@@ -272,6 +283,7 @@ class ProcessExecutor:
         if self._ranks.closed or os.getpid() != self._owner:
             return
         self._ranks.close()
+        log_pending()
         atexit.unregister(self.close)
         if self._supervisor is not None and not self._supervisor.close(timeout):
             return  # what could not be ended may still hold the arenas
@@ -299,6 +311,22 @@ class ProcessExecutor:
             )
             self._supervisor = Supervisor(terms, self._arenas, self._ranks.failed)
         return self._supervisor
+
+    def _acquired(self, subject: str) -> int:
+        """Return an arena once one is free, and log on rank 0 where that blocked the caller for long."""
+        began = time.monotonic()
+        index = self._arenas.acquire()
+        waited = time.monotonic() - began
+        if waited >= _LONG and self._ranks.rank == 0:
+            more = "" if len(self._arenas) > 1 else "snapshots=2, which takes as much memory again, or "
+            _log.warning(
+                "%s was blocked for %s, because the save before was still running. "
+                "Give %son_busy='skip', or save less often",
+                one_line(subject),
+                units.seconds(waited),
+                more,
+            )
+        return index
 
     def _touch(self, layout: Layout) -> None:
         """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""

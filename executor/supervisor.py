@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -20,7 +21,7 @@ from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
-from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
@@ -184,6 +185,7 @@ class Supervisor:
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
+                del job  # a handle that nobody holds is collected now, not at the next save
             if self._council is not None:
                 self._council.leave(_GRACE)
         finally:
@@ -241,7 +243,7 @@ class Supervisor:
         finally:
             job.state = None
 
-    def _attempt(self, job: Job, trial: Trial) -> tuple[bytes | None, BaseException | None]:
+    def _attempt(self, job: Job, trial: Trial) -> tuple[Sealed | None, BaseException | None]:
         """Have the job done, and see what all ranks make of it: a result, or what failed."""
         answer: Answer | None = None
         own: bytes | None = None
@@ -266,12 +268,12 @@ class Supervisor:
 
     def _judge(
         self, answer: Answer | None, own: bytes | None, verdict: Verdict | None, trial: Trial
-    ) -> tuple[bytes | None, BaseException | None]:
+    ) -> tuple[Sealed | None, BaseException | None]:
         if verdict is None or not verdict.sound or answer is None:
             self._end_process()
         failure = verdict.failure if verdict is not None and verdict.failure is not None else own
         if failure is not None:
-            return None, failures.loads(failure)
+            return None, failures.own_or_common(own, failure)
         if answer is None:
             return None, ExecutorError(
                 f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
@@ -316,7 +318,7 @@ class Supervisor:
         if ready.failure is not None:
             raise failures.loads(ready.failure)
         if ready.network is not None:
-            _log.info("%s", ready.network)
+            _log.log(logging.INFO if terms.rank == 0 else logging.DEBUG, "%s", ready.network)
         if ready.warning is not None and terms.rank == 0:  # the same on every rank
             _log.warning("%s", ready.warning)
         process.serves = True
@@ -359,7 +361,7 @@ class Supervisor:
             if answer.number == job.number:
                 return answer
 
-    def _finish(self, job: Job, sealed: bytes | None, failure: BaseException | None) -> None:
+    def _finish(self, job: Job, sealed: Sealed | None, failure: BaseException | None) -> None:
         """Give the arena back, then tell."""
         last = self._progress(job.number)
         self._vigil = None
@@ -374,9 +376,13 @@ class Supervisor:
         self._unmet(failure)
         if isinstance(failure, CheckpointError):
             failure.located(uri=job.uri)
-        job.delivery.failed(failure, replace(last, phase="failed"))
-        uri, said = one_line(job.uri or "nothing"), one_line(failure)
-        _log.error("the save of %s failed: %s: %s", uri, type(failure).__name__, said)
+        job.delivery.failed(failure, replace(last, phase="failed"), self._unobserved(job, failure))
+
+    def _unobserved(self, job: Job, failure: BaseException) -> str | None:
+        """Return what rank 0 logs where the failure is never observed; the error is raised otherwise."""
+        if self._terms.rank != 0:
+            return None
+        return f"{job.subject or 'a save'} failed: {type(failure).__name__}: {one_line(failure)}"
 
     def _progress(self, number: int) -> Progress:
         if self._thread is None:
