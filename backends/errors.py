@@ -158,9 +158,8 @@ class UnsafeCheckpointError(CheckpointError, ValueError):
 class ExecutorError(CheckpointError, RuntimeError):
     """The background checkpoint process could not serve a save."""
 
-
-class RendezvousError(ExecutorError):
-    """A rank can't reach the store in which the ranks meet. The next call chooses a store anew."""
+    unreachable = False
+    """True if a rank could not reach the store in which the ranks meet: the next call chooses another."""
 
 
 class ExecutorDiedError(ExecutorError):

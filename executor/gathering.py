@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from cloudckpt.backends.errors import ConfigurationError, ExecutorError, RendezvousError
+from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor import outcomes
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.last_call import Heard, LastCall
@@ -58,8 +58,8 @@ class Gathering:
 
         Raises:
             ConfigurationError: an earlier call named another group.
-            ExecutorError: the executor is closed, or rank 0 did not come within the time.
-            RendezvousError: this rank can't reach the store.
+            ExecutorError: the executor is closed, rank 0 did not come within the time, or this rank can't
+                reach the store.
         """
         self._check_open()
         if self._served is not None:
@@ -101,10 +101,8 @@ class Gathering:
 
     def failed(self, error: BaseException) -> None:
         """Have the next call look for another place, if an error says that ranks did not meet in this one."""
-        if isinstance(error, RendezvousError):
-            self._contact = "lost"
-        elif isinstance(error, ExecutorError) and self._contact is None:
-            self._contact = "missed"
+        if isinstance(error, ExecutorError):
+            self._contact = "lost" if error.unreachable else self._contact or "missed"
 
     def follow_first(self, call: Call, value: bool) -> bool:
         """Return rank 0's value, on every rank. All ranks call it, in the same order with all other calls.

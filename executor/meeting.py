@@ -72,8 +72,7 @@ class Meeting:
 
         Raises:
             CheckpointException: rank 0 found no store to meet in.
-            ExecutorError: rank 0 did not come within ``timeout`` seconds.
-            RendezvousError: this rank can't reach the store.
+            ExecutorError: rank 0 did not come within ``timeout`` seconds, or this rank can't reach the store.
         """
         deadline = time.monotonic() + timeout
         group = self._group.group_name if self._group is not None else "world"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cloudckpt.backends.endpoint_url import host_and_port
-from cloudckpt.backends.errors import CheckpointError, ConfigurationError, RendezvousError
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread
 from cloudckpt.backends.torch_private import DistWrapper
@@ -187,7 +187,7 @@ class MeetingPlace:
         """A connection of its own to the part of the store under ``name``; ``timeout`` in seconds.
 
         Raises:
-            RendezvousError: it can't be reached.
+            ExecutorError: it can't be reached.
         """
         # One connection serves one caller at a time, and a wait keeps it from all others.
         try:
@@ -206,14 +206,14 @@ class MeetingPlace:
         """Return the answer of a store that may be cut off, in which case it would never return.
 
         Raises:
-            RendezvousError: the store does not answer.
+            ExecutorError: the store does not answer.
         """
         try:
             return in_thread(ask, f"cloudckpt-{what}").result(timeout + _GRACE)
         except (TimeoutError, DistError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise RendezvousError(
+            raise unreached(
                 f"the ranks could not {what}: the store at {self.at} "
                 f"did not answer rank {self.rank} on host {socket.gethostname()} within {timeout:g} s "
                 f"({type(error).__name__}: {one_line(error)})",
@@ -221,13 +221,13 @@ class MeetingPlace:
                 hint="Look whether that host is up and reachable from here; the next call tries again",
             ) from error
 
-    def absent(self, error: Exception) -> RendezvousError:
+    def absent(self, error: Exception) -> ExecutorError:
         """Return the same error as `unreachable`, once the other ranks have been sent it."""
         unreachable = self.unreachable(error)
         absence.report(self.group, self.rank, unreachable.message)
         return unreachable
 
-    def unreachable(self, error: Exception) -> RendezvousError:
+    def unreachable(self, error: Exception) -> ExecutorError:
         """Return the error for a store that this rank can't connect to."""
         found = addresses.addresses_of(self.host)
         named = (
@@ -236,7 +236,7 @@ class MeetingPlace:
         if not addresses.is_address(self.host):
             named = f"{self.at}, which is {named}"
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
-        return RendezvousError(
+        return unreached(
             f"rank {self.rank} on host {socket.gethostname()} can't open a connection to the store at "
             f"{named}: {reason}",
             rank=self.rank,
@@ -294,10 +294,17 @@ def open_store(options: NetworkOptions) -> Offer:
     return Offer.opened(options, preferred)
 
 
-def out_of_reach(offer: Offer, shut_out: list[int]) -> RendezvousError:
+def unreached(message: str, *, rank: int | None, hint: str) -> ExecutorError:
+    """Return the error for a store that a rank can't reach."""
+    error = ExecutorError(message, rank=rank, hint=hint)
+    error.unreachable = True
+    return error
+
+
+def out_of_reach(offer: Offer, shut_out: list[int]) -> ExecutorError:
     """Return the error for a store that rank 0 has opened and other ranks can't reach."""
     ranks = ", ".join(map(str, shut_out))
-    return RendezvousError(
+    return unreached(
         f"rank {ranks} can't reach the store that rank 0 has opened for the checkpoint processes at "
         f"{offer.tried()}"
         if shut_out
