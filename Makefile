@@ -122,7 +122,7 @@ terraform: $(CHECKOV_READY) $(PROVIDERS_READY)  ## the Terraform modules: format
 
 .PHONY: tools
 tools: $(CHECKOV_READY) $(DOCS_READY) $(PROVIDERS_READY)  ## the environments of checkov, of the site, of the check of Terraform and of `make matrix`, and nothing else
-	@PYTHONPATH=tests '$(PYTHON)' -m matrix --set-up
+	@PYTHONPATH=tests '$(PYTHON)' -m matrix --set-up --limit 1500
 
 $(CHECKOV_READY): terraform/checkov.txt
 $(DOCS_READY): docs/requirements.txt

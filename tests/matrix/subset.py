@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from typing import Final
@@ -38,6 +39,9 @@ _LEFT_OUT: Final = (
     "not ministack and not rclone and not juicefs and not two_thousand and not [3- and not (stock and gcs)"
 )
 
+_GRACE: Final = 20.0
+"""Seconds that pytest gets to stop when the time is over."""
+
 
 def run(environment: Environment) -> None:
     """Run the subset with pytest on two workers; raise BrokenError if a test fails or time runs out."""
@@ -62,8 +66,12 @@ def run(environment: Environment) -> None:
     try:
         code = process.wait(environment.deadline.left(doing))
     except (subprocess.TimeoutExpired, BrokenError):
-        process.terminate()
-        process.wait()
+        process.send_signal(signal.SIGINT)  # pytest then stops the servers that its tests started
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         environment.deadline.left(doing)
         raise
     if code:
