@@ -87,6 +87,8 @@ def test_names_of_other_versions_of_numpy_and_python_load() -> None:
         (pathlib.Path("/a/b"), b"cpathlib\n", b"cpathlib._local\n"),
     ):
         parts = hostile.records(saved(value))
+        if theirs in parts["archive/data.pkl"]:  # as Python 3.13 has it
+            ours, theirs = theirs, ours  # noqa: PLW2901 - the other way round
         assert ours in parts["archive/data.pkl"]
         parts["archive/data.pkl"] = parts["archive/data.pkl"].replace(ours, theirs)
         assert difference(value, loads(hostile.archive(parts), "x")) is None

@@ -113,7 +113,7 @@ def table() -> dict[str, Any]:
             np.float64(0.5), np.float32(-0.0), np.float16(1), np.longdouble("0.1"), np.complex64(1j),
             np.int64(-3),
             np.uint8(255), np.bool_(True), np.str_("é"), np.str_(""), np.bytes_(b"x"), np.bytes_(b""),
-            np.datetime64("2026-01-02T03"), np.timedelta64(5, "ms"), np.datetime64("NaT"),
+            np.datetime64("2026-01-02T03"), np.timedelta64(5, "ms"), np.datetime64("NaT", "s"),
         ],
         "scalar of a record": np.array([(1, 2.5)], dtype=[("a", "i2"), ("b", "f8")])[0],
         "keys of numpy's": {np.int64(3): 1, np.str_("x"): 2, np.float32(0.5): 3},
