@@ -56,6 +56,12 @@ test: $(READY)  ## every test, on real servers and real processes
 	@echo '==> tests'
 	@$(BIN)/pytest $(PYTEST)
 
+# MATRIX: options, as in `make matrix MATRIX="--python 3.12 --torch 2.11.0"`; `--only oldest`, `--limit 1200`.
+.PHONY: matrix
+matrix:  ## a fast part of the tests on the oldest and the newest Python, torch and requirements; eight minutes at most
+	@test -n '$(PYTHON)' || { echo 'matrix needs Python 3.11 or newer with its venv module: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@PYTHONPATH=tests '$(PYTHON)' -m matrix $(MATRIX)
+
 .PHONY: soak
 soak: $(READY) $(PROVIDERS_READY)  ## the long forms: thousands of random states, every version of Terraform's providers; for as long as that takes
 	@echo '==> soak'
@@ -115,7 +121,8 @@ terraform: $(CHECKOV_READY) $(PROVIDERS_READY)  ## the Terraform modules: format
 	@echo '==> checkov' && $(CHECKOV)/bin/checkov --directory terraform --framework terraform --compact --quiet --skip-download
 
 .PHONY: tools
-tools: $(CHECKOV_READY) $(DOCS_READY) $(PROVIDERS_READY)  ## the environments of checkov, of the site and of the check of Terraform, and nothing else
+tools: $(CHECKOV_READY) $(DOCS_READY) $(PROVIDERS_READY)  ## the environments of checkov, of the site, of the check of Terraform and of `make matrix`, and nothing else
+	@PYTHONPATH=tests '$(PYTHON)' -m matrix --set-up
 
 $(CHECKOV_READY): terraform/checkov.txt
 $(DOCS_READY): docs/requirements.txt
@@ -141,5 +148,5 @@ format: $(READY)  ## rewrite the sources as ruff wants them
 
 .PHONY: clean
 clean:  ## remove the environment, caches and builds
-	@rm -rf $(VENV) $(CHECKOV) $(DOCS) $(PROVIDERS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(CHECKOV) $(DOCS) $(PROVIDERS) .venv-matrix-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

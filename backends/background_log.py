@@ -180,6 +180,13 @@ class BackgroundHandler(logging.Handler):
         """Have no lock: the queue has its own, and nothing else is shared."""
         self.lock = None
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Emit a record that passes the filters. Since Python 3.13 the inherited method needs a lock."""
+        passed = self.filter(record)  # since Python 3.12 a filter may return another record
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return bool(passed)
+
     def emit(self, record: logging.LogRecord) -> None:
         if record.args or record.exc_info:  # as they are now: a thread looks at them later
             record.msg, record.args = record.getMessage(), None

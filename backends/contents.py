@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from cloudckpt.backends import metadata as md
@@ -16,6 +15,7 @@ from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundErr
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.uri_hints import advice
 
 
@@ -152,7 +152,7 @@ def contents(metadata: Metadata, uri: str, committed_at: datetime | None = None)
     )
 
 
-def _sums(info: _StorageInfo | None, algorithms: dict[str, Algorithm]) -> Sums | None:
+def _sums(info: StorageInfo | None, algorithms: dict[str, Algorithm]) -> Sums | None:
     checks = None if info is None else md.checks_of(info, algorithms)
     if info is None or checks is None:
         return None

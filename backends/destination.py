@@ -11,6 +11,7 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.state import subclasses
 from cloudckpt.backends.stock import Stored
+from cloudckpt.backends.torch_private import is_zerotensor
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -43,7 +44,7 @@ def landing_for(target: torch.Tensor) -> torch.Tensor:
     Those of an expanded tensor share memory, and a zero tensor has none. `settle_into` brings over what has
     been read.
     """
-    if torch._is_zerotensor(target) or strides.repeats(target.shape, target.stride()):  # noqa: SLF001 - torch has no public way to ask
+    if is_zerotensor(target) or strides.repeats(target.shape, target.stride()):
         return torch.empty(target.shape, dtype=target.dtype, device=target.device)
     return target
 
@@ -55,7 +56,7 @@ def settle_into(item: ReadItem, target: torch.Tensor, landing: torch.Tensor) -> 
         ConfigurationError: elements that share memory were not saved alike.
     """
     settle()
-    if not torch._is_zerotensor(target):  # noqa: SLF001 - as above
+    if not is_zerotensor(target):
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in target.stride())
         copy(item, target[once], landing[once])
         settle()

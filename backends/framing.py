@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.backends import strides
 from cloudckpt.backends.segments import Fetched, Gathered, Segment, View, bytes_of
 from cloudckpt.backends.state import subclasses
+from cloudckpt.backends.torch_private import FakeTensorMode, is_zerotensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ def encode_tensor(tensor: torch.Tensor) -> Item:
     if (
         tensor.is_conj()
         or tensor.is_neg()
-        or torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
+        or is_zerotensor(tensor)
         or not strides.is_dense(shape, tensor.stride())
     ):
         memory = Gathered(tensor)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
@@ -34,6 +32,7 @@ from cloudckpt.backends.state import sparse, stand_ins
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.state.values import load_tensor, loads, prove_safe
 from cloudckpt.backends.stock import Stored, locate
+from cloudckpt.backends.torch_private import StorageInfo, narrow_tensor_by_index
 
 _WHOLE = 1 << 20
 """Bytes up to which an item of a stock checkpoint is read whole, not asked where its payload lies."""
@@ -99,7 +98,7 @@ class _Load:
         await_copies(self._devices)
 
     def _want(
-        self, items: Sequence[ReadItem], infos: Sequence[_StorageInfo], places: Sequence[Stored | None]
+        self, items: Sequence[ReadItem], infos: Sequence[StorageInfo], places: Sequence[Stored | None]
     ) -> None:
         for item, info, stored in zip(items, infos, places, strict=True):
             if item.type is LoadItemType.BYTE_IO:
@@ -113,8 +112,8 @@ class _Load:
             extent = Extent(info.offset, info.length, nothing, deliver=functools.partial(_give, whole.takers))
             self._wanted[info.relative_path].append(_checked(extent, self._checks(info), whole.fqn, info))
 
-    def _info(self, item: ReadItem) -> _StorageInfo:
-        info: _StorageInfo | None = self._metadata.storage_data.get(item.storage_index)
+    def _info(self, item: ReadItem) -> StorageInfo:
+        info: StorageInfo | None = self._metadata.storage_data.get(item.storage_index)
         fqn = item.storage_index.fqn
         if info is None:
             raise IntegrityError(
@@ -127,10 +126,10 @@ class _Load:
             )
         return info
 
-    def _stored(self, items: Sequence[ReadItem], infos: Sequence[_StorageInfo]) -> list[Stored | None]:
+    def _stored(self, items: Sequence[ReadItem], infos: Sequence[StorageInfo]) -> list[Stored | None]:
         """Where each tensor's raw payload lies; None for values and for tensors to be read whole."""
         known: dict[tuple[str, int], Stored | None] = {}
-        to_locate: list[_StorageInfo] = []
+        to_locate: list[StorageInfo] = []
         for item, info in zip(items, infos, strict=True):
             place = (info.relative_path, info.offset)
             if item.type is LoadItemType.BYTE_IO or place in known:
@@ -142,7 +141,7 @@ class _Load:
             known[info.relative_path, info.offset] = stored
         return [known.get((info.relative_path, info.offset)) for info in infos]
 
-    def _noted(self, item: ReadItem, info: _StorageInfo) -> Stored | None:
+    def _noted(self, item: ReadItem, info: StorageInfo) -> Stored | None:
         """What our own writer noted about an item."""
         payload = md.payload_of(info)
         if payload is None:
@@ -159,17 +158,17 @@ class _Load:
         stride = payload.stride or strides.row_major(shape)
         return Stored(info.offset + payload.offset, payload.dtype, tuple(shape), stride)
 
-    def _locate(self, info: _StorageInfo) -> Stored | None:
+    def _locate(self, info: StorageInfo) -> Stored | None:
         return locate(info.offset, info.length, functools.partial(self._downloader.fetch, info.relative_path))
 
-    def _whole(self, item: ReadItem, info: _StorageInfo, take: Callable[[memoryview], None]) -> None:
+    def _whole(self, item: ReadItem, info: StorageInfo, take: Callable[[memoryview], None]) -> None:
         place = (info.relative_path, info.offset, info.length)
         self._wholes.setdefault(place, _Whole(item.storage_index.fqn, info)).takers.append(take)
 
-    def _checks(self, info: _StorageInfo) -> Checks | None:
+    def _checks(self, info: StorageInfo) -> Checks | None:
         return md.checks_of(info, self._algorithms)
 
-    def _take_value(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
+    def _take_value(self, item: ReadItem, info: StorageInfo, data: memoryview) -> None:
         fqn = item.storage_index.fqn
         planner = self._planner
         try:
@@ -184,7 +183,7 @@ class _Load:
         with self._one_at_a_time:
             take()
 
-    def _take_whole_tensor(self, item: ReadItem, info: _StorageInfo, data: memoryview) -> None:
+    def _take_whole_tensor(self, item: ReadItem, info: StorageInfo, data: memoryview) -> None:
         try:
             tensor = self._loaded(item, data)
         except CheckpointError as error:
@@ -238,7 +237,7 @@ class _Load:
             )
         return target
 
-    def _check_box(self, item: ReadItem, info: _StorageInfo, shape: tuple[int, ...]) -> None:
+    def _check_box(self, item: ReadItem, info: StorageInfo, shape: tuple[int, ...]) -> None:
         fits = len(shape) == len(item.lengths) and all(
             offset >= 0 and offset + length <= whole
             for offset, length, whole in zip(item.storage_offsets, item.lengths, shape, strict=True)
@@ -251,7 +250,7 @@ class _Load:
                 hint="The checkpoint is damaged; load another step",
             )
 
-    def _want_tensor(self, item: ReadItem, info: _StorageInfo, stored: Stored) -> None:
+    def _want_tensor(self, item: ReadItem, info: StorageInfo, stored: Stored) -> None:
         self._check_box(item, info, stored.shape)
         itemsize = stored.dtype.itemsize
         span = strides.span(stored.shape, stored.stride) * itemsize
@@ -349,11 +348,11 @@ class _Whole:
     """An item that is read whole, and who takes it."""
 
     fqn: str
-    info: _StorageInfo
+    info: StorageInfo
     takers: list[Callable[[memoryview], None]] = field(default_factory=list)
 
 
-def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo) -> Extent:
+def _checked(extent: Extent, checks: Checks | None, fqn: str, info: StorageInfo) -> Extent:
     """The extent, widened to whole chunks of its item, and with a check of them."""
     if checks is None:
         return extent
@@ -374,7 +373,7 @@ def _checked(extent: Extent, checks: Checks | None, fqn: str, info: _StorageInfo
     )
 
 
-def _refuse(fqn: str, info: _StorageInfo, damaged: Sequence[Chunk]) -> None:
+def _refuse(fqn: str, info: StorageInfo, damaged: Sequence[Chunk]) -> None:
     for chunk in damaged:
         raise IntegrityError(
             f"{fqn!r} is damaged: bytes {info.offset + chunk.start} to {info.offset + chunk.stop} of the "

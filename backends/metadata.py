@@ -2,7 +2,7 @@
 
 The file is DCP's own: a pickled ``Metadata``. Extras ride along that stock readers ignore. Two are in the
 ``__dict__`` of objects that DCP pickles anyway: where an item's raw payload lies and its checksums, on its
-``_StorageInfo``, and a plain dict named ``cloudckpt`` on the ``Metadata`` with the save's id, the library's
+``StorageInfo``, and a plain dict named ``cloudckpt`` on the ``Metadata`` with the save's id, the library's
 version and the table of objects. The third follows the pickle, where no unpickler looks: its checksum.
 """
 
@@ -14,7 +14,6 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -29,6 +28,7 @@ from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.unpickler import MetadataUnpickler, is_index
 
 _T = TypeVar("_T")
@@ -56,9 +56,9 @@ def is_metadata(name: str) -> bool:
     return _METADATA.fullmatch(name) is not None
 
 
-def storage_info(name: str, offset: int, length: int, payload: Payload | None) -> _StorageInfo:
+def storage_info(name: str, offset: int, length: int, payload: Payload | None) -> StorageInfo:
     """Where an item lies, offset and length in bytes, and where in it a raw payload lies."""
-    info = _StorageInfo(name, offset, length)
+    info = StorageInfo(name, offset, length)
     if payload is not None:
         info.__dict__.update(payload_offset=payload.offset, dtype=payload.dtype)
         if payload.stride is not None:
@@ -66,7 +66,7 @@ def storage_info(name: str, offset: int, length: int, payload: Payload | None) -
     return info
 
 
-def payload_of(info: _StorageInfo) -> Payload | None:
+def payload_of(info: StorageInfo) -> Payload | None:
     """What our own writer noted of an item; None for values, and for what a stock writer wrote."""
     noted = info.__dict__
     if "payload_offset" not in noted:
@@ -74,7 +74,7 @@ def payload_of(info: _StorageInfo) -> Payload | None:
     return Payload(noted["payload_offset"], noted["dtype"], noted.get("stride"))
 
 
-def add_checks(info: _StorageInfo, checks: Checks) -> None:
+def add_checks(info: StorageInfo, checks: Checks) -> None:
     """Attach an item's checksums; their algorithm is that of its object."""
     info.__dict__.update(spans=checks.spans, sums=checks.sums)
 
@@ -88,7 +88,7 @@ def algorithms_of(metadata: Metadata) -> dict[str, Algorithm]:
     return found
 
 
-def checks_of(info: _StorageInfo, algorithms: Mapping[str, Algorithm]) -> Checks | None:
+def checks_of(info: StorageInfo, algorithms: Mapping[str, Algorithm]) -> Checks | None:
     """An item's checksums by its object's algorithm; None for what a stock writer wrote."""
     noted = info.__dict__
     algorithm = algorithms.get(info.relative_path)
@@ -261,7 +261,7 @@ def _is_sound(metadata: object) -> bool:
     )
 
 
-def _has_sound_checks(info: _StorageInfo, algorithms: Mapping[str, Algorithm]) -> bool:
+def _has_sound_checks(info: StorageInfo, algorithms: Mapping[str, Algorithm]) -> bool:
     checks = checks_of(info, algorithms)
     return checks is None or (
         isinstance(checks.spans, tuple)
@@ -292,7 +292,7 @@ def _is_entry(fqn: object, entry: object) -> bool:
 
 
 def _is_place(index: object, info: object) -> bool:
-    if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, _StorageInfo)):
+    if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, StorageInfo)):
         return False
     name, payload = info.relative_path, payload_of(info)
     return (

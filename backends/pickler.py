@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+
+from cloudckpt.backends.torch_private import StorageInfo
 
 _NEW: Final[Callable[..., Any]] = copyreg.__newobj__  # type: ignore[attr-defined]  # typeshed lacks it
 
@@ -32,11 +33,20 @@ def _plain(one: object) -> tuple[Any, ...]:
     return _NEW, (type(one),), one.__dict__
 
 
-def _info(one: _StorageInfo) -> tuple[Any, ...]:
+def _info(one: StorageInfo) -> tuple[Any, ...]:
     state = one.__dict__
     if "transform_descriptors" in state:  # None, most likely, which it leaves out; else it need not be asked
         state = one.__getstate__()  # type: ignore[no-untyped-call]
     return _NEW, (type(one),), state
+
+
+_PROPERTIES: Final = 5
+"""Fields of `TensorProperties` before torch 2.15, which adds the strides. Older releases refuse a sixth."""
+
+
+def _properties(one: TensorProperties) -> tuple[Any, ...]:
+    state: tuple[Any, ...] = one.__getstate__()  # type: ignore[no-untyped-call]
+    return _NEW, (type(one),), state[:_PROPERTIES]
 
 
 def _size(one: torch.Size) -> tuple[Any, ...]:
@@ -44,8 +54,9 @@ def _size(one: torch.Size) -> tuple[Any, ...]:
 
 
 _REDUCERS: Final[dict[type, Callable[[Any], Any]]] = {
-    _StorageInfo: _info,
+    StorageInfo: _info,
     MetadataIndex: _plain,
+    TensorProperties: _properties,
     ChunkStorageMetadata: _plain,
     torch.Size: _size,
 }

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -26,6 +24,7 @@ from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment, part_size_of
 from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.torch_private import AsyncCollectiveTensor, StorageInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ class _Laid:
     """An item in its object."""
 
     index: MetadataIndex
-    info: _StorageInfo
+    info: StorageInfo
     spans: tuple[int, ...]
     """Bytes of each of its segments."""
 

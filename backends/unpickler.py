@@ -10,10 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import metadata as sharded_metadata
-from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -22,10 +19,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.serialization import _get_layout
 
 from cloudckpt.backends.errors import UnsafeCheckpointError
 from cloudckpt.backends.pickles import claims_too_much
+from cloudckpt.backends.torch_private import (
+    StorageInfo,
+    StoragePrefix,
+    get_layout,
+    memory_formats,
+    sharded_properties,
+)
 
 
 class MetadataUnpickler(pickle.Unpickler):
@@ -134,24 +137,18 @@ _CLASSES: dict[tuple[str, str], type] = {
         StorageMeta,
         TensorProperties,
         TensorStorageMetadata,
-        _StorageInfo,
-        _StoragePrefix,
+        StorageInfo,
+        StoragePrefix,
     )
-} | {
-    (
-        "torch.distributed._shard.sharded_tensor.metadata",
-        "TensorProperties",
-    ): sharded_metadata.TensorProperties
-}
+} | sharded_properties()
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., object]] = {
     ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _get_layout,
+    ("torch.serialization", "_get_layout"): get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("pathlib", "PosixPath"): _path_text,
     ("pathlib", "WindowsPath"): _path_text,
     ("pathlib._local", "PosixPath"): _path_text,  # where Python 3.13 says that it lives
     ("pathlib._local", "WindowsPath"): _path_text,
-    (_MEM_FORMAT_ENCODING.__module__, "_MEM_FORMAT_ENCODING"): _MEM_FORMAT_ENCODING,
-    (sharded_metadata.__name__, "MEM_FORMAT_ENCODING"): sharded_metadata.MEM_FORMAT_ENCODING,
+    **memory_formats(),
 }

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import metadata as md
@@ -23,6 +22,7 @@ from cloudckpt.backends.state.proving import Unloadable, prove
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.upload import Observer
 
 __all__ = ["Damage", "Unloadable", "Verification", "verify"]
@@ -197,7 +197,7 @@ class _Reading:
                 wanted[info.relative_path].append(Extent(start, size, nothing, expected=expected))
         return wanted
 
-    def _note(self, fqn: str, info: _StorageInfo, size: int, damaged: Sequence[Chunk]) -> None:
+    def _note(self, fqn: str, info: StorageInfo, size: int, damaged: Sequence[Chunk]) -> None:
         wrong = [
             Damage(
                 info.relative_path,

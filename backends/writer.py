@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from torch.distributed.checkpoint import storage as dcp_storage
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -38,6 +38,7 @@ from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
@@ -306,7 +307,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     def _described(
         self,
         metadata: Metadata,
-        items: dict[MetadataIndex, _StorageInfo],
+        items: dict[MetadataIndex, StorageInfo],
         objects: dict[str, ObjectInfo],
     ) -> bytes:
         """Complete the planner's metadata with what is stored where, and serialise it."""
@@ -362,7 +363,7 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
 
 def _stored(
     metadata: Metadata, results: list[list[WriteResult]], uri: str
-) -> dict[MetadataIndex, _StorageInfo]:
+) -> dict[MetadataIndex, StorageInfo]:
     """Every item of the plan has a result; a checkpoint without it would list and not load."""
     try:
         with no_collection():

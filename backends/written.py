@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from typing import Final, TypeAlias
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import RankReport
+from cloudckpt.backends.torch_private import StorageInfo
 
 _Offsets: TypeAlias = Mapping[torch.Size | None, torch.Size | None]
 """Those of an entry's shards, each as the one object that stands for all that are equal."""
@@ -41,7 +41,7 @@ def reports_in(results: Iterable[Iterable[WriteResult]]) -> list[RankReport]:
     return [data for data in everything if isinstance(data, RankReport)]
 
 
-def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict[MetadataIndex, _StorageInfo]:
+def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict[MetadataIndex, StorageInfo]:
     """Where every item of the plan was written, in the order of ``results``, with what is alike made one.
 
     What is one object is pickled once; the copies that come from the ranks are a third of a large pickle. So
@@ -53,7 +53,7 @@ def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict
     """
     planned = _planned(metadata)
     spans: dict[object, object] = {}
-    found: dict[MetadataIndex, _StorageInfo] = {}
+    found: dict[MetadataIndex, StorageInfo] = {}
     for of_rank in results:
         for result in of_rank:
             index, info = result.index, result.storage_data
@@ -63,7 +63,7 @@ def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict
                 its = offsets[named.get("offset")]
             except KeyError:  # a report, or what was not asked for
                 continue
-            if not isinstance(info, _StorageInfo):
+            if not isinstance(info, StorageInfo):
                 continue
             named["fqn"] = fqn
             if its is not None:

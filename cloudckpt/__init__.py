@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":
+    raise ImportError(
+        "cloudckpt needs Linux or macOS, and this is Windows: "
+        "run it in the Windows Subsystem for Linux (WSL 2)",
+        name="cloudckpt",
+    )
 
 if TYPE_CHECKING:
     from cloudckpt.backends.conversion import Conversion, convert

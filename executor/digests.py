@@ -12,10 +12,10 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, Final, cast
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.torch_private import coordinates, is_traceable_wrapper_subclass
 
 _log = background_log.logger(__name__)
 
@@ -91,7 +91,7 @@ def _parts(tensor: torch.Tensor) -> object:
     if tensor.is_quantized:
         return [tensor.int_repr(), str(tensor.qscheme()), repr(tensor)]
     if tensor.layout is torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]  # noqa: SLF001 - the public ones refuse those not coalesced
+        return [*coordinates(tensor)]
     rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
     if rows:
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]

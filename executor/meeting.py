@@ -16,10 +16,11 @@ from typing import Literal, NoReturn
 
 import torch.distributed as dist
 from torch.distributed import DistError, Store, TCPStore
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.backends.torch_private import wrap_exception
 from cloudckpt.executor.network import absence
 from cloudckpt.executor.network.hosting import Offer
 from cloudckpt.executor.network.network_options import NetworkOptions
@@ -167,7 +168,7 @@ class Meeting:
             return self._chosen(), f"cloudckpt/{uuid.uuid4().hex}"
         except Exception as error:  # noqa: BLE001 - every rank raises it
             return CheckpointException(
-                "find a store for the checkpoint processes", {0: _wrap_exception(error)}
+                "find a store for the checkpoint processes", {0: wrap_exception(error)}
             )
 
     def _prefers_training(self) -> bool:

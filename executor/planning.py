@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
@@ -25,6 +23,13 @@ from cloudckpt.backends.state.flatten import Flat, flatten
 from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.backends.state.proof_cache import ProofCache
 from cloudckpt.backends.state.save_planner import CheckpointSavePlanner
+from cloudckpt.backends.torch_private import (
+    ShardedTensor,
+    flatten_state_dict,
+    local_tensor,
+    plan_caches,
+    set_plan_cache_key,
+)
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 
 
@@ -71,7 +76,7 @@ def _structure(value: object, meshes: dict[int, str]) -> object:
         mesh = value.device_mesh
         if id(mesh) not in meshes:
             meshes[id(mesh)] = repr((mesh.mesh.tolist(), mesh.mesh_dim_names, mesh.get_coordinate()))
-        local = value._local_tensor  # noqa: SLF001 - to_local() would make a view of it
+        local = local_tensor(value)
         return ("dtensor", meshes[id(mesh)], value.placements, tuple(value.shape), _structure(local, meshes))
     if isinstance(value, ShardedTensor):
         shards = [(shard.metadata, _structure(shard.tensor, meshes)) for shard in value.local_shards()]
@@ -118,7 +123,7 @@ class PlanCache:
             self.forget()
             self._key = key
         planner = self._planner(prepared, caching=True, to_lowest_rank=to_lowest_rank)
-        planner._cached_plans_key = key  # noqa: SLF001 - its own key is its class's name
+        set_plan_cache_key(planner, key)
         return planner
 
     def _planner(self, prepared: Prepared, *, caching: bool, to_lowest_rank: bool) -> DefaultSavePlanner:
@@ -136,15 +141,6 @@ class PlanCache:
     def forget(self) -> None:
         """Keep no plan."""
         if self._key is not None:
-            for kept in _KEPT:
+            for kept in plan_caches():
                 kept.pop(self._key, None)
         self._key = None
-
-
-_KEPT: tuple[dict[str, Any], ...] = (
-    SavePlanner._cached_save_plan,  # noqa: SLF001 - DCP keeps them on the class, and has no way to drop one
-    SavePlanner._cached_final_save_plan,  # noqa: SLF001
-    SavePlanner._cached_all_plans,  # noqa: SLF001
-    SavePlanner._cached_global_plan,  # noqa: SLF001
-    SavePlanner._cached_metadata,  # noqa: SLF001
-)

@@ -22,14 +22,17 @@ from typing import Any, Final, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state import placements
+from cloudckpt.backends.torch_private import (
+    ShardedTensor,
+    compute_local_shape_and_global_offset,
+    local_tensor,
+)
 from cloudckpt.executor import digests
 from cloudckpt.executor.roll_call import named
 
@@ -190,7 +193,7 @@ class RankCheck:
             if isinstance(leaf, DTensor):
                 if not self._is_elsewhere(leaf):
                     continue
-                yield (name, self._offsets_of(leaf)), leaf._local_tensor  # noqa: SLF001 - to_local() makes a view
+                yield (name, self._offsets_of(leaf)), local_tensor(leaf)
             elif isinstance(leaf, ShardedTensor):
                 ranks = {
                     shard.placement.rank() for shard in leaf.metadata().shards_metadata if shard.placement

@@ -15,12 +15,12 @@ from typing import Any, Final, Self, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.backends.torch_private import DistWrapper
 from cloudckpt.executor.network import absence, addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import said_by_hosts
@@ -81,7 +81,7 @@ class ProcessGroupInfo:
             self._hosted = offer.server
             return offer
 
-        ranks = _DistWrapper(process_group, use_dist=in_group, coordinator_rank=0)
+        ranks = DistWrapper(process_group, use_dist=in_group, coordinator_rank=0)
         found = ranks.broadcast("find a store for the checkpoint processes", choose)
         if isinstance(found, Offer):
             offer = found

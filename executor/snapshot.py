@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -27,6 +24,16 @@ from torch.storage import TypedStorage
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state import placements, sparse, subclasses, tensors
 from cloudckpt.backends.state.markers import CheckpointState
+from cloudckpt.backends.torch_private import (
+    AsyncCollectiveTensor,
+    ShardedTensor,
+    is_zerotensor,
+    local_tensor,
+    sharded_tensor,
+    spec_of,
+    typed,
+    untyped,
+)
 from cloudckpt.executor import copying, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, View, lay_out
@@ -159,7 +166,7 @@ class _Collector(pickle.Pickler):
         if isinstance(obj, DeviceMesh):
             return ("mesh", self._mesh(obj))
         if isinstance(obj, TypedStorage):
-            return ("typed", self._storage(obj._untyped_storage), obj.dtype)  # noqa: SLF001 - untyped() warns
+            return ("typed", self._storage(untyped(obj)), obj.dtype)
         if isinstance(obj, torch.UntypedStorage):
             return ("storage", self._storage(obj))
         return None
@@ -176,7 +183,7 @@ class _Collector(pickle.Pickler):
         if (kind not in _PLAIN or shards is not None) and (why := tensors.unstorable(tensor)) is not None:
             raise _RefusedError(why)
         if isinstance(tensor, DTensor):
-            return ("dtensor", tensor._local_tensor, tensor._spec)  # noqa: SLF001 - to_local() would copy a view of it
+            return ("dtensor", local_tensor(tensor), spec_of(tensor))
         if isinstance(tensor, ShardedTensor):
             return ("sharded", tensor.local_shards(), tensor.metadata(), tensor.sharding_spec())
         if kind not in _PLAIN:
@@ -186,7 +193,7 @@ class _Collector(pickle.Pickler):
                 return None  # its own pickling takes it apart, down to tensors with memory
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             return None
-        zeros = torch._is_zerotensor(tensor)  # noqa: SLF001 - torch has no public way to ask
+        zeros = is_zerotensor(tensor)
         number = self._number(tensor, tensor.clone() if zeros else tensor)
         if not subclasses.is_plain(tensor):
             return ("subclass", number, kind, tensor.requires_grad, subclasses.attributes(tensor))
@@ -252,10 +259,10 @@ class _Restorer(unpickle.Unpickler):
             case ("dtensor", local, spec):
                 return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
             case ("sharded", shards, metadata, spec):
-                return _sharded(shards, metadata, spec)
+                return sharded_tensor(shards, metadata, spec)
             case ("typed", number, dtype):
                 storage = self._tensors[number].untyped_storage()
-                return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+                return typed(storage, dtype)
             case ("storage", number):
                 return self._tensors[number].untyped_storage()
             case _:
@@ -274,14 +281,3 @@ class _Restorer(unpickle.Unpickler):
         return tensor.set_(
             self._extents[view.extent], view.offset // tensor.itemsize, view.shape, view.stride
         )
-
-
-def _sharded(shards: list[Shard], metadata: ShardedTensorMetadata, spec: Any) -> ShardedTensor:
-    """A ShardedTensor without its process group, which is the trainer's."""
-    made: Any = ShardedTensorBase._init_from_local_shards_and_global_metadata(  # noqa: SLF001 - as ShardedTensor itself
-        shards, metadata, spec
-    )
-    made._metadata = metadata  # noqa: SLF001 - the original, with its placements
-    made._process_group = made._sharded_tensor_id = None  # noqa: SLF001
-    made._init_rrefs = False  # noqa: SLF001
-    return made  # type: ignore[no-any-return]

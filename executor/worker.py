@@ -119,12 +119,16 @@ def _beat(board: ProgressBoard, parent_pid: int) -> None:
 
 
 def _end_when_told(worker: Worker, trainer: int) -> None:
-    """On the trainer's SIGTERM, which every thread has blocked, take back what is open and end.
+    """On the trainer's SIGTERM, which every thread has blocked, abort open uploads and exit.
 
-    Somebody else's is meant for the job, which may have a last step to save.
+    A SIGTERM of another process is meant for the job, which may have a last step to save. macOS does not
+    tell the sender: there every SIGTERM is taken for the trainer's.
     """
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
-        _log.debug("a SIGTERM that was not the trainer's is left to it")
+    if hasattr(signal, "sigwaitinfo"):
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+            _log.debug("ignored a SIGTERM that the trainer did not send")
+    else:
+        signal.sigwait({signal.SIGTERM})
     worker.give_up()
     background_log.flush(_LAST_WORDS)
     os._exit(128 + signal.SIGTERM)

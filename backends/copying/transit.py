@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment
 from cloudckpt.backends.errors import IntegrityError
+from cloudckpt.backends.torch_private import StorageInfo
 
 Edge = tuple[int, int, int]
 """Where in the object some bytes of a chunk begin, how many they are, and their checksum."""
@@ -186,7 +186,7 @@ def checks_of(metadatas: Iterable[Metadata], uri: str) -> dict[str, ObjectChecks
     return {name: ObjectChecks(uri, name, held, algorithms.get(name)) for name, held in items.items()}
 
 
-def _located(fqn: str, info: _StorageInfo, checks: Checks) -> _Item:
+def _located(fqn: str, info: StorageInfo, checks: Checks) -> _Item:
     return _Item(info.offset, info.offset + info.length, fqn, checks)
 
 

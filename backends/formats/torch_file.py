@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import _weights_only_unpickler as weights_only
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends import strides
+from cloudckpt.backends import strides, torch_private
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -43,6 +40,7 @@ from cloudckpt.backends.pickles import weighs_too_much
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.target import Target
+from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _REPEATED = 1 << 30
@@ -143,8 +141,8 @@ class _Reading:
                 return trusting.load()
             with plain_data_allowed():
                 careful = weights_only.Unpickler(stream, encoding="utf-8")
-                careful.persistent_load = storages.load  # type: ignore[method-assign]
-                return careful.load()  # type: ignore[no-untyped-call]
+                careful.persistent_load = storages.load
+                return careful.load()
         except IntegrityError:
             raise
         except pickle.UnpicklingError as refused:
@@ -196,7 +194,7 @@ class _Reading:
         shared = [group for of_storage in spans.values() for group in _overlapping(of_storage)]
         return _Read(metadata, paths, held, shared)
 
-    def _place(self, key: str, tensor: torch.Tensor, nbytes: int, place: Record) -> _StorageInfo:
+    def _place(self, key: str, tensor: torch.Tensor, nbytes: int, place: Record) -> StorageInfo:
         shape, stride = tuple(tensor.shape), tuple(tensor.stride())
         first = int(tensor.storage_offset()) * tensor.itemsize
         length = strides.span(shape, stride) * tensor.itemsize
@@ -306,7 +304,7 @@ def _without_memory(nbytes: int) -> torch.UntypedStorage:
 
 def _address(storage: torch.UntypedStorage) -> int:
     """What torch tells storages apart by; it stands as long as the storage does."""
-    return int(storage._cdata)  # noqa: SLF001 - there is no public name for it
+    return torch_private.storage_identity(storage)
 
 
 def _storages_in(value: object) -> frozenset[int]:
@@ -333,7 +331,7 @@ class _Finder(pickle.Pickler):
             _check_kind("a tensor within a value", obj)
             obj = obj.untyped_storage()
         if isinstance(obj, torch.storage.TypedStorage):
-            obj = obj._untyped_storage  # noqa: SLF001 - its public name warns of its end
+            obj = torch_private.untyped(obj)
         if isinstance(obj, torch.UntypedStorage):
             self.found.add(_address(obj))
             return _address(obj)

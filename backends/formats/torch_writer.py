@@ -21,7 +21,6 @@ from typing import IO, Any, Final, cast
 
 import torch
 from awscrt import checksums as crt
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.formats.put import Planned
@@ -29,6 +28,7 @@ from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import FramingSink
 from cloudckpt.backends.segments import Late, Segment, View, bytes_of
 from cloudckpt.backends.stock import EndsOnly
+from cloudckpt.backends.torch_private import FakeTensorMode, storage_identity
 from cloudckpt.backends.upload import NotSentError
 
 _DESCRIPTOR: Final = b"PK\x07\x08"
@@ -96,7 +96,7 @@ class _Order:
         class Pickler(pickle.Pickler):
             def reducer_override(self, obj: Any) -> Any:
                 if isinstance(obj, torch.Tensor) and obj.layout is torch.strided:
-                    met.setdefault(obj.untyped_storage()._cdata, obj)  # noqa: SLF001 - as torch does
+                    met.setdefault(storage_identity(obj.untyped_storage()), obj)
                 return NotImplemented
 
         self._met = met

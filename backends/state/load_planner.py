@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state import placements
+from cloudckpt.backends.torch_private import local_tensor, spec_of
 
 
 @dataclass(slots=True)
@@ -70,7 +71,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
         target = self.loaded.get(name)
         if name not in self._targets.blank or not isinstance(target, torch.Tensor):
             return False
-        local = target._local_tensor if isinstance(target, DTensor) else target  # noqa: SLF001 - no view of it
+        local = local_tensor(target) if isinstance(target, DTensor) else target
         if tuple(tensor.shape) != tuple(local.shape) or tuple(read_item.lengths) != tuple(local.shape):
             raise ConfigurationError(
                 f"{name!r} was saved as a {type(tensor).__name__} of shape {tuple(tensor.shape)}, which "
@@ -79,7 +80,7 @@ class CheckpointLoadPlanner(DefaultLoadPlanner):
             )
         on_device = tensor.to(local.device)
         if isinstance(target, DTensor):
-            spec = target._spec  # noqa: SLF001 - as above
+            spec = spec_of(target)
             self.loaded[name] = DTensor(on_device, spec, requires_grad=False)  # type: ignore[no-untyped-call]
         else:
             self.loaded[name] = on_device

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import (
-    _StridedShard,  # FSDP2 with tensor parallelism places tensors by it
+
+from cloudckpt.backends.torch_private import (
+    ShardedTensorBase,
+    StridedShard,
+    compute_local_shape_and_global_offset,
+    flatten_sharded_tensors,
+    local_tensor,
 )
 
 SHARD_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
@@ -52,7 +54,7 @@ def unnested(tensors: dict[str, Any]) -> dict[str, Any]:
     """
     if not any(isinstance(tensor, ShardedTensorBase) for tensor in tensors.values()):
         return tensors
-    return _flatten_sharded_tensors(tensors)
+    return flatten_sharded_tensors(tensors)
 
 
 def shard_attributes(tensor: torch.Tensor) -> ShardAttributes | None:
@@ -78,7 +80,7 @@ def contradiction(tensor: torch.Tensor) -> tuple[str, str] | None:
 
 
 def _of_dtensor(tensor: DTensor) -> tuple[str, str] | None:
-    mesh, placements, local = tensor.device_mesh, tensor.placements, tensor._local_tensor  # noqa: SLF001 - to_local() would make a view
+    mesh, placements, local = tensor.device_mesh, tensor.placements, local_tensor(tensor)
     if any(placement.is_partial() for placement in placements):
         return (
             f"has the placements {placements}, so that no rank has its values",
@@ -112,7 +114,7 @@ def _expected(mesh: DeviceMesh, shape: _Sizes, placements: tuple[Any, ...]) -> _
     known = _known.setdefault(mesh, {})
     key = (shape, placements)
     if key not in known:
-        block = not any(isinstance(one, _StridedShard) for one in placements) or _is_block(
+        block = not any(isinstance(one, StridedShard) for one in placements) or _is_block(
             mesh, shape, placements
         )
         local, _ = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -124,7 +126,7 @@ def _is_block(mesh: DeviceMesh, shape: _Sizes, placements: tuple[Any, ...]) -> b
     """Follow the placements, and see whether this rank's indices along every dimension are consecutive."""
     indices = [torch.arange(length) for length in shape]
     for at, size, placement in zip(mesh.get_coordinate() or (), mesh.shape, placements, strict=True):
-        if isinstance(placement, _StridedShard):
+        if isinstance(placement, StridedShard):
             before = indices[placement.dim]
             pieces = [_split(piece, size)[at] for piece in _split(before, int(placement.split_factor))]
             indices[placement.dim] = torch.cat(pieces)

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import _weights_only_unpickler
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.storage import TypedStorage
 
 from cloudckpt.backends.state import stand_ins, subclasses
-
-_weights_only: Any = _weights_only_unpickler
+from cloudckpt.backends.torch_private import registered_globals, weights_only
 
 
 def obstacle(tensor: torch.Tensor, *, trust: bool, in_place: bool) -> tuple[str, str] | None:
@@ -45,7 +43,7 @@ def obstacle(tensor: torch.Tensor, *, trust: bool, in_place: bool) -> tuple[str,
         )
     data = out.getvalue()
     try:
-        again = skeleton.loaded(data, _Unrestricted if trust else _weights_only.Unpickler)
+        again = skeleton.loaded(data, _Unrestricted if trust else weights_only.Unpickler)
     except Exception as error:  # noqa: BLE001 - as above
         if in_place and not trust and stand_ins.loaded_skeleton(skeleton, data, tensor) is not None:
             return None
@@ -64,8 +62,8 @@ def obstacle(tensor: torch.Tensor, *, trust: bool, in_place: bool) -> tuple[str,
 
 def _needed(data: bytes) -> set[str]:
     """Name the classes and functions in a pickle that ``weights_only`` refuses."""
-    allowed = {*_weights_only._get_allowed_globals(), *_weights_only._get_user_allowed_globals()}  # noqa: SLF001 - torch asks for what it saves only
-    return set(_weights_only.get_globals_in_pkl(io.BytesIO(data))) - allowed
+    allowed = registered_globals()
+    return set(weights_only.get_globals_in_pkl(io.BytesIO(data))) - allowed
 
 
 def _names(needed: set[str]) -> set[str]:

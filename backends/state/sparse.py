@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor, _utils
+from torch import Tensor
+
+from cloudckpt.backends.torch_private import unvalidated_sparse_tensors
 
 
 def listed() -> list[Tensor]:
     """Return torch's own list."""
-    return _utils._sparse_tensors_to_validate  # noqa: SLF001 - torch has no other way to drop them
+    return unvalidated_sparse_tensors()
 
 
 @contextmanager

@@ -13,15 +13,12 @@ import types
 from typing import Any, NoReturn
 
 import torch
-from torch import _weights_only_unpickler
 
 from cloudckpt.backends.state import subclasses
 from cloudckpt.backends.state.codec.archive import checked_archive
+from cloudckpt.backends.torch_private import unpickler_with
 
 _VALUES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
-
-
-_weights_only: Any = _weights_only_unpickler
 
 
 class _Front(torch.Tensor):
@@ -91,15 +88,10 @@ def _is_value(value: object) -> bool:
 
 
 def _unpickler(like: torch.Tensor) -> type:
-    """Make torch's own unpickler, with the stand-ins beside what is registered.
-
-    Its list is one for the process, and other threads are loading: a copy of its method looks into another.
-    """
-    allowed = {f"{kind.__module__}.{kind.__qualname__}": _stand_in(kind) for kind in _kinds(like)}
-    names = dict(vars(_weights_only))
-    names["_get_user_allowed_globals"] = lambda: {**allowed, **_weights_only._get_user_allowed_globals()}  # noqa: SLF001 - torch's list
-    method = types.FunctionType(_weights_only.Unpickler.load.__code__, names, "load")
-    return type("Unpickler", (_weights_only.Unpickler,), {"load": method})
+    """Make torch's own unpickler, with the stand-ins beside what is registered."""
+    return unpickler_with(
+        {f"{kind.__module__}.{kind.__qualname__}": _stand_in(kind) for kind in _kinds(like)}
+    )
 
 
 def _kinds(tensor: torch.Tensor) -> set[type[torch.Tensor]]:

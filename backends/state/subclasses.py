@@ -14,8 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import _tensor, _utils
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from cloudckpt.backends.torch_private import (
+    is_traceable_wrapper_subclass,
+    object_state,
+    rebuild_from_type_v2,
+    rebuild_wrapper_subclass,
+)
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _COMPRESSED = frozenset({torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
@@ -59,7 +64,7 @@ def reduce_to_host(tensor: torch.Tensor) -> Any:
     if type(tensor).__reduce_ex__ is not torch.Tensor.__reduce_ex__ or tensor.device.type in ("cpu", "meta"):
         return NotImplemented
     rebuild, (inner, kind, arguments, state) = _any(tensor).__reduce_ex__(PROTOCOL)
-    if inner is not _utils._rebuild_wrapper_subclass:  # noqa: SLF001 - how torch pickles one
+    if inner is not rebuild_wrapper_subclass:  # how torch pickles one
         return NotImplemented
     on_host = (*arguments[:_DEVICE], torch.device("cpu"), *arguments[_DEVICE + 1 :])
     return rebuild, (inner, kind, on_host, state)
@@ -84,7 +89,7 @@ class _Compacting(pickle.Pickler):
         if type(obj) is torch.Tensor:
             return rebuilt
         state = _state(obj)
-        return _tensor._rebuild_from_type_v2, (rebuilt[0], type(obj), rebuilt[1], state)  # noqa: SLF001
+        return rebuild_from_type_v2, (rebuilt[0], type(obj), rebuilt[1], state)
 
 
 _COMPACTING = types.SimpleNamespace(__name__="pickle", Pickler=_Compacting)
@@ -96,7 +101,7 @@ def _any(value: object) -> Any:
 
 
 def _state(tensor: torch.Tensor) -> Any:
-    return _any(_utils)._get_obj_state(tensor)  # noqa: SLF001 - as Tensor.__reduce_ex__ does
+    return object_state(tensor)  # as Tensor.__reduce_ex__ does
 
 
 def _is_compact(tensor: torch.Tensor) -> bool:

@@ -20,15 +20,20 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch import _utils
-from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensorBase
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.backends.state import placements, proofs, subclasses
+from cloudckpt.backends.torch_private import (
+    AsyncCollectiveTensor,
+    FakeTensor,
+    FunctionalTensor,
+    ShardedTensorBase,
+    element_size,
+    is_functional_tensor,
+    is_functorch_wrapped_tensor,
+    local_tensor,
+)
 
 _LAYOUTS = frozenset(
     {
@@ -71,7 +76,7 @@ def refusal(tensor: torch.Tensor, *, trust: bool = False, in_place: bool = False
     if isinstance(tensor, AsyncCollectiveTensor):
         return None  # saved as the tensor that it waits for
     if isinstance(tensor, DTensor):
-        return refusal(tensor._local_tensor, trust=trust, in_place=in_place)  # noqa: SLF001 - to_local() would make a view
+        return refusal(local_tensor(tensor), trust=trust, in_place=in_place)
     if isinstance(tensor, ShardedTensorBase):
         found = (refusal(shard.tensor, trust=trust, in_place=in_place) for shard in tensor.local_shards())
         return next((one for one in found if one is not None), None)
@@ -83,7 +88,7 @@ def refusal(tensor: torch.Tensor, *, trust: bool = False, in_place: bool = False
 def unstorable(tensor: torch.Tensor) -> Refusal | None:
     """Return why a tensor has no values that can be stored; None where it has."""
     if isinstance(tensor, DTensor):
-        return _refused(tensor, placements.contradiction(tensor)) or unstorable(tensor._local_tensor)  # noqa: SLF001 - to_local() would make a view
+        return _refused(tensor, placements.contradiction(tensor)) or unstorable(local_tensor(tensor))
     if isinstance(tensor, ShardedTensorBase):
         if refused := _refused(tensor, placements.contradiction(tensor)):
             return refused
@@ -99,7 +104,7 @@ def _refused(tensor: torch.Tensor, why: tuple[str, str] | None) -> Refusal | Non
 def _without_values(tensor: torch.Tensor) -> tuple[str, str] | None:
     if torch.nn.parameter.is_lazy(tensor):
         return "is not initialized", "Run the lazy module once before saving"
-    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or torch._is_functional_tensor(tensor):  # noqa: SLF001 - torch has no public way to ask
+    if isinstance(tensor, (FakeTensor, FunctionalTensor)) or is_functional_tensor(tensor):
         return "stands for a tensor while a program is traced, and has no data", "Save outside of tracing"
     if is_functorch_wrapped_tensor(tensor):
         return "belongs to a transform of torch.func", "Save outside of vmap, grad and other transforms"
@@ -109,15 +114,29 @@ def _without_values(tensor: torch.Tensor) -> tuple[str, str] | None:
         return "is a nested tensor, which DCP can't plan", "Save its values() and offsets(), or unbind() it"
     if tensor.layout not in _LAYOUTS:
         return f"has the layout {tensor.layout}, which torch.save does not write", "Save its to_dense()"
+    if tensor.layout is not torch.strided and not _has_properties(tensor):
+        return (
+            f"has the layout {tensor.layout}, which DCP of torch {torch.__version__} can't plan",
+            "Save its to_dense(), or its indices and values as tensors of their own",
+        )
     if not _is_planned(tensor.dtype):
         return f"has the dtype {tensor.dtype}, which DCP can't plan", "Save a view of it as torch.uint8"
     return None
 
 
+def _has_properties(tensor: torch.Tensor) -> bool:
+    """Return False where DCP raises: torch 2.15 asks for strides, which compressed sparse tensors lack."""
+    try:
+        TensorProperties.create_from_tensor(tensor)
+    except RuntimeError:
+        return False
+    return True
+
+
 @functools.cache
 def _is_planned(dtype: torch.dtype) -> bool:
     try:
-        _utils._element_size(dtype)  # type: ignore[no-untyped-call]  # noqa: SLF001 - which DCP plans by
+        element_size(dtype)  # which DCP plans by
     except TypeError:
         return False
     return True

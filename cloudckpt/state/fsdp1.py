@@ -17,15 +17,15 @@ from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     ShardedOptimStateDictConfig,
     ShardedStateDictConfig,
-    ShardingStrategy,
     StateDictType,
 )
 
 from cloudckpt.backends.state.markers import OptimizerState, OwnNames
+from cloudckpt.backends.torch_private import hybrid_sharding
 from cloudckpt.state.optimizers import NamedOptimizer, is_alike
 
 _COMPILED = "_orig_mod."
-_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)  # noqa: SLF001 - torch has no public name
+_HYBRID = hybrid_sharding()
 
 
 def is_wrapped(module: nn.Module) -> bool:

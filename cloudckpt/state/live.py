@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from cloudckpt.backends.torch_private import ShardedTensor
 from cloudckpt.state.per_rank import PerRank
 
 _NEVER = frozenset(

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    _get_fqns,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.state.markers import ModuleState, Rank0Only
+from cloudckpt.backends.torch_private import names_of_parameter
 
 
 def describe(module: nn.Module, name: str) -> ModuleState:
@@ -72,7 +69,7 @@ def names_of(module: nn.Module) -> dict[nn.Parameter, list[str]]:
     """Return the names of each parameter as DCP has them: more than one where a parameter is shared."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        for fqn in sorted(_get_fqns(module, name)):
+        for fqn in sorted(names_of_parameter(module, name)):
             held = names.setdefault(parameter, [])
             if fqn not in held:
                 held.append(fqn)
@@ -93,5 +90,5 @@ def _broadcast_buffers(module: nn.Module) -> dict[str, bool]:
         for name, _ in wrapper.named_buffers():
             if name.removeprefix("module.") not in wrapper.parameters_to_ignore:
                 whole = f"{prefix}.{name}" if prefix else name
-                found.update(dict.fromkeys(_get_fqns(module, whole), mine))
+                found.update(dict.fromkeys(names_of_parameter(module, whole), mine))
     return found

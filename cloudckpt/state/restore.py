@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, empty
@@ -26,6 +25,7 @@ from cloudckpt.backends.state.flatten import FACTORIES, MAPPINGS
 from cloudckpt.backends.state.load_planner import Targets
 from cloudckpt.backends.state.records import Container, Placement
 from cloudckpt.backends.state.tree import SavedTree
+from cloudckpt.backends.torch_private import ShardedTensor
 from cloudckpt.state.live import is_live, is_meta, joined
 
 Loaded = Mapping[str, Any]

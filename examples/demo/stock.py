@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cloudckpt.backends.target import Target
+
+# torch 2.15 made the module public.
+_NAMES = ("fsspec_filesystem", "_fsspec_filesystem")
+_FOUND = next(one for one in _NAMES if importlib.util.find_spec(f"torch.distributed.checkpoint.{one}"))
+_module: Any = importlib.import_module(f"torch.distributed.checkpoint.{_FOUND}")
+FsspecReader: Callable[..., StorageReader] = _module.FsspecReader
 
 
 def stock_reader(target: Target) -> StorageReader:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch.distributed as dist
-from torch.distributed import Store, distributed_c10d
+from torch.distributed import Store
 
 from cloudckpt.backends.system_limits import try_for
+from cloudckpt.backends.torch_private import default_store
 
 _PATIENCE: Final = 3.0
 """Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
@@ -26,7 +27,7 @@ def training_store() -> Store | None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
-    return distributed_c10d._get_default_store()  # noqa: SLF001 - the one way to it
+    return default_store()
 
 
 def report(group: str, rank: int, reason: str) -> None:

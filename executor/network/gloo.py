@@ -1,9 +1,9 @@
 """gloo on a chosen address.
 
 torch takes gloo's address from ``GLOO_SOCKET_IFNAME`` or from the host's own name, and offers no public way
-to give another. This module uses what `torch.distributed.distributed_c10d` has beside it since version 2.0:
-`ProcessGroupGloo._Options`, `create_device`, and the name `ProcessGroupGloo` by which that module makes the
-backend. Should one of them go, `tests/executor/test_network_options.py` fails.
+to give another. This module replaces the name `ProcessGroupGloo` by which
+`torch.distributed.distributed_c10d` makes the backend. Should that name go,
+`tests/executor/test_network_options.py` fails.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 
 from cloudckpt.backends import system_limits
+from cloudckpt.backends.torch_private import gloo_options, set_gloo_timeout
 
 
 class GivenUp(Exception):
@@ -56,7 +57,7 @@ class Mesh:
 
         def make() -> None:
             try:
-                options = _options(self.address, timeout)
+                options = gloo_options(self.address, timeout)
                 made.set_result(_Gloo(self.store, self.rank, self.world_size, options))
             except BaseException as error:  # noqa: BLE001 - the caller raises it
                 made.set_exception(error)
@@ -75,7 +76,7 @@ class Mesh:
         """
         if self._backend is None:
             raise RuntimeError("the mesh is not connected")
-        self._backend._set_default_timeout(timedelta(seconds=timeout))  # noqa: SLF001 - see above
+        set_gloo_timeout(self._backend, timeout)
         _Gloo.address, _Gloo.connected = self.address, self._backend
         distributed_c10d.ProcessGroupGloo = _Gloo  # type: ignore[misc, assignment]
         dist.init_process_group(
@@ -111,15 +112,7 @@ class _Gloo(ProcessGroupGloo):
             _Gloo.connected = None
             return
         if timeout is not None:
-            options = _options(self.address, timeout.total_seconds())
+            options = gloo_options(self.address, timeout.total_seconds())
             for name, value in newer.items():
                 setattr(options, name, value)
         super().__init__(store, rank, size, options)
-
-
-def _options(address: str, timeout: float) -> Any:
-    gloo: Any = ProcessGroupGloo  # torch's stub lacks the options
-    options = gloo._Options()  # noqa: SLF001 - see above
-    options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
-    options._devices = [gloo.create_device(hostname=address)]  # noqa: SLF001
-    return options

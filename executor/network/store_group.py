@@ -17,9 +17,10 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from torch._C import _distributed_c10d
 from torch.distributed import ProcessGroup, ReduceOp, Store, Work
 from torch.futures import Future
+
+from cloudckpt.backends.torch_private import completed_work
 
 BACKEND: Final = "cloudckpt_store"
 """Name of the backend, as `dist.get_backend` returns it."""
@@ -206,6 +207,4 @@ def _root(opts: Any) -> int:
 def _done(result: Any) -> Work:
     future: Future[Any] = Future()
     future.set_result(result)
-    native: Any = _distributed_c10d  # torch's stub lacks the name
-    work: Work = native._create_work_from_future(future)  # noqa: SLF001 - see above
-    return work
+    return completed_work(future)

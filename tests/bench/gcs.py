@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
 from bench.endpoint import served
 from bench.growth import reached
 from bench.report import machine
 from bench.turns import Form, parser, run
+from support.dcp_fsspec import FsspecReader, FsspecWriter
 from support.gcs import GCSServer, gcs_server
 from support.servers import S3Server
 

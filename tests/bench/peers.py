@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
 from bench.floor import Wire
 from bench.states import State
+from support.dcp_fsspec import FsspecReader, FsspecWriter
 from support.servers import S3Server
 
 

@@ -23,7 +23,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -31,6 +30,7 @@ import cloudckpt
 from bench.endpoint import Endpoint, served
 from bench.growth import reached, table_of, write_markdown
 from bench.report import machine
+from support.dcp_fsspec import FsspecReader, FsspecWriter
 from support.ranks import RankPool
 from support.servers import S3Server
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cloudckpt
@@ -60,6 +61,9 @@ def test_a_compressed_sparse_tensor_is_restored_whatever_the_state_has(
     tmp_path: Path, kind: str, before: Tensor
 ) -> None:
     tensor = COMPRESSED[kind](MATRIX)
+    if TorchVersion(torch.__version__) >= "2.15":  # DCP asks it for strides
+        assert "can't plan" in str(refusal(tensor))
+        return
     assert refusal(tensor) is None
     saved(tensor, tmp_path)
     again = loaded(COMPRESSED[kind](before), tmp_path)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 import cloudckpt
 from support import fake_gcs, live
+from support.dcp_fsspec import FsspecReader, FsspecWriter
 from support.gcs import GCSServer, shared_gcs_server
 from support.live import Live, LiveStore
 from support.outsiders import InFolder, OnGCS, OnS3, Outsider

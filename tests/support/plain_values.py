@@ -101,7 +101,7 @@ def table() -> dict[str, Any]:
         "arrays of times": [
             np.array(["2026-01-02", "NaT"], dtype="M8[D]"),
             np.array([1, 2], dtype="m8[25ns]"),
-            np.array(["NaT"], dtype="M8"),
+            np.array(["NaT"], dtype="M8[D]"),
         ],
         "array of records": np.array(
             [(1, [2, 3], "x")], dtype=np.dtype([("a", "i2"), ("b", "f8", (2,)), ("c", "U3")], align=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import zipfile
 from typing import IO, Any
 
-import torch
-
 from cloudckpt.backends.pickles import weighs_too_much
+from cloudckpt.backends.torch_private import archive_reader
 
 
 def checked_archive(stream: IO[bytes], size: int, *, called: bool = False) -> Any:
@@ -20,7 +19,7 @@ def checked_archive(stream: IO[bytes], size: int, *, called: bool = False) -> An
     Raises:
         Exception: it is damaged, or claims too much.
     """
-    archive = torch._C.PyTorchFileReader(stream)  # noqa: SLF001 - the only reader that sees what torch sees
+    archive = archive_reader(stream)  # the only reader that sees what torch sees
     if claimed(archive, stream) > size:
         raise ValueError("its archive claims to hold more than there is")
     if weighs_too_much(archive.get_record("data.pkl"), called=called):

@@ -13,19 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._utils import set_tensor_metadata
-from torch.serialization import _get_layout
 
 from cloudckpt.backends import strides
 from cloudckpt.backends.state.codec.arguments import Arguments, checked
 from cloudckpt.backends.state.codec.malformed import MalformedError, NotHereError
 from cloudckpt.backends.state.codec.tree import NOTHING, Global
+from cloudckpt.backends.torch_private import get_layout, set_tensor_metadata, storage_types
 
 _LARGEST = (1 << 63) - 1
-_TYPED: dict[str, torch.dtype] = {
-    f"torch.{name}": dtype
-    for dtype, name in torch.storage._dtype_to_storage_type_map().items()  # noqa: SLF001 - see above
-}
+_TYPED: dict[str, torch.dtype] = {f"torch.{name}": dtype for dtype, name in storage_types().items()}
 """The dtypes of storages by the names of their classes. The names of types not in it are of untyped ones."""
 _UNTYPED = "torch.storage.UntypedStorage"
 _METADATA = frozenset({"conj", "neg"})
@@ -143,7 +139,7 @@ def _tensor(
             raise MalformedError("a tensor has unknown marks")
         if marks and not dtype.is_complex and "conj" in marks:
             raise MalformedError("a tensor of real numbers is marked as conjugate")
-        set_tensor_metadata(tensor, marks)  # type: ignore[no-untyped-call]
+        set_tensor_metadata(tensor, marks)
     return tensor
 
 
@@ -177,7 +173,7 @@ def _device(given: Arguments) -> torch.device:
 
 def _layout(given: Arguments) -> torch.layout:
     (name,) = given.bare(1)
-    get: Any = _get_layout
+    get: Any = get_layout
     layout: torch.layout = get(checked(name, str))
     return layout
 
