@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.executor import unpickle
+from cloudckpt.executor.forks import Owner
 from cloudckpt.executor.progress import Progress
 
 _WAITING = Progress(0, 0, "waiting")
@@ -17,7 +18,27 @@ _WAITING = Progress(0, 0, "waiting")
 T = TypeVar("T")
 
 
-class SaveHandle(Future[T], Generic[T]):
+class _OwnedFuture(Future[T], Generic[T]):
+    """A future that raises an error, and does not wait for ever, in a forked child of its process."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._owner = Owner(what)
+
+    def result(self, timeout: float | None = None) -> T:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if self._owner.is_elsewhere and not self.done():
+            self._owner.check("the result of a save under way")
+
+
+class SaveHandle(_OwnedFuture[T], Generic[T]):
     """A save that goes on while training does: a future of DCP's ``Metadata``, or of what is made of it.
 
     It ends when every rank's has ended, and alike on each: with its result once the checkpoint is committed,
@@ -30,8 +51,8 @@ class SaveHandle(Future[T], Generic[T]):
     """
 
     def __init__(self, make: Callable[[Metadata], T]) -> None:
-        super().__init__()
-        self.staged: Future[None] = Future()
+        super().__init__("the save")
+        self.staged: Future[None] = _OwnedFuture("the snapshot of the save")
         self._read: Callable[[], Progress] = lambda: _WAITING
         self._make = make
         self._sealed: bytes | None = None
@@ -65,6 +86,7 @@ class SaveHandle(Future[T], Generic[T]):
         Raises:
             TimeoutError: it did not end in ``timeout`` seconds.
             CancelledError: it was skipped.
+            ExecutorError: this process was forked from the one whose save it is, while that was under way.
             Exception: what failed the save, on whichever rank.
         """
         self.exception(timeout)

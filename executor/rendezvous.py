@@ -25,6 +25,7 @@ from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.executor import forks
 from cloudckpt.executor.network import absence, addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import said_by_hosts
@@ -375,8 +376,8 @@ def flag(name: str) -> bool:
 
 
 def grouped() -> bool:
-    """Whether training has a process group at all."""
-    return dist.is_available() and dist.is_initialized()
+    """Return True if training has a process group in this process, and did not inherit it by a fork."""
+    return forks.has_own_group()
 
 
 def _no_store() -> NoReturn:
