@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 import torch.distributed as dist
-from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import background_log
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
     IntegrityError,
@@ -28,16 +26,16 @@ from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
-from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import display
 from cloudckpt.ranks import agreed, own_rank, together
-from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
+from cloudckpt.retention import Retention
 from cloudckpt.run import Run
 from cloudckpt.saves import OnFailure, Saves
+from cloudckpt.saving import Saving
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
 from cloudckpt.watch import Watch
@@ -119,13 +117,11 @@ class Checkpointer:
         **options: Any,
     ) -> None:
         self._run = Run(Target.given("Checkpointer", uri, options))
-        self._retention = Retention(keep_last, keep_every, keep_best)
+        retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
         self._saves = Saves(on_failure)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
-        self._overwrite = true_or_false("overwrite", overwrite)
-        self._rank_conflicts: RankConflicts = rank_conflicts_checked(rank_conflicts)
         self._executor = ProcessExecutor(
             save_timeout,
             start_timeout,
@@ -142,6 +138,18 @@ class Checkpointer:
         self._watch = Watch(on_event, self._rank, self._display)
         self._state = partial(AppState, group=process_group, trust=self._trust)
         self._preemption = Preemption(preemption_grace, self._rank)
+        self._saving = Saving(
+            self._run,
+            retention,
+            self._executor,
+            self._watch,
+            self._saves,
+            self._schedule,
+            self._state,
+            group=process_group,
+            overwrite=true_or_false("overwrite", overwrite),
+            rank_conflicts=rank_conflicts_checked(rank_conflicts),
+        )
 
     @property
     def uri(self) -> str:
@@ -192,7 +200,7 @@ class Checkpointer:
         if not self._schedule.is_due(step, self._calls.follow_first(name, "due")):
             return skipped()
         self._saves.raise_unheard(self._calls.follow_first(name, "unheard"))
-        return self._save(step, state_dict, metric)
+        return self._saving.begin(step, state_dict, metric)
 
     def save(
         self, step: int, state_dict: Mapping[str, Any], *, metric: float | None = None
@@ -206,7 +214,7 @@ class Checkpointer:
         """
         step = self._run.number(step)
         self._pass(step, state_dict, metric, f"save({step})")
-        return self._save(step, state_dict, metric).result()
+        return self._saving.begin(step, state_dict, metric).result()
 
     def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
         """Load a step into the state, and return its number; by default the newest that is committed.
@@ -346,53 +354,11 @@ class Checkpointer:
         try:
             if not self._saves.settle(self._preemption.remaining):
                 raise TimeoutError("the saves before it took too long")
-            info = self._save(step, state_dict, metric).result(self._preemption.remaining)
+            info = self._saving.begin(step, state_dict, metric).result(self._preemption.remaining)
             _log.warning("the last step, %d, is committed", step)
         except failures.ANY as error:
             _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
         raise self._preemption.ended(step, info)
-
-    def _save(
-        self, step: int, state_dict: Mapping[str, Any], metric: float | None
-    ) -> SaveHandle[CheckpointInfo]:
-        make_writer = partial(PruningWriter, self._run, step, self._retention, overwrite=self._overwrite)
-        writer, problem = with_metric(make_writer, metric)
-        uri = writer.checkpoint_id
-        began = self._schedule.begin()
-        ended: list[tuple[float, datetime]] = []
-        pruned: list[int] = []
-
-        def describe(metadata: Metadata) -> CheckpointInfo:
-            sizes = md.sizes_of(metadata)
-            # Whoever waits may be woken before the callbacks are called.
-            done, when = ended[0] if ended else (time.monotonic(), datetime.now(UTC))
-            pruned.extend(pruned_by(metadata))
-            return CheckpointInfo(step, uri, sum(sizes.values()), len(sizes), done - began, when)
-
-        def begun(handle: SaveHandle[CheckpointInfo]) -> None:
-            handle.add_done_callback(lambda _: ended.append((time.monotonic(), datetime.now(UTC))))
-            self._saves.add(step, handle)
-
-        def described() -> dict[str, Any]:
-            if problem is not None:
-                raise problem
-            return self._state(state_dict).describe()
-
-        handle = self._executor.submit(
-            # With other ranks the handle raises what this does, on all of them.
-            described if grouped() else described(),
-            describe,
-            begun=begun,
-            subject=f"the save of step {step} of {self.uri}",
-            rank_conflicts=self._rank_conflicts,
-            storage_writer=writer,
-            process_group=self._group,
-            no_dist=not grouped(),
-        )
-        if handle.staged.done() and not handle.cancelled():
-            blocked = time.monotonic() - began
-            self._watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
-        return handle
 
     def _settle(self) -> None:
         """Wait for every save under way, however it ends."""
