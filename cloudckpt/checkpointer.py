@@ -23,6 +23,7 @@ from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
+from cloudckpt.executor.forks import Unpicklable
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
@@ -30,7 +31,7 @@ from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
-from cloudckpt.progress import display
+from cloudckpt.progress import RankZeroDisplay
 from cloudckpt.ranks import agreed, own_rank, together
 from cloudckpt.retention import Retention
 from cloudckpt.run import Run
@@ -43,7 +44,7 @@ from cloudckpt.watch import Watch
 _log = background_log.logger(__name__)
 
 
-class Checkpointer:
+class Checkpointer(Unpicklable):
     """Saves and loads the steps of one run, in the background and with every rank.
 
     Each step is a folder below the run's URI, which exists when its commit does. Every rank makes a
@@ -132,9 +133,8 @@ class Checkpointer:
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._calls = Calls(self._executor, process_group, self.uri)
-        self._rank = own_rank(process_group)
-        shown = true_or_false("progress", progress) and self._rank == 0
-        self._display = display() if shown else None
+        self._rank = partial(own_rank, process_group)
+        self._display = RankZeroDisplay(true_or_false("progress", progress), self._rank)
         self._watch = Watch(on_event, self._rank, self._display)
         self._state = partial(AppState, group=process_group, trust=self._trust)
         self._preemption = Preemption(preemption_grace, self._rank)
@@ -167,6 +167,8 @@ class Checkpointer:
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
+        self._executor.check_owner("warmup()")
+        self._preemption.start()
         self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
         self._executor.warmup(
             None if state_dict is None else lambda: self._state(state_dict).plan(),
@@ -249,7 +251,7 @@ class Checkpointer:
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading = Loading(self._run, self._group, self._rank, self._trust, self._display)
+        loading = Loading(self._run, self._group, self._rank(), self._trust, self._display())
         while True:
             began = time.monotonic()
             try:
@@ -263,7 +265,7 @@ class Checkpointer:
                 _log.warning("step %d is damaged, loading step %d: %s", chosen, older, error)
                 chosen = older
             else:
-                self._watch.tell(Loaded(chosen, uri, self._rank, time.monotonic() - began))
+                self._watch.tell(Loaded(chosen, uri, self._rank(), time.monotonic() - began))
                 return chosen
 
     def latest_step(self) -> int | None:
@@ -308,6 +310,7 @@ class Checkpointer:
         Raises:
             ConfigurationError: ``preemption_grace`` is None.
         """
+        self._executor.check_owner("preempt()")
         self._preemption.tell("SIGTERM")
 
     def close(self) -> None:
@@ -335,6 +338,8 @@ class Checkpointer:
             _log.warning("%s", failed)
 
     def _close(self, *, deliver: bool) -> None:
+        if self._executor.is_elsewhere:
+            return  # a forked child: the saves are its parent's
         self._executor.close(self._preemption.remaining)
         self._watch.finish()
         try:
@@ -363,4 +368,5 @@ class Checkpointer:
     def _settle(self) -> None:
         """Wait for every save under way, however it ends."""
         self._saves.settle()
-        self._watch.finish()
+        if not self._executor.is_elsewhere:
+            self._watch.finish()

@@ -11,6 +11,7 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
+from cloudckpt.executor.forks import Owner
 
 _REMEMBERED = 16
 """Saves that are under way or have failed: more than there can be under way."""
@@ -38,13 +39,21 @@ class Saves:
             raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
         self._warn = on_failure == "warn"
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
+        self._owner = Owner("this Checkpointer")
 
     def add(self, step: int, handle: SaveHandle[CheckpointInfo]) -> None:
-        """Remember a save from here on."""
+        """Remember a save from here on, and no committed one before it."""
+        self._forget_committed()
         self._saves.append((step, handle))
 
     def settle(self, timeout: float | None = None) -> bool:
-        """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few."""
+        """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few.
+
+        Raises:
+            ExecutorError: this process was forked while a save was under way.
+        """
+        if self._owner.is_elsewhere and not all(handle.done() for _, handle in self._saves):
+            self._owner.check("a wait for the saves under way")
         return not wait([handle for _, handle in self._saves], timeout).not_done
 
     def raise_unheard(self, follow_first: Follow) -> None:
@@ -68,7 +77,13 @@ class Saves:
         if ended_badly:
             self.settle()
             self._raise_next(even_heard=True)
-        # Rank 0 may learn of a failure later than this rank, and raise it then.
+        self._forget_committed()
+
+    def _forget_committed(self) -> None:
+        """Keep the saves under way and those that failed: rank 0 may learn of a failure later than this rank.
+
+        It raises the failure then.
+        """
         kept = [(step, handle) for step, handle in self._saves if handle.failed or not handle.done()]
         self._saves = kept[-_REMEMBERED:]
 

@@ -72,14 +72,16 @@ class Watch:
 
     Args:
         on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
-        rank: of this process.
-        shown: shows how far each save is.
+        rank: returns the rank of this process.
+        display: returns what shows the progress of saves, None where nothing does.
     """
 
-    def __init__(self, on_event: OnEvent | None, rank: int, shown: Display | None) -> None:
+    def __init__(
+        self, on_event: OnEvent | None, rank: Callable[[], int], display: Callable[[], Display | None]
+    ) -> None:
         self._on_event = on_event
         self._rank = rank
-        self._shown = shown
+        self._display = display
         self._changed = threading.Condition()
         self._saves: list[_Save] = []
         self._thread: threading.Thread | None = None
@@ -102,10 +104,10 @@ class Watch:
             blocked: seconds that its snapshot took.
             pruned: says which steps it has let go, once it is committed.
         """
-        if self._on_event is None and self._shown is None:
+        if self._on_event is None and self._display() is None:
             return
         with self._changed:
-            self._saves.append(_Save(step, uri, self._rank, handle, blocked, pruned))
+            self._saves.append(_Save(step, uri, self._rank(), handle, blocked, pruned))
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
                 try:
@@ -158,11 +160,12 @@ class Watch:
                         self._saves.remove(save)
 
     def _show(self, save: _Save, *, ended: bool) -> None:
-        if self._shown is None:
+        shown = self._display()
+        if shown is None:
             return
         name = f"step {save.step}, rank {save.rank}"
         if ended:
-            self._shown.end(name)
+            shown.end(name)
         else:
             progress = save.handle.progress
-            self._shown.show(name, progress.phase, progress.bytes_done, progress.bytes_total)
+            shown.show(name, progress.phase, progress.bytes_done, progress.bytes_total)

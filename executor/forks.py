@@ -36,15 +36,15 @@ class Owner:
         """Make sure that this process is the owner.
 
         Args:
-            call: made by this process, as the error names it.
+            call: made by this process, such as ``save(5)``.
 
         Raises:
             ExecutorError: this process was forked from the owner.
         """
         if self.is_elsewhere:
             raise ExecutorError(
-                f"{call} was called in process {os.getpid()}, which was forked from process {self._pid}: "
-                f"{self._what} belongs to process {self._pid}, and its threads exist only there",
+                f"{call} was called in process {os.getpid()}, which was forked from process {self._pid}, "
+                f"and {self._what} belongs to process {self._pid}: its threads work only there",
                 hint=CURE,
             )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 
@@ -32,6 +34,8 @@ class Gathering:
         self._use_prefix_store = use_prefix_store
         self._network = network
         self._served: tuple[dist.ProcessGroup | None, bool] | None = None
+        """The group of the first call that binds, and True where this process is alone."""
+        self._default_group: weakref.ref[Any] | None = None
         self._meeting: Meeting | None = None
         self._roll: RollCall | None = None
         self._closed = False
@@ -43,33 +47,74 @@ class Gathering:
         """This process's rank; 0 for a single process, and before the ranks have met."""
         return self.place.rank if self.place is not None else 0
 
-    def gather(self, process_group: dist.ProcessGroup | None, no_dist: bool, call: str) -> None:
+    def gather(
+        self,
+        process_group: dist.ProcessGroup | None,
+        no_dist: bool,
+        call: str,
+        *,
+        saves: bool = True,
+    ) -> None:
         """Agree with the other ranks where to meet, at the first call.
 
         Args:
             process_group: the ranks; None for all of them.
             no_dist: this process alone is meant.
             call: made by this rank, as an error names it.
+            saves: the call takes part in a save. Others work after ``destroy_process_group()``, and do not
+                bind a process that is still alone to stay so.
 
         Raises:
             ConfigurationError: an earlier call named another group.
-            ExecutorError: the executor is closed, or rank 0 did not come within the time.
+            ExecutorError: the executor is closed, its group was destroyed, or rank 0 did not come within the
+                time.
         """
         self._check_open()
+        alone = no_dist or not grouped() or dist.get_world_size(process_group) == 1
         if self._served is not None:
-            if self._served != (process_group, no_dist):
-                raise ConfigurationError(
-                    "an executor serves one process group, and this call names another than the first",
-                    hint="Make an executor for each",
-                )
+            self._check_served(process_group, alone, call, saves)
             return
-        if not no_dist and grouped() and dist.get_world_size(process_group) > 1:
+        if not alone:
             if self._meeting is None:
                 self._meeting = Meeting(process_group, self._use_prefix_store, self._network)
             self.place = self._meeting.place(self._timeout, call)
+            self._default_group = weakref.ref(dist.group.WORLD)
             self.council = StoreCouncil(self.place)
             self._roll = RollCall(self.place)
-        self._served = (process_group, no_dist)
+        elif not saves:
+            return
+        self._served = (process_group, alone)
+
+    def _check_served(
+        self, process_group: dist.ProcessGroup | None, alone: bool, call: str, saves: bool
+    ) -> None:
+        """Make sure that a call is of the ranks that have met.
+
+        Raises:
+            ConfigurationError: it names another group.
+            ExecutorError: their group was destroyed, and the call takes part in a save.
+        """
+        if self._default_group is not None and not (grouped() and self._default_group() is dist.group.WORLD):
+            if not saves:
+                return
+            raise ExecutorError(
+                f"{call} was called after destroy_process_group(), and the ranks of this executor met in "
+                "the process group that was destroyed",
+                rank=self.rank,
+                hint="Save before destroy_process_group(), or make a new Checkpointer; wait(), close() and "
+                "the handles of earlier saves work after it",
+            )
+        if self._served == (process_group, alone):
+            return
+        if self._default_group is None and not alone:
+            raise ConfigurationError(
+                "this executor has saved as a single process, and torch.distributed was initialized since",
+                hint="Make a new Checkpointer or ProcessExecutor after init_process_group()",
+            )
+        raise ConfigurationError(
+            "an executor serves one process group, and this call names another than the first",
+            hint="Make an executor for each",
+        )
 
     def follow_first(self, call: Call, value: bool) -> bool:
         """Return rank 0's value, on every rank. All ranks call it, in the same order with all other calls.
@@ -114,8 +159,8 @@ class Gathering:
         Every rank calls it once, and in the same order with all other calls.
         """
         self._check_open()
-        server = self._meeting.hosted if self._meeting is not None else None
-        return LastCall(self.place, heard, self._timeout, server)
+        stores = (self._meeting.hosted, self._meeting.training) if self._meeting is not None else None
+        return LastCall(self.place, heard, self._timeout, stores)
 
     @property
     def closed(self) -> bool:

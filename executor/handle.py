@@ -35,7 +35,7 @@ class _OwnedFuture(Future[T], Generic[T]):
 
     def _check(self) -> None:
         if self._owner.is_elsewhere and not self.done():
-            self._owner.check("the result of a save under way")
+            self._owner.check("result()")
 
 
 class SaveHandle(_OwnedFuture[T], Generic[T]):
@@ -51,8 +51,8 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
     """
 
     def __init__(self, make: Callable[[Metadata], T]) -> None:
-        super().__init__("the save")
-        self.staged: Future[None] = _OwnedFuture("the snapshot of the save")
+        super().__init__("this save under way")
+        self.staged: Future[None] = _OwnedFuture("this save under way")
         self._read: Callable[[], Progress] = lambda: _WAITING
         self._make = make
         self._sealed: bytes | None = None

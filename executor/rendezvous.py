@@ -207,6 +207,8 @@ class Meeting:
         self._key: str | None = None
         self._told = False
         self.hosted: TCPStore | None = None
+        self.training: Store | None = absence.training_store()
+        """Kept, as rank 0 may serve it: waiting for a save works after ``destroy_process_group()``."""
 
     def place(self, timeout: float, call: str = "this call") -> MeetingPlace:
         """Agree on a place through the store of the training group, without its collectives.

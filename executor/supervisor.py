@@ -167,13 +167,14 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            for job in iter(self._jobs.get, None):
+            while (job := self._jobs.get()) is not None:
                 try:
                     self._serve(job)
                 except failures.ANY as error:  # a bug of ours must not leave the others waiting
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
+                del job  # its handle and snapshot are not kept until the next save
             self._council.leave(_GRACE)
         finally:
             self._end_process()
