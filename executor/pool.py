@@ -30,6 +30,10 @@ class ArenaPool:
         with self._changed:
             return not self._free
 
+    def missing(self, nbytes: int) -> int:
+        """Return the bytes that snapshots of ``nbytes`` would take beyond the memory that is there."""
+        return sum(max(0, arena.size_for(nbytes) - arena.nbytes) for arena in self._arenas)
+
     def acquire(self) -> int:
         """The index of an arena that was free, or once one is."""
         with self._changed:

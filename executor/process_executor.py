@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.writer import StorageWriter as OurWriter
-from cloudckpt.executor import forks, outcomes, quiet, snapshot, unpickle
+from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.layout import Layout
@@ -233,7 +233,7 @@ class ProcessExecutor(forks.Unpicklable):
                 Job(number=self._calls, subject="the warm-up of a snapshot", delivery=Delivery(_itself))
             )
             with outcomes.joining(jobs[1], supervisor):
-                self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
+                self._touch(self._fitting(state_dict, self._calls))
         for job in jobs:
             error = job.delivery.handle.exception()
             if error is not None:
@@ -328,6 +328,17 @@ class ProcessExecutor(forks.Unpicklable):
             )
             self._supervisor = Supervisor(terms, self._ranks.council, self._arenas)
         return self._supervisor
+
+    def _fitting(self, state: dict[str, Any] | Callable[[], dict[str, Any]], number: int) -> Layout:
+        """Return the layout of a snapshot, once it is known that those of all ranks fit on their hosts."""
+        need: host_memory.Need | None = None
+        try:
+            layout = snapshot.layout_of(state() if callable(state) else state)
+            need = host_memory.Need.of(self._arenas.missing(layout.nbytes), self._arenas.beside)
+        finally:
+            every = host_memory.exchanged(self._ranks.place, number, need, self._start_timeout)
+        host_memory.check(need, every)
+        return layout
 
     def _touch(self, layout: Layout) -> None:
         """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""

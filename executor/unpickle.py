@@ -79,8 +79,8 @@ class MainScript:
                 raise
             except BaseException as error:
                 raise ExecutorError(
-                    "the training script could not be imported by its checkpoint process, for a class that it "
-                    f"defines: {type(error).__name__}: {error}",
+                    "the training script could not be imported by its checkpoint process, for a class that "
+                    f"it defines: {type(error).__name__}: {error}",
                     hint=_CURE,
                 ) from error
             finally:
