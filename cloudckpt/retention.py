@@ -11,10 +11,11 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends import attempts, background_log
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 
@@ -112,26 +113,48 @@ class PruningWriter(StorageWriter):
         *,
         metric: float | None = None,
         overwrite: bool = False,
+        clears: bool = False,
     ) -> None:
         notes = {} if metric is None else {_METRIC: metric}
         super().__init__(run.at(step), overwrite=overwrite, notes=notes)
         self._run, self._retention = run, retention
+        self._folder = run.folder(step)
+        self._clears = clears
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"run": self._run, "retention": self._retention}
+        own = {"folder": self._folder, "clears": self._clears}
+        return super().__getstate__() | {"run": self._run, "retention": self._retention} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._run, self._retention = state["run"], state["retention"]
+        self._folder, self._clears = state["folder"], state["clears"]
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
+        if self._clears:
+            self._clear()
         try:
             # Goes to every rank with the metadata, which is stored already.
             metadata.__dict__[_PRUNED] = tuple(prune(self._run, self._retention))
         except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
             said = f"{type(error).__name__}: {error}"
             _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
+
+    def _clear(self) -> None:
+        """Remove what attempts left that died before this save."""
+        try:
+            with open_store(self._run.target) as store:
+                removed = attempts.remove_dead(store, self._folder)
+        except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
+            what = "the save is committed; what dead saves have left stays until gc removes it: %s"
+            _log.warning(what, one_line(error))
+            return
+        if removed:
+            where, such = one_line(self._run.target.uri), one_line(removed[0])
+            _log.info(
+                "removed %d objects and uploads that dead saves left in %s: %s", len(removed), where, such
+            )
 
 
 def with_metric(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.marker import RENEWED_EVERY, SILENT_FOR
 from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
@@ -22,6 +24,11 @@ OnFailure = Literal["raise", "warn"]
 
 Follow = Callable[[bool], bool]
 """Rank 0's value, on every rank; each gives its own."""
+
+
+def _clearings() -> list[float]:
+    now = time.monotonic()
+    return [now, now + SILENT_FOR.total_seconds() + RENEWED_EVERY]
 
 
 class Saves:
@@ -40,11 +47,30 @@ class Saves:
         self._warn = on_failure == "warn"
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
         self._owner = Owner("this Checkpointer")
+        self._clearings = _clearings()
+        """Times from which on a save is to remove what dead saves have left."""
 
     def add(self, step: int, handle: SaveHandle[CheckpointInfo]) -> None:
         """Remember a save from here on, and no committed one before it."""
         self._forget_committed()
         self._saves.append((step, handle))
+        clears = self.clears
+
+        def ended(save: Any) -> None:  # the handle, which must not keep itself
+            if save.failed:  # its process may be gone
+                self._clearings = _clearings()
+            elif clears and not save.cancelled():
+                self._clearings = [when for when in self._clearings if when > time.monotonic()]
+
+        handle.add_done_callback(ended)
+
+    @property
+    def clears(self) -> bool:
+        """True for a save that is to remove what dead saves have left: the first, and after a failure.
+
+        Attempts of other hosts count as dead only later, and another save removes theirs.
+        """
+        return any(when <= time.monotonic() for when in self._clearings)
 
     def settle(self, timeout: float | None = None) -> bool:
         """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few.

@@ -61,7 +61,14 @@ class Saving:
         Raises:
             Exception: a ``state_dict()`` of the state raised it, in a single process.
         """
-        make_writer = partial(PruningWriter, self.run, step, self.retention, overwrite=self.overwrite)
+        make_writer = partial(
+            PruningWriter,
+            self.run,
+            step,
+            self.retention,
+            overwrite=self.overwrite,
+            clears=self.saves.clears,
+        )
         writer, problem = with_metric(make_writer, metric)
         uri = writer.checkpoint_id
         began = self.schedule.begin()
