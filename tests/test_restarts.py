@@ -72,7 +72,7 @@ class Job:
             return sorted({*names} - named) + [p.upload.name for p in store.pending_uploads()]
 
 
-@pytest.fixture(params=[FOLDER, "moto"])
+@pytest.fixture(params=[pytest.param(FOLDER, marks=pytest.mark.soak), "moto"])
 def place(
     request: pytest.FixtureRequest, tmp_path: Path, s3_server_named: Callable[[str], S3Server]
 ) -> Place:
