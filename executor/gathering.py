@@ -98,8 +98,8 @@ class Gathering:
             if not saves:
                 return
             raise ExecutorError(
-                f"{call} was called after destroy_process_group(), and the ranks of this executor met in "
-                "the process group that was destroyed",
+                f"{call} came after destroy_process_group(), and the ranks of this executor met in the "
+                "process group that was destroyed",
                 rank=self.rank,
                 hint="Save before destroy_process_group(), or make a new Checkpointer; wait(), close() and "
                 "the handles of earlier saves work after it",
