@@ -331,13 +331,14 @@ class ProcessExecutor(forks.Unpicklable):
 
     def _fitting(self, state: dict[str, Any] | Callable[[], dict[str, Any]], number: int) -> Layout:
         """Return the layout of a snapshot, once it is known that those of all ranks fit on their hosts."""
-        need: host_memory.Need | None = None
+        place, timeout = self._ranks.place, self._start_timeout
         try:
             layout = snapshot.layout_of(state() if callable(state) else state)
             need = host_memory.Need.of(self._arenas.missing(layout.nbytes), self._arenas.beside)
-        finally:
-            every = host_memory.exchanged(self._ranks.place, number, need, self._start_timeout)
-        host_memory.check(need, every)
+        except BaseException:
+            host_memory.exchanged(place, number, None, timeout)  # the other ranks do not wait for it
+            raise
+        host_memory.check(need, host_memory.exchanged(place, number, need, timeout))
         return layout
 
     def _touch(self, layout: Layout) -> None:
