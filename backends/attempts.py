@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
@@ -26,6 +26,8 @@ from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload
 from cloudckpt.backends.stores.names import STEP, STEP_PREFIX
 
@@ -81,38 +83,50 @@ def _removed(
     now: datetime | None,
     committed: bool,
 ) -> list[str]:
-    """Remove what is left in one folder, if every attempt there is dead; ``now`` is the store's time."""
+    """Remove read leases of dead loads from a folder, and what saves left if all of them are dead.
+
+    ``now`` is the store's time.
+    """
     listing = store.list(f"{folder}/").objects
+    leases = [info for info in listing if READ_LEASE.fullmatch(info.name)]
+    removed = [info.name for info in leases if _is_dead(store, info, now)]
+    store.delete(removed)
     markers = [info for info in listing if MARKER.fullmatch(info.name)]
-    if not markers or any(JOURNAL.fullmatch(info.name) for info in listing):
-        return []
+    if not markers or not all(_is_dead(store, marker, now) for marker in markers):
+        return removed
+    names = [info.name for info in listing]
     metadata = f"{folder}/{md.METADATA_NAME}"
-    if not committed and any(info.name == metadata for info in listing):
-        return []  # committed by an attempt that ended since
-    if not all(_is_dead(store, marker, now) for marker in markers):
-        return []
-    data = [info.name for info in listing if _DATA.fullmatch(info.name)]
-    if committed:
-        # Without conditions, a commit that is on its way would replace this one, and need its objects.
-        data = _unnamed(store, metadata, data) if store.capabilities.conditional_create else []
-    removed = [pending.upload.name for pending in uploads]
-    if committed or not data:
-        removed += [*data, *(info.name for info in markers)]
+    if any(JOURNAL.fullmatch(name) for name in names) or (metadata in names and not committed):
+        return removed  # a copy's, or committed by an attempt that has ended since
+    data = _removable(store, folder, names, committed)
+    if data is not None:
+        names = [*data, *(info.name for info in markers)]
         store.delete(info.name for info in markers)  # first: an attempt that finds its marker gone gives up
         store.delete(data)
+        removed += names
     for pending in uploads:
         try:
             store.abort_upload(pending.upload)
+            removed.append(pending.upload.name)
         except CheckpointError as error:
             _log.debug("the upload of %s was not aborted: %s", pending.upload.name, one_line(error))
     return removed
 
 
-def _unnamed(store: ObjectStore, metadata: str, data: Iterable[str]) -> list[str]:
-    """Return the data objects that the committed checkpoint does not consist of."""
-    folder = metadata.rpartition("/")[0]
-    named = md.objects_of(md.load(store.get(metadata)[0], uri=store.uri, name=metadata))
-    return [name for name in data if name.removeprefix(f"{folder}/") not in named]
+def _removable(store: ObjectStore, folder: str, names: Sequence[str], committed: bool) -> list[str] | None:
+    """Return the data objects of dead attempts that may be removed; None where some have to stay.
+
+    A commit that is on its way needs its objects. It fails where a checkpoint is committed, by its condition.
+    """
+    metadata = [name for name in names if ASIDE.fullmatch(name)]
+    if committed:
+        metadata.append(f"{folder}/{md.METADATA_NAME}")
+    named: set[str] = set()
+    for name in metadata:
+        named |= md.objects_of(md.load(store.get(name)[0], uri=store.uri, name=name))
+    data = [name for name in names if _DATA.fullmatch(name) and name.removeprefix(f"{folder}/") not in named]
+    safe = not data or (committed and store.capabilities.conditional_create)
+    return data if safe else None
 
 
 def _is_dead(store: ObjectStore, marker: ObjectInfo, now: datetime | None) -> bool:

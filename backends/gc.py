@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import background_log, convert_lease
+from cloudckpt.backends import background_log, convert_lease, set_aside
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -27,10 +27,11 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, marker_name
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import PIN, PROBE, STEP
+from cloudckpt.backends.stores.names import HIDDEN_PREFIX, PIN, PROBE, STEP
 from cloudckpt.backends.target import Target
 
 _log = background_log.logger(__name__)
@@ -51,8 +52,8 @@ class Garbage:
     size: int
     """Bytes of ``objects``."""
     traces: tuple[str, ...] = ()
-    """Markers of dead saves, journals of dead copies, probes of a store that were cut off, and empty folders
-    of steps, whose names end in ``/``."""
+    """Leases of dead saves and loads, journals of dead copies, metadata that was set aside, probes of a store
+    that were cut off, and empty folders of steps, whose names end in ``/``."""
     skipped: tuple[str, ...] = ()
     """Work that the store does not support, each with its reason; uploads may be left then."""
 
@@ -111,6 +112,8 @@ def collect_garbage(
         ]
         leases, left = _conversions(store, listing, begun, unguarded)
         journals, abandoned, copied = _copies(store, listing, bound, busy)
+        asides = _set_aside(listing, bound, busy)
+        copied |= set_aside.objects_of(store, asides)
         uploads += [PendingUpload(one) for one in abandoned if one not in {p.upload for p in uploads}]
         old = [
             info
@@ -125,17 +128,19 @@ def collect_garbage(
         traces += [i for i in listing if PROBE.fullmatch(i.name) and _is_old(i.modified, unguarded)]
         if not dry_run:
             store.delete(info.name for info in traces)  # first: a save that finds its marker gone gives up
-        unnamed = _unnamed(store, old, listing)
+        unnamed = _unnamed(store, old, [info for info in listing if info not in asides])
         if not dry_run:
             # A copy that begins now goes on with what an earlier one left: it looks after it has a marker.
             saving = {folder for folder in touched if _has_begun(store, folder, silent)}
             uploads = [p for p in uploads if _parent(p.upload.name) not in saving]
             unnamed = [info for info in unnamed if _parent(info.name) not in saving]
-            journals = [info for info in journals if _parent(info.name) not in saving]
+            journals = [info for info in (*journals, *asides) if _parent(info.name) not in saving]
             uploads = _aborted(store, uploads, skipped)
             store.delete(info.name for info in unnamed)
             store.delete(info.name for info in journals)  # last, for it tells what else there is
             convert_lease.remove(store, left, leases)
+        else:
+            journals += asides
         folders = [one.name for one in store.empty_folders() if _is_left_empty(one, unguarded)]
         if not dry_run:
             for name in folders:
@@ -176,7 +181,9 @@ def _before(now: datetime, age: timedelta) -> datetime:
 
 def _is_unguarded(name: str) -> bool:
     """Return True for what is put where no marker says yet, or any more, that a save is in progress."""
-    return any(pattern.fullmatch(name) for pattern in (MARKER, PROBE, JOURNAL, _PIN, convert_lease.LEASE))
+    return any(
+        pattern.fullmatch(name) for pattern in (MARKER, READ_LEASE, PROBE, JOURNAL, _PIN, convert_lease.LEASE)
+    )
 
 
 def _is_left_empty(folder: EmptyFolder, bound: datetime) -> bool:
@@ -234,24 +241,36 @@ def _conversions(
     return dead, convert_lease.Left(tuple(ordered), tuple(sorted(objects)))
 
 
+def _set_aside(listing: Iterable[ObjectInfo], bound: datetime, busy: AbstractSet[str]) -> list[ObjectInfo]:
+    """Return metadata that was set aside before ``bound``, in folders that are neither pinned nor busy."""
+    kept = busy | {_parent(info.name) for info in listing if _PIN.fullmatch(info.name)}
+    return [
+        info
+        for info in listing
+        if set_aside.ASIDE.fullmatch(info.name)
+        and _is_old(info.modified, bound)
+        and _parent(info.name) not in kept
+    ]
+
+
 def _is_ours(name: str) -> bool:
     return _is_metadata(name) or _DATA.fullmatch(name) is not None or _is_unguarded(name)
 
 
 def _is_metadata(name: str) -> bool:
-    return md.is_metadata(name.rpartition("/")[2])
+    return md.is_metadata(name.rpartition("/")[2]) or set_aside.ASIDE.fullmatch(name) is not None
 
 
 def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[ObjectInfo], set[str]]:
-    """The markers of dead saves, not renewed since ``bound``, and the folders where a save is in progress."""
-    markers = [info for info in listing if MARKER.fullmatch(info.name)]
+    """Return leases that were not renewed since ``bound``, and the folders where a save or load goes on."""
+    markers = [info for info in listing if MARKER.fullmatch(info.name) or READ_LEASE.fullmatch(info.name)]
     dead = [info for info in markers if is_silent(info, bound)]
     return dead, {_parent(info.name) for info in markers if info not in dead}
 
 
 def _has_begun(store: ObjectStore, folder: str, bound: datetime) -> bool:
     """Whether something is in progress in a folder now, whatever an earlier listing showed."""
-    return bool(_markers(store.list(folder + marker_name("")).objects, bound)[1])
+    return bool(_markers(store.list(folder + HIDDEN_PREFIX).objects, bound)[1])
 
 
 def _is_old(when: datetime | None, bound: datetime) -> bool:

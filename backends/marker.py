@@ -19,11 +19,13 @@ from typing import Any, Final
 
 from cloudckpt.backends import background_log, process_identity, system_limits
 from cloudckpt.backends.errors import (
+    AccessDeniedError,
     CommitError,
     ExecutorError,
     ObjectNotFoundError,
     PreconditionFailedError,
     StorageError,
+    UnsupportedError,
 )
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
@@ -143,6 +145,8 @@ class _Kept:
         try:
             self._version = self.store.put(self.name, self._content, Overwrite()).version or ""
             self._renewed_at = time.monotonic()
+        except (AccessDeniedError, UnsupportedError):
+            raise  # nothing was put
         except BaseException:
             self.remove()  # it may be there all the same
             raise
@@ -172,7 +176,7 @@ class _Kept:
             try:
                 self.store.delete([self.name])
             except StorageError as error:
-                _log.warning("the marker of a save could not be deleted and stays: %s", error)
+                _log.warning("a lease could not be deleted and stays until it expires: %s", error)
 
     def _renewed_on_condition(self) -> ObjectInfo | None:
         """Put the marker over the version last seen; None where the store refuses or lacks the condition."""
@@ -195,8 +199,8 @@ class _Kept:
     def _report(self, error: StorageError) -> None:
         """Log that a renewal failed, and what follows if none succeeds."""
         _log.warning(
-            "the marker %s of a save at %s was last renewed %.0f s ago and could not be renewed now: %s. "
-            "Without a renewal for %.0f s, gc deletes the uploads of this save",
+            "the lease %s at %s was last renewed %.0f s ago and could not be renewed now: %s. "
+            "Without a renewal for %.0f s, other processes take this one for dead",
             self.name,
             one_line(self.store.uri),
             time.monotonic() - self._renewed_at,

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
-    IntegrityError,
 )
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.target import Target
@@ -82,7 +81,7 @@ class Checkpointer(Unpicklable):
         process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
             collectives, saves do not.
         trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
-        overwrite: replace a step that is committed already.
+        overwrite: replace a step that is committed already, and save below the newest step.
         rank_conflicts: what a save does with a name whose value differs between ranks: ``"error"`` refuses
             it, ``"warn"`` logs it, and a list has patterns of names that may differ, as ``["*.expert.*"]``.
             The lowest rank's value is saved then. `PerRank` saves each rank's.
@@ -218,7 +217,14 @@ class Checkpointer(Unpicklable):
         self._pass(step, state_dict, metric, f"save({step})")
         return self._saving.begin(step, state_dict, metric).result()
 
-    def load(self, state_dict: Mapping[str, Any], step: int | None = None, *, fallback: bool = False) -> int:
+    def load(
+        self,
+        state_dict: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        fallback: bool = False,
+        discard_newer: bool = False,
+    ) -> int:
         """Load a step into the state, and return its number; by default the newest that is committed.
 
         Waits for this run's own saves first. Tensors, modules and optimizers are loaded in place; dicts and
@@ -227,7 +233,10 @@ class Checkpointer(Unpicklable):
         Args:
             state_dict: like the one that was saved.
             step: which one, the same on every rank.
-            fallback: where the newest proves damaged, load the one before it, and so on.
+            fallback: where the newest proves damaged, load the one before it, and so on. Damaged steps are
+                set aside then: their objects are kept, and their numbers may be saved again.
+            discard_newer: once the step is loaded, make it the newest, as `rollback` does. Without it, a
+                save below the newest step is refused.
 
         Raises:
             CheckpointNotFoundError: there is no such step, or none at all.
@@ -240,11 +249,10 @@ class Checkpointer(Unpicklable):
             self._settle()
             return state
 
-        def choose() -> tuple[int | None, bool]:
-            return (self._run.newest(), fallback) if step is None else (self._run.number(step), False)
-
         self._calls.meet("load()")  # the step is compared with rank 0's choice
-        state, (chosen, may_go_back) = together(begin, choose, self._group)
+        state, chosen = together(
+            begin, lambda: self._run.newest() if step is None else self._run.number(step), self._group
+        )
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
@@ -252,21 +260,36 @@ class Checkpointer(Unpicklable):
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
         loading = Loading(self._run, self._group, self._rank(), self._trust, self._display())
-        while True:
-            began = time.monotonic()
-            try:
-                uri = loading.load(state, chosen, asked=step)
-            except IntegrityError as error:
-                older = agreed(lambda: self._run.newest(before=chosen), self._group)  # noqa: B023 - called at once
-                if not may_go_back or older is None:
-                    if older is not None:
-                        error.add_note(f"step {older} is the newest before it: load(state, step={older})")
-                    raise
-                _log.warning("step %d is damaged, loading step %d: %s", chosen, older, error)
-                chosen = older
-            else:
-                self._watch.tell(Loaded(chosen, uri, self._rank(), time.monotonic() - began))
-                return chosen
+        began = time.monotonic()
+        if step is None:
+            chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
+        else:
+            uri = loading.load(state, chosen, asked=step)
+        if discard_newer:
+            agreed(lambda: self._run.roll_back(chosen), self._group)
+        self._saving.loaded = chosen
+        self._watch.tell(Loaded(chosen, uri, self._rank(), time.monotonic() - began))
+        return chosen
+
+    def rollback(self, step: int) -> list[int]:
+        """Make a committed step the newest. Every rank calls it, and no other job may save to this run.
+
+        Newer steps are set aside: readers see them no more, their numbers may be saved again, and their
+        objects are kept for a day. ``cloudckpt gc`` or retention deletes them then, unless they are pinned.
+        The newest is set aside last: a reader finds either it or ``step`` to be the newest.
+
+        Args:
+            step: its number.
+
+        Returns:
+            The steps that were set aside, in order.
+
+        Raises:
+            CheckpointNotFoundError: there is no such step.
+            StorageError: the store could not be read or written. The newest step is the one of before.
+        """
+        self._settle()
+        return self._calls.agreed(f"rollback({spelled(step)})", lambda: self._run.roll_back(step))
 
     def latest_step(self) -> int | None:
         """The newest committed step, whoever committed it; None where there is none. Alike on every rank."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -14,13 +15,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import background_log
-from cloudckpt.backends.errors import CheckpointError, ConfigurationError
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigurationError,
+    IntegrityError,
+)
+from cloudckpt.backends.read_lease import reading
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
-from cloudckpt.ranks import gathered, together
+from cloudckpt.ranks import agreed, gathered, together
 from cloudckpt.run import Run
 from cloudckpt.state.app_state import AppState
 
@@ -28,6 +35,8 @@ _log = background_log.logger(__name__)
 
 _NAMED = 5
 """Names in a log message."""
+_TRIES = 10
+"""Times that a load looks for the newest step, where each was deleted while it was read."""
 
 _READER = ("set_up_storage_reader", "prepare_local_plan", "prepare_global_plan", "read_data")
 _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish_plan")
@@ -43,6 +52,68 @@ class Loading:
     rank: int
     trust: bool
     shown: Display | None
+
+    def load_newest(self, state: AppState, newest: int, *, fallback: bool) -> tuple[int, str]:
+        """Load the newest step into the state. A collective of the group.
+
+        A step that was deleted while it was read is no failure: the newest is then another. With
+        ``fallback``, damaged steps are passed over, and set aside once an older one was loaded.
+
+        Args:
+            state: to load into.
+            newest: the first rank's choice.
+            fallback: load an older step where this one is damaged.
+
+        Returns:
+            The step and its checkpoint's URI.
+
+        Raises:
+            CheckpointNotFoundError: no step is left.
+            IntegrityError: the step is damaged, and so is each before it with ``fallback``.
+            BaseException: as `load`.
+        """
+        chosen, tries, damaged = newest, _TRIES, list[int]()
+        while True:
+            try:
+                uri = self.load(state, chosen)
+            except (IntegrityError, CheckpointNotFoundError) as error:
+                there, following = agreed(lambda: self._after(chosen), self.group)  # noqa: B023 - called at once
+                tries -= not there
+                if following is None or tries == 0:
+                    raise
+                if not there:
+                    _log.info("step %d was deleted while it was read, loading step %d", chosen, following)
+                elif fallback:
+                    damaged.append(chosen)
+                    _log.warning("step %d is damaged, loading step %d: %s", chosen, following, error)
+                else:
+                    error.add_note(
+                        f"step {following} is the newest before it: load(state, step={following}) loads it, "
+                        "and load(state, fallback=True) also sets the damaged step aside"
+                    )
+                    raise
+                chosen = following
+            else:
+                if damaged:
+                    agreed(lambda: self._set_aside(damaged), self.group)
+                return chosen, uri
+
+    def _after(self, step: int) -> tuple[bool, int | None]:
+        """Return whether a step that could not be loaded is there, and the step to load instead of it."""
+        there = self.run.is_committed(step)
+        return there, self.run.newest(before=step if there else None)
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        """Set damaged steps aside, so that no load meets them again and their numbers are free."""
+        for step in damaged:
+            try:
+                self.run.set_aside(step)
+            except CheckpointError as error:  # the state is loaded, and a job may only read
+                _log.warning("step %d is damaged and could not be set aside: %s", step, error)
+            else:
+                _log.warning(
+                    "step %d is set aside: its objects are kept, and its number may be saved again", step
+                )
 
     def load(self, state: AppState, step: int, asked: int | None = None) -> str:
         """Load a step into the state and return its checkpoint's URI. A collective of the group.
@@ -69,10 +140,16 @@ class Loading:
             return StorageReader(self.run.at(step), trust=self.trust)
 
         def fetch() -> bytes:  # once, for all ranks
+            leased.enter_context(reading(self.run.at(step), self.rank))
             return StorageReader(self.run.at(step), trust=self.trust).fetch_metadata()
 
-        reader, metadata = together(begin, fetch, self.group)
-        reader.take_metadata(metadata)
+        with contextlib.ExitStack() as leased:
+            reader, metadata = together(begin, fetch, self.group)
+            reader.take_metadata(metadata)
+            self._load(reader, state, step)
+        return reader.checkpoint_id
+
+    def _load(self, reader: StorageReader, state: AppState, step: int) -> None:
         name = f"step {step}, rank {self.rank}"
         if self.shown is not None:
             arriving = Arriving(self.shown, name)
@@ -89,7 +166,6 @@ class Loading:
 
         together(finish, lambda: None, self.group)
         self._report(step, gathered(state.unasked, self.group))
-        return reader.checkpoint_id
 
     def _report(self, step: int, unasked: list[frozenset[str]] | None) -> None:
         """Log what the checkpoint has and no rank asked for."""

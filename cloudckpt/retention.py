@@ -1,19 +1,23 @@
-"""Which steps of a run stay, and a writer that deletes the others once its own checkpoint is committed."""
+"""Which steps of a run stay, and a writer that deletes the others once its own checkpoint is committed.
+
+Retention never deletes the newest step, the step just saved, the step that the job loaded, a pinned one, or
+one on which another process holds a read lease.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import attempts, background_log
-from cloudckpt.backends.delete import delete_checkpoint
-from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
+from cloudckpt.backends.delete import delete_set_aside, delete_unread
+from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.writer import StorageWriter
@@ -24,6 +28,10 @@ _log = background_log.logger(__name__)
 _METRIC = "metric"
 """The note by which ``keep_best`` goes."""
 _PRUNED = "cloudckpt_pruned"
+_OF_RUN = ("_run", "_step", "_retention", "_loaded", "_clears")
+"""Fields of a PruningWriter that a StorageWriter does not have."""
+_SET_ASIDE_FOR = timedelta(days=1)
+"""The age from which on retention deletes a step that was set aside; gc's own by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +69,44 @@ class Retention:
                     hint="Give keep_last, too; without it every step stays",
                 )
 
-    def superseded(
-        self, committed: Mapping[int, Entry], metric_of: Callable[[int], float | None] = lambda _: None
-    ) -> list[int]:
-        """Those of the committed steps that go, oldest first; never the newest.
+    def check_metric(self, metric: float | None) -> None:
+        """Refuse a metric by which steps can't be ordered, and its absence where ``keep_best`` needs one.
 
-        ``metric_of`` is asked for every step's metric where ``keep_best`` is given; None and NaN are none.
+        Raises:
+            ConfigurationError: it is NaN, or missing.
+        """
+        if metric is not None and math.isnan(float(metric)):
+            raise ConfigurationError(
+                "metric is NaN, which is neither better nor worse than any other",
+                hint="Give a number, or leave metric out of this save"
+                if self.keep_best is None
+                else "Give a number: -math.inf marks a step as the worst",
+            )
+        if metric is None and self.keep_best is not None:
+            raise ConfigurationError(
+                f"keep_best={self.keep_best} needs a metric, and this save has none",
+                hint="Pass metric= to save and async_save, the higher the better, or leave keep_best out",
+            )
+
+    def superseded(
+        self,
+        committed: Mapping[int, Entry],
+        metric_of: Callable[[int], float | None] = lambda _: None,
+        protected: Collection[int] = (),
+    ) -> list[int]:
+        """Return the committed steps that retention deletes, oldest first; never the newest.
+
+        Args:
+            committed: entries of the committed steps.
+            metric_of: returns the metric of a step; None and NaN are none. For ``keep_best`` alone.
+            protected: steps that stay in addition.
         """
         if self.keep_last is None:
             return []
         ordered = sorted(step for step, one in committed.items() if not one.pinned)
         milestones = self._milestones(ordered, committed)
-        old = [step for step in ordered[: -self.keep_last] if step not in milestones]
+        kept = milestones | {*protected} | {step for step, one in committed.items() if one.loading}
+        old = [step for step in ordered[: -self.keep_last] if step not in kept]
         if not old or self.keep_best is None:
             return old
         metrics = {step: metric for step in ordered if (metric := metric_of(step)) is not None}
@@ -99,10 +133,22 @@ class Retention:
 
 
 class PruningWriter(StorageWriter):
-    """A StorageWriter of one step, which after the commit deletes the steps that its retention lets go.
+    """A StorageWriter of one step that deletes superseded steps after its commit.
 
     It does so where ``finish`` runs: on the coordinator, and in the background where the save is there. A
     step that could not be deleted is no failure of the save; the next save tries again.
+
+    Args:
+        run: the run.
+        step: its step to write.
+        retention: which steps stay.
+        loaded: the step that the job loaded, which stays.
+        metric: of the step.
+        overwrite: replace the step where it is committed, and write it where a newer one is.
+        clears: remove what dead attempts have left, after the commit.
+
+    Raises:
+        ConfigurationError: the metric can't be used, or is missing.
     """
 
     def __init__(
@@ -111,24 +157,45 @@ class PruningWriter(StorageWriter):
         step: int,
         retention: Retention,
         *,
+        loaded: int | None = None,
         metric: float | None = None,
         overwrite: bool = False,
         clears: bool = False,
     ) -> None:
         notes = {} if metric is None else {_METRIC: metric}
         super().__init__(run.at(step), overwrite=overwrite, notes=notes)
-        self._run, self._retention = run, retention
-        self._folder = run.folder(step)
+        self._run, self._step, self._retention, self._loaded = run, step, retention, loaded
         self._clears = clears
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"folder": self._folder, "clears": self._clears}
-        return super().__getstate__() | {"run": self._run, "retention": self._retention} | own
+        return super().__getstate__() | {name: self.__dict__[name] for name in _OF_RUN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._run, self._retention = state["run"], state["retention"]
-        self._folder, self._clears = state["folder"], state["clears"]
+        for name in _OF_RUN:
+            setattr(self, name, state[name])
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        if self._coordinator and not self._overwrite:
+            self._check_newest()
+
+    def _check_newest(self) -> None:
+        """Refuse a step below the newest: the next load would return to that one.
+
+        Raises:
+            ConfigurationError: a newer step is committed.
+        """
+        newer = self._run.newer(self._step)
+        if newer:
+            raise ConfigurationError(
+                f"step {self._step} is below the newest committed step, {newer[-1]}, which a resumed "
+                "job would load",
+                uri=self._run.target.uri,
+                rank=self._rank,
+                hint="To go back, call load(state, step=..., discard_newer=True) or rollback(step). "
+                "overwrite=True saves the step all the same",
+            )
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
@@ -136,7 +203,8 @@ class PruningWriter(StorageWriter):
             self._clear()
         try:
             # Goes to every rank with the metadata, which is stored already.
-            metadata.__dict__[_PRUNED] = tuple(prune(self._run, self._retention))
+            pruned = prune(self._run, self._retention, _steps(self._step, self._loaded))
+            metadata.__dict__[_PRUNED] = tuple(pruned)
         except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
             said = f"{type(error).__name__}: {error}"
             _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
@@ -145,7 +213,7 @@ class PruningWriter(StorageWriter):
         """Remove what attempts left that died before this save."""
         try:
             with open_store(self._run.target) as store:
-                removed = attempts.remove_dead(store, self._folder)
+                removed = attempts.remove_dead(store, self._run.folder(self._step))
         except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
             what = "the save is committed; what dead saves have left stays until gc removes it: %s"
             _log.warning(what, one_line(error))
@@ -158,16 +226,22 @@ class PruningWriter(StorageWriter):
 
 
 def with_metric(
-    make: Callable[..., PruningWriter], metric: float | None
+    make: Callable[..., PruningWriter], retention: Retention, metric: float | None
 ) -> tuple[PruningWriter, BaseException | None]:
     """Make a writer with a metric, or one without it and the error that the metric raised.
 
     The metric may be wrong on one rank alone. The error belongs to the save, which every rank joins.
     """
     try:
-        return make(metric=metric), None
+        writer = make(metric=metric)
+        retention.check_metric(metric)
     except BaseException as error:  # noqa: BLE001 - the caller raises it
         return make(), error
+    return writer, None
+
+
+def _steps(*steps: int | None) -> frozenset[int]:
+    return frozenset(step for step in steps if step is not None)
 
 
 def pruned_by(metadata: Metadata) -> tuple[int, ...]:
@@ -176,8 +250,16 @@ def pruned_by(metadata: Metadata) -> tuple[int, ...]:
     return steps
 
 
-def prune(run: Run, retention: Retention) -> list[int]:
-    """Delete the steps of a run that its retention lets go, and return them.
+def prune(run: Run, retention: Retention, protected: Collection[int] = ()) -> list[int]:
+    """Delete the superseded steps of a run, and return them.
+
+    Also deletes what was set aside more than a day ago, but for pinned steps, and what is left of deletions
+    that were cut off.
+
+    Args:
+        run: the run.
+        retention: which steps stay.
+        protected: steps that stay in addition.
 
     Raises:
         StorageError: the store could not list or delete; those deleted before are gone.
@@ -186,29 +268,34 @@ def prune(run: Run, retention: Retention) -> list[int]:
         return []
     begun = run.begun()
     committed = {step: one for step, one in begun.items() if one.state == "committed"}
-    gone = superseded(run, committed, retention)
-    for step in gone:
-        drop(run, step)
+    gone = [step for step in superseded(run, committed, retention, protected) if drop(run, step)]
     newest = max(committed, default=0)
+    before = datetime.now(UTC) - _SET_ASIDE_FOR
     for step, one in begun.items():
         if step < newest and one.state == "unfinished" and one.objects:
             run.sweep(step)  # where a deletion before this one was cut off
+        if one.set_aside is not None and one.set_aside <= before and not one.pinned:
+            delete_set_aside(run.at(step), before)
     return gone
 
 
-def superseded(run: Run, committed: Mapping[int, Entry], retention: Retention) -> list[int]:
-    """Those of a run's committed steps that its retention lets go, by the metrics stored with them."""
-    return retention.superseded(committed, lambda step: run.note(step, _METRIC))
+def superseded(
+    run: Run, committed: Mapping[int, Entry], retention: Retention, protected: Collection[int] = ()
+) -> list[int]:
+    """Return the committed steps of a run that its retention deletes, by the metrics stored with them."""
+    return retention.superseded(committed, lambda step: run.note(step, _METRIC), protected)
 
 
-def drop(run: Run, step: int) -> None:
-    """Delete one step of a run, where no other was faster.
+def drop(run: Run, step: int) -> bool:
+    """Delete one step of a run.
+
+    Returns:
+        False if a process is loading it, or another process has deleted it.
 
     Raises:
         StorageError: the store could not be read, or not delete.
     """
-    try:
-        delete_checkpoint(run.at(step))
-    except CheckpointNotFoundError:  # another was faster
-        return
-    _log.info("deleted step %d of %s", step, one_line(run.target.uri))
+    deleted = delete_unread(run.at(step))
+    if deleted:
+        _log.info("deleted step %d of %s", step, one_line(run.target.uri))
+    return deleted

@@ -25,6 +25,8 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.read_lease import READ_LEASE, is_read
+from cloudckpt.backends.set_aside import ASIDE, set_aside
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
@@ -32,16 +34,16 @@ from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 
 _FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")
-_TRACE = re.compile(f"{MARKER.pattern}|{JOURNAL.pattern}")
-"""What says that a save or a copy is at it, or was."""
+_TRACE = re.compile("|".join(one.pattern for one in (MARKER, JOURNAL, READ_LEASE, ASIDE)))
+"""Hidden objects of saves, copies, loads and checkpoints that were set aside."""
 _LAST = 10**STEP_DIGITS - 1
 
 _MOST_NOTES = 1000
 _notes: dict[tuple[str, str, str | None], dict[str, float]] = {}
 """What was noted of steps, by the version of their metadata."""
 
-State = Literal["committed", "in progress", "unfinished"]
-"""Of a checkpoint: whether its metadata is there; where not, whether a save is at it, or one died."""
+State = Literal["committed", "in progress", "set aside", "unfinished"]
+"""Of a checkpoint: its metadata is there; a save writes it; its metadata was set aside; a save of it died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,10 @@ class Entry:
     """When it was committed; of one that was not, when something was last put there."""
     pinned: bool = False
     """Whether retention leaves it alone."""
+    loading: bool = False
+    """True while a process holds a read lease on it."""
+    set_aside: datetime | None = None
+    """When the oldest checkpoint that was set aside in its folder was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,58 @@ class Run:
         found = entries(objects, datetime.now(UTC) - SILENT_FOR, "")
         return {one.step: one for one in found if one.step is not None}
 
+    def is_committed(self, step: int) -> bool:
+        """Return True if a step is committed.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        with open_store(self.target) as store:
+            return self._is_committed(store, step)
+
+    def newer(self, step: int) -> list[int]:
+        """Return the committed steps above ``step``, in order.
+
+        It takes a request for a thousand steps, and one for each above.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        with open_store(self.target) as store:
+            begun = (_step_of(name) for name in store.list(STEP_PREFIX, delimiter=True).prefixes)
+            above = sorted(one for one in begun if one is not None and one > step)
+            return [one for one in above if self._is_committed(store, one)]
+
+    def set_aside(self, step: int) -> bool:
+        """Withdraw a committed step from readers, keep its objects, and free its number.
+
+        Returns:
+            False if the step is not committed.
+
+        Raises:
+            StorageError: the store could not be read or written.
+        """
+        with open_store(self.at(step)) as store:
+            return set_aside(store)
+
+    def roll_back(self, step: int) -> list[int]:
+        """Make a committed step the newest, and return the newer ones, which are set aside.
+
+        They are set aside in order, the newest last: until then the newest step is the one of before.
+
+        Raises:
+            CheckpointNotFoundError: the step is not committed.
+            StorageError: the store could not be read or written. The newest step is the one of before.
+        """
+        if not self.is_committed(step):
+            raise CheckpointNotFoundError(
+                "there is no committed checkpoint to go back to", uri=self.at(step).uri, hint="Check the step"
+            )
+        newer = self.newer(step)
+        for one in newer:
+            self.set_aside(one)
+        return newer
+
     def pin(self, step: int) -> None:
         """Keep retention from a committed step.
 
@@ -161,17 +219,22 @@ class Run:
             store.delete([PIN])
 
     def sweep(self, step: int) -> None:
-        """Finish a deletion that was cut off: delete data whose metadata is gone.
+        """Delete the data of a step whose deletion began: its metadata is gone.
 
-        Not where a save has its marker, which it puts before its first object, or a copy its journal.
+        Nothing is deleted while a process loads it, or where the folder has another hidden object: the lease
+        of a save, the journal of a copy, or metadata that was set aside.
 
         Raises:
             StorageError: the store could not be read, or not delete.
         """
         with open_store(self.at(step)) as store:
-            names = [info.name for info in store.list().objects]
-            if not any(md.is_metadata(name) or _TRACE.fullmatch(name) for name in names):
-                store.delete(name for name in names if _is_data(name))
+            objects = store.list().objects
+            names = [info.name for info in objects]
+            leases = [name for name in names if READ_LEASE.fullmatch(name)]
+            others = [name for name in names if _TRACE.fullmatch(name) and name not in leases]
+            if others or any(map(md.is_metadata, names)) or is_read(objects, datetime.now(UTC) - SILENT_FOR):
+                return
+            store.delete([*filter(_is_data, names), *leases])
 
     def listed(self, silent_for: timedelta = SILENT_FOR) -> list[Entry]:
         """Every checkpoint below the URI, or the one at it, committed or not: steps in order, then others.
@@ -294,14 +357,17 @@ def _entry(folder: str, step: int | None, infos: list[ObjectInfo], alive: dateti
     data = [info for name, info in names.items() if _is_data(name)]
     busy = any(MARKER.fullmatch(name) and not is_silent(info, alive) for name, info in names.items())
     times = [info.modified for info in commits or infos if info.modified is not None]
+    asides = [info.modified for name, info in names.items() if ASIDE.fullmatch(name)]
     return Entry(
         folder,
         step,
-        "committed" if commits else "in progress" if busy else "unfinished",
+        "committed" if commits else "in progress" if busy else "set aside" if asides else "unfinished",
         sum(info.size for info in data),
         len(data),
         max(times, default=None),
         PIN in names,
+        is_read(infos, alive),
+        min((at for at in asides if at is not None), default=None),
     )
 
 

@@ -40,6 +40,7 @@ class Saving:
         group: the ranks; None for all of them.
         overwrite: replace a step that is committed already.
         rank_conflicts: what becomes of values that differ between ranks.
+        loaded: the step that this job loaded, which retention keeps.
     """
 
     run: Run
@@ -52,6 +53,7 @@ class Saving:
     group: dist.ProcessGroup | None
     overwrite: bool
     rank_conflicts: RankConflicts
+    loaded: int | None = None
 
     def begin(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None
@@ -66,10 +68,11 @@ class Saving:
             self.run,
             step,
             self.retention,
+            loaded=self.loaded,
             overwrite=self.overwrite,
             clears=self.saves.clears,
         )
-        writer, problem = with_metric(make_writer, metric)
+        writer, problem = with_metric(make_writer, self.retention, metric)
         uri = writer.checkpoint_id
         began = self.schedule.begin()
         ended: list[tuple[float, datetime]] = []

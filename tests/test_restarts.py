@@ -14,7 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+import cloudckpt
 from cloudckpt.backends import attempts, process_identity
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.marker import MARKER, SaveMarker
@@ -140,6 +142,28 @@ def test_an_attempt_that_may_be_alive_is_not_touched(place: Place) -> None:
         assert len(attempts.remove_dead(store, "step-0000000003")) == 2
         assert list(store.pending_uploads()) == []
         store.abort_upload(upload)
+
+
+def test_objects_of_a_checkpoint_that_was_set_aside_stay_and_leases_of_dead_loads_go(tmp_path: Path) -> None:
+    target = Target.given("test", str(tmp_path / "run"), {})
+    options: dict[str, Any] = {"progress": False, "preemption_grace": None}
+    with cloudckpt.Checkpointer(tmp_path / "run", **options) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, {"weights": torch.full((100,), step)})
+        checkpointer.rollback(1)
+        folder = Run(target).folder(2)
+        gone = {"process": ended_process(), "started": 1}
+        with open_store(target) as store, open_store(target.child(folder)) as own:
+            before = {info.name for info in store.list().objects}
+            SaveMarker(own, "d" * 32, 0, notes=gone).leave()
+            SaveMarker(own, "e" * 32, 0, name=".cloudckpt-load." + "e" * 32, notes=gone).leave()
+            assert len(attempts.remove_dead(store, Run(target).folder(1))) == 2
+            assert {info.name for info in store.list().objects} == before
+            SaveMarker(own, "d" * 32, 0, notes=gone).leave()
+        checkpointer.save(2, {"weights": torch.full((100,), 3)})
+        with open_store(target) as store:
+            left = {info.name for info in store.list().objects}
+            assert before <= left and not any(MARKER.fullmatch(name) for name in left)
 
 
 def ended_process() -> int:

@@ -8,6 +8,9 @@ from typing import Final
 
 from cloudckpt.backends.errors import ConfigurationError
 
+HIDDEN_PREFIX: Final = ".cloudckpt-"
+"""Names of hidden objects begin so."""
+
 PROBE_PREFIX: Final = ".cloudckpt-probe."
 PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(PROBE_PREFIX)}[0-9a-f]{{32}}")
 """Names of the hidden objects by which a store is tried; one that was cut off may be deleted."""

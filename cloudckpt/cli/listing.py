@@ -15,7 +15,7 @@ from cloudckpt.backends.uri_hints import advice
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 
-_STYLES: Final = {"committed": "green", "in progress": "yellow", "unfinished": "red"}
+_STYLES: Final = {"committed": "green", "in progress": "yellow", "set aside": "yellow", "unfinished": "red"}
 
 
 def ls(run: Run, *, as_json: bool) -> None:

@@ -49,7 +49,9 @@ def rm(run: Run, step: int | None, *, yes: bool, dry_run: bool, as_json: bool) -
 
 
 def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: bool) -> bool:
-    """Delete the steps of a run that its retention lets go, and tell whether that was wanted after all.
+    """Delete the superseded steps of a run; returns False if the user refused.
+
+    A step that a process is loading stays.
 
     Raises:
         StorageError: the store could not list or delete; those deleted before are gone.
@@ -63,8 +65,7 @@ def prune(run: Run, retention: Retention, *, yes: bool, dry_run: bool, as_json: 
             output.aside().print(listing.table(gone))
         if not output.agreed(f"Delete {output.count(len(gone), 'step')} of {run.target.uri}?", yes=yes):
             return False
-        for step in steps:
-            drop(run, step)
+        gone = [committed[step] for step in steps if drop(run, step)]
     size = sum(one.size for one in gone)
     if as_json:
         deleted = [listing.as_dict(one) for one in gone]

@@ -1,0 +1,62 @@
+"""Read leases: a hidden object beside a checkpoint, renewed while a process loads it.
+
+Retention deletes no checkpoint that has a live lease. The reader puts its lease before it reads
+``.metadata``. The deleter looks for leases before it deletes ``.metadata`` and again afterwards, and leaves
+the data objects where it finds one. Whichever order these steps take, a reader that has read ``.metadata``
+finds every object.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Final
+
+from cloudckpt.backends import background_log
+from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.marker import SaveMarker, is_silent
+from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.target import Target
+
+_log = background_log.logger(__name__)
+
+_PREFIX: Final = ".cloudckpt-load."
+READ_LEASE: Final = re.compile(rf"(?:.*/)?{re.escape(_PREFIX)}[0-9a-f]{{32}}")
+"""Names of read leases; each covers the checkpoint in its folder."""
+
+
+def is_read(objects: Iterable[ObjectInfo], alive: datetime) -> bool:
+    """Return True if a lease among these objects was renewed after ``alive``."""
+    return any(READ_LEASE.fullmatch(info.name) and not is_silent(info, alive) for info in objects)
+
+
+@contextmanager
+def reading(target: Target, rank: int) -> Iterator[None]:
+    """Hold a read lease on a checkpoint.
+
+    A process that may not write there has none: its read goes on without.
+
+    Args:
+        target: the checkpoint.
+        rank: of this process, for people who look at the lease.
+    """
+    with open_store(target) as store:
+        lease = _taken(store, rank)
+        try:
+            yield
+        finally:
+            if lease is not None:
+                lease.end()
+
+
+def _taken(store: ObjectStore, rank: int) -> SaveMarker | None:
+    own_id = uuid.uuid4().hex
+    try:
+        return SaveMarker(store, own_id, rank, name=f"{_PREFIX}{own_id}")
+    except CheckpointError as error:
+        _log.debug("reading %s without a lease, which could not be put: %s", store.uri, error)
+        return None
