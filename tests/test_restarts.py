@@ -162,6 +162,7 @@ def test_objects_of_a_checkpoint_that_was_set_aside_stay_and_leases_of_dead_load
             SaveMarker(own, "d" * 32, 0, notes=gone).leave()
         checkpointer.save(2, {"weights": torch.full((100,), 3)})
         with open_store(target) as store:
+            assert len(attempts.remove_dead(store, folder)) == 1
             left = {info.name for info in store.list().objects}
             assert before <= left and not any(MARKER.fullmatch(name) for name in left)
 
