@@ -194,6 +194,11 @@ def logger(name: str) -> logging.Logger:
     return _BackgroundLogger(name)
 
 
+def write(handler: logging.Handler, record: logging.LogRecord) -> None:
+    """Have a handler handle a record, on the thread of this module."""
+    _writer.put(handler, record)
+
+
 def flush(seconds: float = 1.0) -> bool:
     """Wait until what was logged is written, for at most so many seconds; False where it is not."""
     return _writer.flush(seconds)

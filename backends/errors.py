@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Final, Self
 
 from cloudckpt.backends.printable import one_line
 
@@ -60,6 +61,37 @@ class CheckpointError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by message and fields; OSError's own protocol would drop them."""
         return (_rebuild, (type(self), self.message, dict(self.__dict__)))
+
+
+_NAMED: Final = 4
+"""Ranks or failures named in a note: a job may have thousands of ranks."""
+
+
+def note_others(error: BaseException, others: Mapping[int, BaseException]) -> None:
+    """Note on an error which other ranks failed, and how: one line for each kind of failure."""
+    kinds: dict[tuple[type[BaseException], str], list[int]] = {}
+    for rank, failure in sorted(others.items()):
+        kinds.setdefault(_kind(failure), []).append(rank)
+    alike = kinds.pop(_kind(error), None)
+    if alike is not None:
+        error.add_note(f"{_named(alike)} failed in the same way")
+    for (cls, _), ranks in list(kinds.items())[:_NAMED]:
+        error.add_note(f"{_named(ranks)} failed too: {cls.__name__}: {one_line(others[ranks[0]])}")
+    if len(kinds) > _NAMED:
+        error.add_note(f"other ranks failed in {len(kinds) - _NAMED:,} more ways")
+
+
+def _kind(error: BaseException) -> tuple[type[BaseException], str]:
+    return type(error), error.message if isinstance(error, CheckpointError) else str(error)
+
+
+def _named(ranks: list[int]) -> str:
+    """Return ``rank 3``, ``ranks 1 and 2``, or ``ranks 1, 2, 3, 4 and 59 more``."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    named, more = ranks[:_NAMED], len(ranks) - _NAMED
+    *first, last = [*map(str, named), f"{more:,} more"] if more > 0 else map(str, named)
+    return f"ranks {', '.join(first)} and {last}"
 
 
 def _rebuild(cls: type[CheckpointError], message: str, fields: dict[str, Any]) -> CheckpointError:
@@ -125,6 +157,9 @@ class UnsafeCheckpointError(CheckpointError, ValueError):
 
 class ExecutorError(CheckpointError, RuntimeError):
     """The background checkpoint process could not serve a save."""
+
+    unreachable = False
+    """True if a rank could not reach the store in which the ranks meet: the next call chooses another."""
 
 
 class ExecutorDiedError(ExecutorError):

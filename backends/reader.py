@@ -98,6 +98,14 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         share = "" if self._share is None else f", share={self._share}"
         return f"{type(self).__name__}({self._target.uri!r}, trust={self._trust}{share})"
 
+    @property
+    def size(self) -> int:
+        """Bytes of the data objects of the checkpoint that was read last, 0 before."""
+        if self._metadata is None:
+            return 0
+        noted = md.sizes_of(self._metadata)
+        return sum(noted.values()) or sum(info.length for info in self._metadata.storage_data.values())
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Make ready for another load, from ``checkpoint_id`` where one is given, with the same options."""
         self._move(checkpoint_id)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import traceback
 import uuid
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import background_log, commit, layout, stage, uri_hints, written
+from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, uri_hints, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.collection import no_collection
@@ -32,6 +31,7 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     StorageError,
     UncertainCommitError,
+    note_others,
 )
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
@@ -293,8 +293,10 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         if isinstance(error, CheckpointError):
             error.located(uri=self._target.uri, rank=self._rank)
         else:
-            error.add_note(f"while saving {one_line(self._target.uri)} on rank {self._rank}")
-        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+            error.add_note(f"raised on rank {self._rank}, while saving {one_line(self._target.uri)}")
+        if frames := tracebacks.shown(error):
+            error.add_note(frames)
+        _log.debug("rank %d could not write its part", self._rank, exc_info=error)
         try:
             pickle.loads(pickle.dumps(error))  # noqa: S301 - made on the line itself
         except Exception:  # noqa: BLE001 - an exception of the caller's own: it would break the gather
@@ -354,8 +356,7 @@ def _raise_failures(reports: list[commit.RankReport]) -> None:
     failures = [(report.rank, report.failure) for report in reports if report.failure is not None]
     if failures:
         _, first = failures[0]
-        for rank, failure in failures[1:]:
-            first.add_note(f"rank {rank} failed too: {type(failure).__name__}: {one_line(failure)}")
+        note_others(first, dict(failures[1:]))
         raise first
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
 )
 from cloudckpt.backends.options import true_or_false
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
@@ -31,13 +33,14 @@ from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import RankZeroDisplay
-from cloudckpt.ranks import agreed, own_rank, together
+from cloudckpt.ranks import agreed, group_size, own_rank, together
 from cloudckpt.retention import Retention
 from cloudckpt.run import Run
 from cloudckpt.saves import OnFailure, Saves
 from cloudckpt.saving import Saving
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
+from cloudckpt.story import Story
 from cloudckpt.watch import Watch
 
 _log = background_log.logger(__name__)
@@ -68,7 +71,8 @@ class Checkpointer(Unpicklable):
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
         save_timeout: seconds that a save may take.
         start_timeout: seconds that ranks wait for each other.
-        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log.
+        progress: show on rank 0 how far saves and loads are, by tqdm's bars or every ten seconds in the log,
+            and one line for each save and load: on standard error where logging is not configured.
         interface: by which the checkpoint processes reach each other, as ``"eth1"``, ``"10.0.3.7"`` or
             ``"10.0.0.0/8"``; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the address from
             which a rank reaches training's store.
@@ -119,7 +123,8 @@ class Checkpointer(Unpicklable):
         self._run = Run(Target.given("Checkpointer", uri, options))
         retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        self._saves = Saves(on_failure)
+        self._rank = rank = partial(own_rank, process_group)  # the group may be there only later
+        self._saves = Saves(on_failure, rank)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._executor = ProcessExecutor(
@@ -132,11 +137,11 @@ class Checkpointer(Unpicklable):
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._calls = Calls(self._executor, process_group, self.uri)
-        self._rank = partial(own_rank, process_group)
-        self._display = RankZeroDisplay(true_or_false("progress", progress), self._rank)
-        self._watch = Watch(on_event, self._rank, self._display)
+        self._display = RankZeroDisplay(true_or_false("progress", progress), rank)
+        story = Story(self.uri, partial(group_size, process_group), rank, retention.rules, shown=progress)
+        self._watch = Watch(on_event, rank, self._display, story)
         self._state = partial(AppState, group=process_group, trust=self._trust)
-        self._preemption = Preemption(preemption_grace, self._rank)
+        self._preemption = Preemption(preemption_grace, rank)
         self._saving = Saving(
             self._run,
             retention,
@@ -166,9 +171,9 @@ class Checkpointer(Unpicklable):
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
-        self._executor.check_owner("warmup()")
         self._preemption.start()
         self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
+        self._watch.story.begin()
         self._executor.warmup(
             None if state_dict is None else lambda: self._state(state_dict).plan(),
             process_group=self._group,
@@ -215,7 +220,7 @@ class Checkpointer(Unpicklable):
         """
         step = self._run.number(step)
         self._pass(step, state_dict, metric, f"save({step})")
-        return self._saving.begin(step, state_dict, metric).result()
+        return self._saving.begin(step, state_dict, metric, blocking=True).result()
 
     def load(
         self,
@@ -259,16 +264,17 @@ class Checkpointer(Unpicklable):
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading = Loading(self._run, self._group, self._rank(), self._trust, self._display())
+        loading, newest = Loading(self._run, self._group, self._rank(), self._trust, self._display()), chosen
         began = time.monotonic()
         if step is None:
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
         else:
             uri = loading.load(state, chosen, asked=step)
+        took, instead_of = time.monotonic() - began, newest if newest != chosen else None
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
         self._saving.loaded = chosen
-        self._watch.tell(Loaded(chosen, uri, self._rank(), time.monotonic() - began))
+        self._watch.tell(Loaded(chosen, uri, self._rank(), took, loading.size, instead_of))
         return chosen
 
     def rollback(self, step: int) -> list[int]:
@@ -357,8 +363,8 @@ class Checkpointer(Unpicklable):
             return
         try:
             self._close(deliver=False)
-        except failures.ANY as failed:  # what ends the block is what counts
-            _log.warning("%s", failed)
+        except failures.ANY as failed:  # what ended the block is raised
+            _log.log(logging.WARNING if self._rank() == 0 else logging.DEBUG, "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
         if self._executor.is_elsewhere:
@@ -391,5 +397,4 @@ class Checkpointer(Unpicklable):
     def _settle(self) -> None:
         """Wait for every save under way, however it ends."""
         self._saves.settle()
-        if not self._executor.is_elsewhere:
-            self._watch.finish()
+        self._watch.finish()

@@ -87,9 +87,17 @@ class Pruned(Event):
 
 @dataclass(frozen=True, slots=True)
 class Loaded(Event):
-    """The state is that of this step; it took so many ``seconds``."""
+    """The state is that of this step; it took so many ``seconds``.
+
+    Attributes:
+        seconds: from the start of the load to its end on every rank.
+        size: bytes of the checkpoint's data objects, whatever part of them was read.
+        instead_of: the newest step, where another was loaded because that one can't be.
+    """
 
     seconds: float
+    size: int = 0
+    instead_of: int | None = None
 
 
 OnEvent = Callable[[Event], object]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.read_lease import reading
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
+from cloudckpt.backends.tracebacks import trimmed, trimming
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
@@ -43,7 +45,7 @@ _PLANNER = ("set_up_planner", "create_local_plan", "create_global_plan", "finish
 """Methods that DCP calls and whose exceptions it sends to the other ranks, by pickle as they are."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Loading:
     """Loads steps of a run on these ranks, and shows progress on this display."""
 
@@ -52,7 +54,10 @@ class Loading:
     rank: int
     trust: bool
     shown: Display | None
+    size: int = 0
+    """Bytes of the checkpoint that was loaded last."""
 
+    @trimming
     def load_newest(self, state: AppState, newest: int, *, fallback: bool) -> tuple[int, str]:
         """Load the newest step into the state. A collective of the group.
 
@@ -85,7 +90,8 @@ class Loading:
                     _log.info("step %d was deleted while it was read, loading step %d", chosen, following)
                 elif fallback:
                     damaged.append(chosen)
-                    _log.warning("step %d is damaged, loading step %d: %s", chosen, following, error)
+                    level = logging.WARNING if self.rank == 0 else logging.DEBUG
+                    _log.log(level, "step %d is damaged, loading step %d: %s", chosen, following, error)
                 else:
                     error.add_note(
                         f"step {following} is the newest before it: load(state, step={following}) loads it, "
@@ -115,6 +121,7 @@ class Loading:
                     "step %d is set aside: its objects are kept, and its number may be saved again", step
                 )
 
+    @trimming
     def load(self, state: AppState, step: int, asked: int | None = None) -> str:
         """Load a step into the state and return its checkpoint's URI. A collective of the group.
 
@@ -165,6 +172,7 @@ class Loading:
             state.take(loaded)
 
         together(finish, lambda: None, self.group)
+        self.size = reader.size
         self._report(step, gathered(state.unasked, self.group))
 
     def _report(self, step: int, unasked: list[frozenset[str]] | None) -> None:
@@ -269,13 +277,12 @@ class _Carried:
         failed = {rank: (_opened(failure), frames) for rank, (failure, frames) in error.failures.items()}
         lowest = min(failed)
         if self.own is None:
-            first = failures.original(CheckpointException("load", failed))
+            first = failures.original(CheckpointException("load", failed), self.rank)
         elif self.alone or not isinstance(self.own, failures.ANY):
-            first = self.own
+            first = trimmed(self.own)
         else:
-            first = failures.with_traceback_of(
-                self.own, failures.original(CheckpointException("load", failed))
-            )
+            common = failures.original(CheckpointException("load", failed), self.rank, with_frames=False)
+            first = failures.with_traceback_of(self.own, common)
         if isinstance(first, CheckpointError):
             first.located(uri=uri, rank=lowest)
         raise first from first.__cause__

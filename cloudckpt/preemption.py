@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -159,7 +160,8 @@ class Preemption:
             if self._signal is not None:
                 return
             self._signal = name
-        _log.warning("%s on rank %s: the next step is the last, and is saved", name, rank)
+        level = logging.WARNING if self._rank() == 0 else logging.INFO
+        _log.log(level, "%s on rank %s: the next step is the last, and is saved", name, rank)
         if self._grace is not None:
             self._deadline = time.monotonic() + self._grace
             hurry = threading.Thread(

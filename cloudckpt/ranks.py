@@ -9,7 +9,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from cloudckpt.backends.errors import note_others
 from cloudckpt.backends.system_limits import try_for
+from cloudckpt.backends.tracebacks import trimmed, trimming
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 
@@ -23,6 +25,12 @@ R = TypeVar("R")
 def own_rank(group: dist.ProcessGroup | None) -> int:
     """This process's rank in the group; 0 in a single process."""
     return dist.get_rank(group) if grouped() else 0
+
+
+@trimming
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return how many ranks the group has; 1 for a single process."""
+    return dist.get_world_size(group) if grouped() else 1
 
 
 def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
@@ -45,6 +53,7 @@ def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     return cast("T", _settled(own, tell))
 
 
+@trimming
 def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup | None) -> tuple[T, R]:
     """Do something on every rank, and raise what it raised on any of them on every one.
 
@@ -132,9 +141,9 @@ def _settled(own: _Outcome[Any] | None, tell: Callable[[], _Word]) -> Any:
         raise own.raised
     try:
         word = tell()
-    except Exception as lost:  # noqa: BLE001 - what this rank has to say comes before what keeps it from it
+    except Exception as lost:  # noqa: BLE001 - this rank's own failure is the one to be raised
         own.raised.add_note(f"the other ranks could not be notified: {type(lost).__name__}: {lost}")
-        raise own.raised from own.raised.__cause__
+        raise trimmed(own.raised) from own.raised.__cause__
     common = (
         own.raised
         if word.failure is None
@@ -152,7 +161,7 @@ def _first(own: _Word, every: list[bytes | None]) -> _Word:
     if not others:
         return _Word(failure=failed[rank])
     error = failures.loads(failed[rank])
-    failures.note_others(error, {other: failures.loads(failed[other]) for other in others})
+    note_others(error, {other: failures.loads(failed[other]) for other in others})
     return _Word(failure=failures.dumps(error))
 
 

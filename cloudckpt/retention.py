@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -68,6 +68,11 @@ class Retention:
                     f"{name} says which steps outlive keep_last, and that is not given",
                     hint="Give keep_last, too; without it every step stays",
                 )
+
+    @property
+    def rules(self) -> dict[str, object]:
+        """The rules that are set, by the names of their arguments."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name)) is not None}
 
     def check_metric(self, metric: float | None) -> None:
         """Refuse a metric by which steps can't be ordered, and its absence where ``keep_best`` needs one.

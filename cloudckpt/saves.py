@@ -1,7 +1,8 @@
-"""The saves of a Checkpointer: those under way, and failures that nobody has heard of."""
+"""The saves of a Checkpointer: those under way, and failures that nobody has observed."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -32,19 +33,21 @@ def _clearings() -> list[float]:
 
 
 class Saves:
-    """What became of each save is told once: by its handle to who asks that, or else by one of these.
+    """Saves whose failures are observed once: by their handles, or else by what this raises or logs.
 
     Args:
         on_failure: ``"warn"`` logs what failed instead of raising it.
+        rank: of this process. Rank 0 logs.
 
     Raises:
         ConfigurationError: ``on_failure`` is neither ``"raise"`` nor ``"warn"``.
     """
 
-    def __init__(self, on_failure: OnFailure) -> None:
+    def __init__(self, on_failure: OnFailure, rank: Callable[[], int]) -> None:
         if on_failure not in get_args(OnFailure):
             raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
         self._warn = on_failure == "warn"
+        self._rank = rank
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
         self._owner = Owner("this Checkpointer")
         self._clearings = _clearings()
@@ -136,5 +139,8 @@ class Saves:
     def _tell_unheard(self) -> None:
         for step, handle in self._saves:
             if handle.failed and not handle.heard:
-                _log.warning("the save of step %d failed: %s", step, one_line(handle.exception()))
+                error = handle.exception()
+                level = logging.WARNING if self._rank() == 0 else logging.DEBUG
+                name = type(error).__name__
+                _log.log(level, "the save of step %d failed: %s: %s", step, name, one_line(error))
         self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

@@ -56,9 +56,11 @@ class Saving:
     loaded: int | None = None
 
     def begin(
-        self, step: int, state_dict: Mapping[str, Any], metric: float | None
+        self, step: int, state_dict: Mapping[str, Any], metric: float | None, *, blocking: bool = False
     ) -> SaveHandle[CheckpointInfo]:
         """Take a snapshot of the state and save it in the background, as ``Checkpointer.async_save``.
+
+        ``blocking`` tells that the caller waits for the commit, as ``Checkpointer.save`` does.
 
         Raises:
             Exception: a ``state_dict()`` of the state raised it, in a single process.
@@ -74,6 +76,7 @@ class Saving:
         )
         writer, problem = with_metric(make_writer, self.retention, metric)
         uri = writer.checkpoint_id
+        self.watch.story.begin()
         began = self.schedule.begin()
         ended: list[tuple[float, datetime]] = []
         pruned: list[int] = []
@@ -107,5 +110,7 @@ class Saving:
         )
         if handle.staged.done() and not handle.cancelled():
             blocked = time.monotonic() - began
-            self.watch.follow(step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned))
+            self.watch.follow(
+                step, uri, handle, blocked=blocked, pruned=lambda: tuple(pruned), blocking=blocking
+            )
         return handle

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.libraries import install_hint
 from cloudckpt.backends.version import __version__
 from cloudckpt.events import Committed, Event, Failed, Loaded, Planned, Pruned, Staged, Uploaded
 
@@ -15,7 +16,7 @@ try:
 except ModuleNotFoundError as error:  # pragma: no cover - the extra is installed where tests run
     raise ConfigurationError(
         "telemetry takes OpenTelemetry, which is not installed",
-        hint='Install it with: pip install "cloudckpt[otel]"',
+        hint=install_hint("otel", "opentelemetry-api"),
     ) from error
 
 if TYPE_CHECKING:

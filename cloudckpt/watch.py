@@ -13,6 +13,7 @@ from cloudckpt.events import (
     Committed,
     Event,
     Failed,
+    Loaded,
     OnEvent,
     Planned,
     Pruned,
@@ -20,7 +21,9 @@ from cloudckpt.events import (
     Uploaded,
 )
 from cloudckpt.executor import SaveHandle
+from cloudckpt.executor.forks import Owner
 from cloudckpt.progress import Display
+from cloudckpt.story import Story
 
 _log = background_log.logger(__name__)
 
@@ -74,14 +77,21 @@ class Watch:
         on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
         rank: returns the rank of this process.
         display: returns what shows the progress of saves, None where nothing does.
+        story: logs a line for each save and load.
     """
 
     def __init__(
-        self, on_event: OnEvent | None, rank: Callable[[], int], display: Callable[[], Display | None]
+        self,
+        on_event: OnEvent | None,
+        rank: Callable[[], int],
+        display: Callable[[], Display | None],
+        story: Story,
     ) -> None:
+        self.story = story
         self._on_event = on_event
         self._rank = rank
         self._display = display
+        self._owner = Owner("this Checkpointer")
         self._changed = threading.Condition()
         self._saves: list[_Save] = []
         self._thread: threading.Thread | None = None
@@ -94,16 +104,19 @@ class Watch:
         *,
         blocked: float,
         pruned: Callable[[], tuple[int, ...]],
+        blocking: bool = False,
     ) -> None:
-        """Tell of this save from here on.
+        """Report this save from here on.
 
         Args:
             step: its number.
             uri: where its checkpoint will be.
             handle: its handle.
             blocked: seconds that its snapshot took.
-            pruned: says which steps it has let go, once it is committed.
+            pruned: returns the steps that retention deleted, once it is committed.
+            blocking: training waits until it is committed.
         """
+        self.story.follow(step, handle, None if blocking else blocked)
         if self._on_event is None and self._display() is None:
             return
         with self._changed:
@@ -121,6 +134,8 @@ class Watch:
     def tell(self, event: Event) -> None:
         """Hand an event over."""
         _log.debug("%s", event)
+        if isinstance(event, Loaded):
+            self.story.loaded(event)
         if self._on_event is None:
             return
         try:
@@ -129,7 +144,12 @@ class Watch:
             _log.exception("on_event raised; the checkpoints are not concerned")
 
     def finish(self) -> None:
-        """Wait until all is told of the saves that have ended, and of those under way once they have."""
+        """Wait until all is told of the saves that have ended, and of those under way once they have.
+
+        A process that was forked from the owner has nothing to tell.
+        """
+        if self._owner.is_elsewhere:
+            return
         with self._changed:
             thread = self._thread
         if thread is None:

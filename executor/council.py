@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cloudckpt.executor import failures
+from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,22 @@ class Council(ABC):
         """
 
     @abstractmethod
+    def group(self, generation: int, timeout: float) -> tuple[ProcessGroupInfo, MeetingPlace | None]:
+        """Read the environment of a new group of processes, and agree where it meets. Every rank calls it.
+
+        Args:
+            generation: of the group.
+            timeout: seconds for the other ranks.
+
+        Returns:
+            The information for this rank's process, and the place; None for a process that saves alone.
+
+        Raises:
+            ConfigurationError: rank 0's environment names no store; on every rank.
+            ExecutorError: rank 0 did not decide in time.
+        """
+
+    @abstractmethod
     def leave(self, timeout: float) -> None:
         """Wait until the others have heard the last verdict: the store may end with this process."""
 
@@ -112,6 +129,13 @@ class SoloCouncil(Council):
         if standing.failure is not None:
             raise failures.loads(standing.failure)
         return _SoloTrial(self._attempt, standing.generation or self._attempt)
+
+    def group(
+        self,
+        generation: int,  # noqa: ARG002 - the interface
+        timeout: float,  # noqa: ARG002
+    ) -> tuple[ProcessGroupInfo, MeetingPlace | None]:
+        return ProcessGroupInfo.of(0, 1, "", 0), None
 
     def leave(self, timeout: float) -> None:
         """Nobody else listens."""

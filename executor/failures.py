@@ -1,16 +1,15 @@
-"""Failures on their way between processes: the original error, whole, with word of where it came from."""
+"""Failures on their way between processes: the original error, with a note that names its rank."""
 
 from __future__ import annotations
 
 import pickle
-import traceback
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends.errors import CheckpointError, ExecutorError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends import tracebacks
+from cloudckpt.backends.errors import CheckpointError, ExecutorError, note_others
 
 ANY = (Exception, CheckpointException)
 """What a save may raise, to be caught: DCP's own exception is not an ``Exception``."""
@@ -18,31 +17,41 @@ ANY = (Exception, CheckpointException)
 E = TypeVar("E", bound=BaseException)
 
 
-def original(error: BaseException) -> BaseException:
-    """What the lowest failing rank raised, with the other ranks' failures and its traceback as notes.
+def original(error: BaseException, own_rank: int, *, with_frames: bool = True) -> BaseException:
+    """Return what the lowest failing rank raised, with a note that names the rank.
 
-    DCP wraps whatever fails on any rank in a ``CheckpointException`` that it raises on all of them.
+    DCP wraps whatever fails on any rank in a ``CheckpointException`` that it raises on all of them. That rank
+    itself also gets notes of the other ranks' failures and, ``with_frames``, of its caller's code.
     """
     if not isinstance(error, CheckpointException) or not error.failures:
         return noted(error)
     failures = sorted(error.failures.items())
     (rank, (first, frames)), others = failures[0], failures[1:]
+    own = rank == own_rank
     if not _names_rank(first):
-        first.add_note(_raised_on(rank, "".join(traceback.format_list(frames))))
-    note_others(first, {other: failure for other, (failure, _) in others})
-    return original(first) if isinstance(first, CheckpointException) else first
+        named = first.rank if isinstance(first, CheckpointError) and first.rank is not None else rank
+        first.add_note(_raised_on(named, tracebacks.shown(first, frames) if own and with_frames else ""))
+    if own:
+        note_others(first, {other: failure for other, (failure, _) in others})
+    return original(first, own_rank) if isinstance(first, CheckpointException) else first
 
 
 def noted(error: E) -> E:
-    """The error with its traceback as a note, which survives pickling as a traceback does not."""
-    frames = traceback.format_tb(error.__traceback__)
-    if frames:
-        error.add_note("".join(frames).rstrip())
+    """Note the frames of the caller on an error: a note survives pickling, a traceback does not."""
+    if frames := tracebacks.shown(error):
+        error.add_note(frames)
     return error
 
 
+def own_or_common(own: bytes | None, common: bytes) -> BaseException:
+    """Return the error that all ranks share, as this rank pickled it where it is its own: with its notes."""
+    error = loads(common)
+    mine = loads(own) if own is not None else error
+    return mine if _alike(mine, error) else error
+
+
 def shared(error: BaseException, rank: int) -> BaseException:
-    """Return an error of this rank as every rank raises it: noted with the rank and its traceback.
+    """Return an error of this rank as every rank raises it, with a note that names the rank.
 
     That is the error itself where it pickles, and else what `dumps` makes of it. An interruption, such as
     Ctrl-C or ``SystemExit``, is this rank's own: the others raise an ``ExecutorError`` that names it.
@@ -59,29 +68,25 @@ def shared(error: BaseException, rank: int) -> BaseException:
     else:
         common = loads(dumps(error))
         common.__cause__ = error
+    if isinstance(common, CheckpointError):
+        common.located(rank=rank)
     if not _names_rank(common):
-        common.add_note(_raised_on(rank, "".join(traceback.format_tb(error.__traceback__))))
+        common.add_note(_raised_on(rank))
     return common
 
 
 def with_traceback_of(own: BaseException | None, common: BaseException) -> BaseException:
     """Return what to raise where this rank failed with ``own`` and all ranks share ``common``.
 
-    That is the common error. Where it is this rank's own, it still has its traceback.
+    That is the common error. Where it is this rank's own, it still has the frames of the caller's code.
     """
     if own is None:
         return common
     if _alike(own, common):
         own.__notes__ = list(_notes(common))  # the other ranks' failures may be among them
-        return own
+        return tracebacks.trimmed(own)
     common.__context__ = own
     return common
-
-
-def note_others(error: BaseException, others: Mapping[int, BaseException]) -> None:
-    """Note on the error that is raised what failed other ranks."""
-    for rank, failure in others.items():
-        error.add_note(f"rank {rank} failed too: {type(failure).__name__}: {one_line(failure)}")
 
 
 def dumps(error: BaseException) -> bytes:
@@ -161,11 +166,11 @@ def _text(error: BaseException) -> str:
         return f"its text could not be made: {type(failed).__name__}"
 
 
-_RAISED_ON = "raised on rank "
+_RAISED_ON: Final = "raised on rank "
 
 
-def _raised_on(rank: int, frames: str) -> str:
-    return f"{_RAISED_ON}{rank}:\n{frames}".rstrip()
+def _raised_on(rank: int, frames: str = "") -> str:
+    return f"{_RAISED_ON}{rank}:\n{frames}" if frames else f"{_RAISED_ON}{rank}"
 
 
 def _names_rank(error: BaseException) -> bool:

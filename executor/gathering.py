@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -12,8 +13,9 @@ from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor import outcomes
 from cloudckpt.executor.council import Council, SoloCouncil
 from cloudckpt.executor.last_call import Heard, LastCall
+from cloudckpt.executor.meeting import Contact, Meeting
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import Meeting, MeetingPlace, grouped, tcp_store_of_training
+from cloudckpt.executor.rendezvous import MeetingPlace, grouped, tcp_store_of_training
 from cloudckpt.executor.roll_call import Call, RollCall
 from cloudckpt.executor.store_council import StoreCouncil
 
@@ -38,6 +40,9 @@ class Gathering:
         self._default_group: weakref.ref[Any] | None = None
         self._meeting: Meeting | None = None
         self._roll: RollCall | None = None
+        self._last_call: LastCall | None = None
+        self._contact: Contact | None = None
+        """What came of meeting in the place that is known; None where the ranks have met."""
         self._closed = False
         self.place: MeetingPlace | None = None
         self.council: Council = SoloCouncil()
@@ -55,7 +60,7 @@ class Gathering:
         *,
         saves: bool = True,
     ) -> None:
-        """Agree with the other ranks where to meet, at the first call.
+        """Agree with the other ranks where to meet, at the first call and after one that failed.
 
         Args:
             process_group: the ranks; None for all of them.
@@ -66,29 +71,23 @@ class Gathering:
 
         Raises:
             ConfigurationError: an earlier call named another group.
-            ExecutorError: the executor is closed, its group was destroyed, or rank 0 did not come within the
-                time.
+            ExecutorError: the executor is closed, its group was destroyed, rank 0 did not come within the
+                time, or this rank can't reach the store.
         """
         self._check_open()
         alone = no_dist or not grouped() or dist.get_world_size(process_group) == 1
-        if self._served is not None:
-            self._check_served(process_group, alone, call, saves)
+        known = self._served is not None and self._is_known(process_group, alone, call, saves)
+        if known:
             return
-        if not alone:
-            if self._meeting is None:
-                self._meeting = Meeting(process_group, self._use_prefix_store, self._network)
-            self.place = self._meeting.place(self._timeout, call)
-            self._default_group = weakref.ref(dist.group.WORLD)
-            self.council = StoreCouncil(self.place)
-            self._roll = RollCall(self.place)
+        if self._meeting is not None or not alone:
+            with self.meeting():
+                self._meet(process_group, call)
         elif not saves:
             return
         self._served = (process_group, alone)
 
-    def _check_served(
-        self, process_group: dist.ProcessGroup | None, alone: bool, call: str, saves: bool
-    ) -> None:
-        """Make sure that a call is of the ranks that have met.
+    def _is_known(self, process_group: dist.ProcessGroup | None, alone: bool, call: str, saves: bool) -> bool:
+        """Make sure that a call is of the ranks that have met; False where they have to meet anew.
 
         Raises:
             ConfigurationError: it names another group.
@@ -96,7 +95,7 @@ class Gathering:
         """
         if self._default_group is not None and not (grouped() and self._default_group() is dist.group.WORLD):
             if not saves:
-                return
+                return True
             raise ExecutorError(
                 f"{call} came after destroy_process_group(), and the ranks of this executor met in the "
                 "process group that was destroyed",
@@ -105,7 +104,7 @@ class Gathering:
                 "the handles of earlier saves work after it",
             )
         if self._served == (process_group, alone):
-            return
+            return self._contact is None
         if self._default_group is None and not alone:
             raise ConfigurationError(
                 "this executor has saved as a single process, and torch.distributed was initialized since",
@@ -116,6 +115,34 @@ class Gathering:
             hint="Make an executor for each",
         )
 
+    def _meet(self, process_group: dist.ProcessGroup | None, call: str) -> None:
+        contact, self._contact = self._contact, None
+        if self._meeting is None:
+            self._meeting = Meeting(process_group, self._use_prefix_store, self._network)
+        place = self._meeting.place(self._timeout, call, contact or "none")
+        if self.place is not None and place.prefix == self.place.prefix:
+            return
+        self.place = place
+        self._default_group = weakref.ref(dist.group.WORLD)
+        self.council = StoreCouncil(place, self._meeting.address_now)
+        self._roll = RollCall(place)
+        if self._last_call is not None:
+            self._last_call.move(place, self._stores)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Notice errors of a block in which the ranks meet: the next call of `gather` acts on them."""
+        try:
+            yield
+        except ExecutorError as error:
+            self.failed(error)
+            raise
+
+    def failed(self, error: BaseException) -> None:
+        """Have the next call look for another place, if an error says that ranks did not meet in this one."""
+        if isinstance(error, ExecutorError):
+            self._contact = "lost" if error.unreachable else self._contact or "missed"
+
     def follow_first(self, call: Call, value: bool) -> bool:
         """Return rank 0's value, on every rank. All ranks call it, in the same order with all other calls.
 
@@ -123,7 +150,10 @@ class Gathering:
             ExecutorError: rank 0 did not come within the time.
         """
         self._check_open()
-        return value if self._roll is None else self._roll.follow_first(call, value, self._timeout)
+        if self._roll is None:
+            return value
+        with self.meeting():
+            return self._roll.follow_first(call, value, self._timeout)
 
     def confer(self, call: Call, ask: Callable[[], bool]) -> bool:
         """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
@@ -137,7 +167,8 @@ class Gathering:
         self._check_open()
         if self._roll is None:
             return ask()
-        return outcomes.confer(self._roll, call, ask, self.rank, self._timeout)
+        with self.meeting():
+            return outcomes.confer(self._roll, call, ask, self.rank, self._timeout)
 
     def meet(self, call: Call) -> None:
         """Wait until every rank makes this call: before a collective, which would wait longer.
@@ -151,7 +182,8 @@ class Gathering:
         if self._roll is None or self.place is None:
             return
         if not self._closed or (self.place.host, self.place.port) == tcp_store_of_training():
-            outcomes.meet(self._roll, call, self.rank, self._timeout)
+            with self.meeting():
+                outcomes.meet(self._roll, call, self.rank, self._timeout)
 
     def last_call(self, heard: Heard) -> LastCall:
         """Return what agrees with the other ranks on the last of the calls that their trainers make.
@@ -159,8 +191,13 @@ class Gathering:
         Every rank calls it once, and in the same order with all other calls.
         """
         self._check_open()
-        stores = (self._meeting.hosted, self._meeting.training) if self._meeting is not None else None
-        return LastCall(self.place, heard, self._timeout, stores)
+        self._last_call = LastCall(self.place, heard, self._timeout, self._stores)
+        return self._last_call
+
+    @property
+    def _stores(self) -> object:
+        """The stores that have to live as long as ranks may meet in them."""
+        return (self._meeting.hosted, self._meeting.training) if self._meeting is not None else None
 
     @property
     def closed(self) -> bool:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from cloudckpt.backends.tracebacks import trimmed
 from cloudckpt.executor import unpickle
 from cloudckpt.executor.forks import Owner
+from cloudckpt.executor.messages import Sealed
 from cloudckpt.executor.progress import Progress
+from cloudckpt.executor.unobserved import Unobserved
 
 _WAITING = Progress(0, 0, "waiting")
 
@@ -55,25 +59,33 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         self.staged: Future[None] = _OwnedFuture("this save under way")
         self._read: Callable[[], Progress] = lambda: _WAITING
         self._make = make
-        self._sealed: bytes | None = None
+        self._sealed: Sealed | None = None
+        self._size: int | None = None
         self._unsealing = threading.Lock()
         self._made: T | None = None
         self._heard = False
+        self._trace: TracebackType | None = None
+        self._unobserved: Unobserved | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended with an error; who looks here has not heard of it."""
+        """True if the save failed. Reading this does not mark the failure as observed."""
         return self.done() and not self.cancelled() and super().exception() is not None
 
     @property
     def error(self) -> BaseException | None:
-        """What failed it, where it has ended so; who looks here has not heard of it."""
+        """The error that failed the save. Reading this does not mark the failure as observed."""
         return super().exception() if self.failed else None
 
     @property
     def heard(self) -> bool:
-        """Whether somebody asked for its end and was told."""
+        """True if the end of the save was observed: by `result`, by `exception`, or where it was raised."""
         return self._heard
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the committed checkpoint, of all ranks; None before, or where no sizes are noted."""
+        return self._size
 
     @property
     def progress(self) -> Progress:
@@ -81,7 +93,7 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         return self._read()
 
     def result(self, timeout: float | None = None) -> T:
-        """What the save came to, once it is committed.
+        """Return what the save came to, once it is committed.
 
         Raises:
             TimeoutError: it did not end in ``timeout`` seconds.
@@ -89,19 +101,29 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
             ExecutorError: this process was forked from the one whose save it is, while that was under way.
             Exception: what failed the save, on whichever rank.
         """
-        self.exception(timeout)
+        error = self.exception(timeout)
+        if error is not None:
+            try:
+                raise error.with_traceback(self._trace)  # not with those of earlier calls
+            finally:
+                del error  # its traceback has this frame
         super().result()
         with self._unsealing:
-            # Unpickled by whoever wants it, not while training goes on.
+            # Unpickled when it is asked for, not while training goes on.
             if self._made is None and self._sealed is not None:
-                self._made, self._sealed = self._make(unpickle.loads(self._sealed)), None
+                self._made, self._sealed = self._make(unpickle.loads(self._sealed.metadata)), None
         return self._made  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What failed the save, or None once it is committed; raises as `result` where it didn't end."""
+        """Return what failed the save, or None once it is committed; raise as `result` does."""
         error = super().exception(timeout)
-        self._heard = True
+        self._observe()
         return error
+
+    def _observe(self) -> None:
+        self._heard = True
+        if self._unobserved is not None:
+            self._unobserved.observed()
 
 
 class Delivery:
@@ -122,25 +144,35 @@ class Delivery:
 
     def known(self) -> None:
         """Note that this rank has raised the error of the save, which counts as observed here."""
-        self.handle._heard = True  # noqa: SLF001 - see above
+        self.handle._observe()  # noqa: SLF001 - see above
 
-    def done(self, sealed: bytes | None, last: Progress) -> None:
-        """End well, with pickled metadata."""
+    def done(self, sealed: Sealed | None, last: Progress) -> None:
+        """End well, with what the checkpoint process returned."""
         handle = self.handle
         if handle.done():  # the executor was closed meanwhile
             return
         handle._sealed = sealed  # noqa: SLF001 - see above
+        handle._size = None if sealed is None else sealed.size  # noqa: SLF001
         handle._read = lambda: last  # noqa: SLF001
         if not handle.staged.done():
             handle.staged.set_result(None)
         handle.set_result(None)  # `result` unseals what there is
 
-    def failed(self, error: BaseException, last: Progress) -> None:
-        """End with an error."""
+    def failed(self, error: BaseException, last: Progress, unobserved: str | None = None) -> None:
+        """End with an error.
+
+        Args:
+            error: what failed the save.
+            last: progress of the save.
+            unobserved: what to log if the error is never observed; None logs nothing.
+        """
         handle = self.handle
         if handle.done():
             return
         handle._read = lambda: last  # noqa: SLF001 - see above
+        handle._trace = trimmed(error).__traceback__  # noqa: SLF001
+        if unobserved is not None and not handle.heard:
+            handle._unobserved = Unobserved(handle, unobserved)  # noqa: SLF001
         if not handle.staged.done():
             handle.staged.set_exception(error)
         handle.set_exception(error)

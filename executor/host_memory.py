@@ -79,34 +79,53 @@ def check(own: Need, every: Sequence[Need | None]) -> None:
             _log.warning("%s: a save may run out of memory. %s", told, cure)
 
 
-def exchanged(
-    place: MeetingPlace | None, number: int, own: Need | None, timeout: float
-) -> Sequence[Need | None]:
-    """Return the needs of all ranks, or this rank's alone where another does not come.
+class Comparison:
+    """A block in which a rank finds its ``need``; at its end the needs of all ranks are compared.
+
+    A rank whose block raises does not wait, and the others do not wait for it.
 
     Args:
         place: where the ranks meet; None in a single process.
         number: of the call, the same on every rank.
-        own: None for a rank that has failed: it does not wait.
         timeout: seconds to wait for the others.
+
+    Raises:
+        ExecutorError: the snapshots of the ranks of this host don't fit.
     """
-    if place is None:
-        return [own]
 
-    def exchange() -> Sequence[Need | None]:
-        store: Any = place.connect("memory", timeout)  # torch's stub lacks multi_get
-        store.set(f"{number}/{place.rank}", pickle.dumps(own).hex())
-        if own is None:
-            return []
-        keys = [f"{number}/{rank}" for rank in range(place.world_size)]
-        store.wait(keys, timedelta(seconds=timeout))
-        return [pickle.loads(bytes.fromhex(text.decode())) for text in store.multi_get(keys)]  # noqa: S301 - from ranks of this job
+    def __init__(self, place: MeetingPlace | None, number: int, timeout: float) -> None:
+        self._place, self._number, self._timeout = place, number, timeout
+        self.need: Need | None = None
 
-    try:
-        return place.bounded("compare their memory", exchange, timeout)
-    except ExecutorError as error:  # the ranks meet after this, which tells who is missing
-        _log.debug("%s", error)
-        return [own]
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        every = self._exchanged()
+        if kind is None and self.need is not None:
+            check(self.need, every)
+
+    def _exchanged(self) -> Sequence[Need | None]:
+        """Return the needs of all ranks, or this rank's alone where another does not come."""
+        place, number = self._place, self._number
+        if place is None:
+            return [self.need]
+
+        def exchange() -> Sequence[Need | None]:
+            store: Any = place.connect("memory", self._timeout)  # torch's stub lacks multi_get
+            store.set(f"{number}/{place.rank}", pickle.dumps(self.need).hex())
+            if self.need is None:
+                return []
+            keys = [f"{number}/{rank}" for rank in range(place.world_size)]
+            store.wait(keys, timedelta(seconds=self._timeout))
+            told = store.multi_get(keys)
+            return [pickle.loads(bytes.fromhex(text.decode())) for text in told]  # noqa: S301 - of this job
+
+        try:
+            return place.bounded("compare their memory", exchange, self._timeout)
+        except ExecutorError as error:  # the ranks meet after this, which tells who is missing
+            _log.debug("%s", error)
+            return [self.need]
 
 
 def _shared_memory() -> tuple[Room, ...]:

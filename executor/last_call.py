@@ -103,6 +103,15 @@ class LastCall:
             self._leave(self._place)
         self._server = None
 
+    def move(self, place: MeetingPlace, server: object = None) -> None:
+        """Listen in another store, where the ranks meet from now on. A notice that has come stays."""
+        with self._changed:
+            if self._closed or self._noticed:
+                return
+            self._place, self._server = place, server
+            self._teller, self._undecidable = Future(), False
+        self._begin("cloudckpt-notice", lambda: self._listen(place))
+
     def _leave(self, place: MeetingPlace) -> None:
         def leave() -> None:
             with contextlib.suppress(RuntimeError):  # a rank closes later, or not at all
@@ -153,7 +162,8 @@ class LastCall:
         except RuntimeError as error:  # the store went, with the process that had it
             log = _log.warning if self._noticed else _log.debug
             log("the ranks could not agree on the last step: %s", error)
-            self._give_up()
+            if place is self._place:
+                self._give_up()
 
     def _agree(self, store: Store, place: MeetingPlace, reason: str) -> None:
         begun = self._learn(reason)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rank_conflicts import RankConflicts
-from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.snapshot import Snapshot
 
 
@@ -15,11 +15,12 @@ from cloudckpt.executor.snapshot import Snapshot
 class Hello:
     """The first message: who the process is, and where it meets the others.
 
-    Without a place it saves alone. ``deadline`` is that of the start, by `time.monotonic`, which all
-    processes of a host share. ``group_timeout`` is in seconds.
+    ``info`` was read when the process was started. Without a place the process saves alone. ``deadline`` is
+    that of the start, by `time.monotonic`, which all processes of a host share. ``group_timeout`` is in
+    seconds.
     """
 
-    rank: int
+    info: ProcessGroupInfo
     generation: int
     parent_pid: int
     log_level: int
@@ -28,8 +29,6 @@ class Hello:
     network: NetworkOptions
     deadline: float
     group_timeout: float
-    disable_automatic_gc: bool
-    disable_manual_gc: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +78,22 @@ class ProofRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Sealed:
+    """The result of a save: a pickled ``Metadata``, and the bytes of the checkpoint where that has them."""
+
+    metadata: bytes
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What became of a request.
 
-    ``result`` is a pickled ``Metadata``; ``failure`` a pickled exception. A failure is ``sound`` when every
-    rank has met it in the same place, so that the group can go on.
+    ``failure`` is a pickled exception. A failure is ``sound`` when every rank has met it in the same place,
+    so that the group can go on.
     """
 
     number: int
-    result: bytes | None = None
+    result: Sealed | None = None
     failure: bytes | None = None
     sound: bool = True

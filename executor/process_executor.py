@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from multiprocessing import util
@@ -16,20 +17,25 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends import descriptors
+from cloudckpt.backends import background_log, descriptors, units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
-from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
-from cloudckpt.executor.rendezvous import flag
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
+
+_log = background_log.logger(__name__)
+
+_LONG = 1.0
+"""Seconds that a call waits for a snapshot before that is worth a warning."""
 
 OnBusy = Literal["wait", "skip", "raise"]
 T = TypeVar("T")
@@ -166,6 +172,7 @@ class ProcessExecutor(forks.Unpicklable):
         """
         self.check_owner(subject or "execute_save()")
         writer, uri = _writer(storage_writer, checkpoint_id)
+        log_pending()
         self._calls += 1  # before what may fail on this rank alone: the others count this call
         if subject is None:
             subject = f"the save of {uri}" if uri else ""
@@ -181,6 +188,7 @@ class ProcessExecutor(forks.Unpicklable):
                 hint="Save less often, or give snapshots=2 or on_busy='wait'",
             )
         job = Job(
+            self._ranks.council,
             number=self._calls,
             subject=subject,
             delivery=Delivery(make),
@@ -195,7 +203,7 @@ class ProcessExecutor(forks.Unpicklable):
         with outcomes.joining(job, supervisor):
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
-            job.arena = self._arenas.acquire()
+            job.arena = self._acquired(subject or "this save")
             if isinstance(state, Future):
                 job.state = state
             else:
@@ -223,17 +231,32 @@ class ProcessExecutor(forks.Unpicklable):
         self.check_owner("warmup()")
         self._calls += 1
         supervisor = self._ready(process_group, no_dist, "the warm-up")
-        proof = Job(number=self._calls, subject="the warm-up", delivery=Delivery(_itself))
+        proof = Job(
+            self._ranks.council, number=self._calls, subject="the warm-up", delivery=Delivery(_itself)
+        )
         supervisor.submit(proof)
         jobs = [proof]
         if state_dict is not None:
             # Another, for while the process starts the memory is touched, which may fail on one rank alone.
             self._calls += 1
             jobs.append(
-                Job(number=self._calls, subject="the warm-up of a snapshot", delivery=Delivery(_itself))
+                Job(
+                    self._ranks.council,
+                    number=self._calls,
+                    subject="the warm-up of a snapshot",
+                    delivery=Delivery(_itself),
+                )
             )
             with outcomes.joining(jobs[1], supervisor):
-                self._touch(self._fitting(state_dict, self._calls))
+                timeout = self._start_timeout
+                with host_memory.Comparison(self._ranks.place, self._calls, timeout) as memory:
+                    layout = snapshot.layout_of(state_dict() if callable(state_dict) else state_dict)
+                    memory.need = host_memory.Need.of(
+                        self._arenas.missing(layout.nbytes), self._arenas.beside
+                    )
+                self._arenas.touch(layout)
+        for job in jobs:
+            job.delivery.known()  # the first error is raised, and stands for those after it
         for job in jobs:
             error = job.delivery.handle.exception()
             if error is not None:
@@ -298,6 +321,7 @@ class ProcessExecutor(forks.Unpicklable):
         if self._ranks.closed or self.is_elsewhere:
             return
         self._ranks.close()
+        log_pending()
         atexit.unregister(self.close)
         self._finalizer.cancel()
         if self._supervisor is not None and not self._supervisor.close(timeout):
@@ -319,40 +343,29 @@ class ProcessExecutor(forks.Unpicklable):
         if self._supervisor is None:
             terms = Terms(
                 rank=self._ranks.rank,
-                place=self._ranks.place,
+                grouped=self._ranks.place is not None,
                 network=self._network,
                 save_timeout=self._save_timeout,
                 start_timeout=self._start_timeout,
-                disable_automatic_gc=flag("DCP_DISABLE_AUTOMATIC_GC"),
-                disable_manual_gc=flag("DCP_DISABLE_MANUAL_GC"),
             )
-            self._supervisor = Supervisor(terms, self._ranks.council, self._arenas)
+            self._supervisor = Supervisor(terms, self._arenas, self._ranks.failed)
         return self._supervisor
 
-    def _fitting(self, state: dict[str, Any] | Callable[[], dict[str, Any]], number: int) -> Layout:
-        """Return the layout of a snapshot, once it is known that those of all ranks fit on their hosts."""
-        place, timeout = self._ranks.place, self._start_timeout
-        try:
-            layout = snapshot.layout_of(state() if callable(state) else state)
-            need = host_memory.Need.of(self._arenas.missing(layout.nbytes), self._arenas.beside)
-        except BaseException:
-            host_memory.exchanged(place, number, None, timeout)  # the other ranks do not wait for it
-            raise
-        host_memory.check(need, host_memory.exchanged(place, number, need, timeout))
-        return layout
-
-    def _touch(self, layout: Layout) -> None:
-        """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""
-        taken = [self._arenas.acquire() for _ in range(len(self._arenas))]
-        try:
-            for index in taken:
-                self._arenas[index].reserve(layout.nbytes)
-                self._arenas[index].touch()
-                if layout.devices:
-                    self._arenas[index].pin()
-        finally:
-            for index in taken:
-                self._arenas.release(index)
+    def _acquired(self, subject: str) -> int:
+        """Return an arena once one is free, and log on rank 0 where that blocked the caller for long."""
+        began = time.monotonic()
+        index = self._arenas.acquire()
+        waited = time.monotonic() - began
+        if waited >= _LONG and self._ranks.rank == 0:
+            more = "" if len(self._arenas) > 1 else "snapshots=2, which takes as much memory again, or "
+            _log.warning(
+                "%s was blocked for %s, because the save before was still running. "
+                "Give %son_busy='skip', or save less often",
+                one_line(subject),
+                units.seconds(waited),
+                more,
+            )
+        return index
 
 
 def _itself(metadata: Metadata) -> Metadata:

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import socket
-import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
-from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from cloudckpt.backends.endpoint_url import host_and_port
@@ -71,14 +67,12 @@ class ProcessGroupInfo:
     ) -> None:
         in_group = grouped()
         options = NetworkOptions.given()
-        self.local_rank: int = dist.get_node_local_rank(fallback_rank=0)
         self.global_rank: int = dist.get_rank(process_group) if in_group else 0
         self.world_size: int = dist.get_world_size(process_group) if in_group else 1
         self.use_prefix_store: bool = (
             flag("DCP_USE_PREFIX_STORE") if use_prefix_store is None else use_prefix_store
         )
-        self.disable_automatic_gc: bool = flag("DCP_DISABLE_AUTOMATIC_GC")
-        self.disable_manual_gc: bool = flag("DCP_DISABLE_MANUAL_GC")
+        self._read_environment()
         self._hosted: TCPStore | None = None
 
         def choose() -> tuple[str, int] | Offer:
@@ -103,6 +97,34 @@ class ProcessGroupInfo:
         self.tcp_store_master_addr: str = found[0]
         self.tcp_store_master_port: int = found[1]
 
+    @classmethod
+    def of(
+        cls, rank: int, world_size: int, address: str, port: int, *, use_prefix_store: bool = True
+    ) -> Self:
+        """Describe ranks that have agreed on a store already, and read the rest from the environment now.
+
+        No collective. The executor calls it at each start of its checkpoint processes.
+
+        Args:
+            rank: of this process.
+            world_size: number of ranks.
+            address: host of the store; empty for a process that saves alone.
+            port: port of the store.
+            use_prefix_store: False if rank 0 has opened the store for the checkpoint processes.
+        """
+        info = cls.__new__(cls)
+        info.global_rank, info.world_size = rank, world_size
+        info.tcp_store_master_addr, info.tcp_store_master_port = address, port
+        info.use_prefix_store = use_prefix_store
+        vars(info)["_hosted"] = None
+        cls._read_environment(info)
+        return info
+
+    def _read_environment(self) -> None:
+        self.local_rank: int = dist.get_node_local_rank(fallback_rank=0)
+        self.disable_automatic_gc: bool = flag("DCP_DISABLE_AUTOMATIC_GC")
+        self.disable_manual_gc: bool = flag("DCP_DISABLE_MANUAL_GC")
+
     def __getstate__(self) -> dict[str, Any]:
         """All but the store itself, which stays with the process that opened it."""
         return self.__dict__ | {"_hosted": None}
@@ -116,12 +138,46 @@ class ProcessGroupInfo:
 class MeetingPlace:
     """A store as one rank reaches it, and the prefix that belongs to one executor."""
 
-    rank: int
-    world_size: int
-    host: str
-    port: int
+    info: ProcessGroupInfo
     prefix: str
     group: str = "world"
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.info.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.info.world_size
+
+    @property
+    def host(self) -> str:
+        """Host of the store."""
+        return self.info.tcp_store_master_addr
+
+    @property
+    def port(self) -> int:
+        """Port of the store."""
+        return self.info.tcp_store_master_port
+
+    @classmethod
+    def at_store(cls, rank: int, world_size: int, host: str, port: int, prefix: str) -> MeetingPlace:
+        """Return the place of a rank in a store that is known."""
+        return cls(ProcessGroupInfo.of(rank, world_size, host, port), prefix)
+
+    def read_again(self, address: tuple[str, int] | None = None) -> MeetingPlace:
+        """Return the same ranks and prefix, with what the environment says now, in this store or another.
+
+        Args:
+            address: host and port of the other store.
+        """
+        host, port = address or (self.host, self.port)
+        info = ProcessGroupInfo.of(
+            self.rank, self.world_size, host, port, use_prefix_store=self.info.use_prefix_store
+        )
+        return replace(self, info=info)
 
     @property
     def at(self) -> str:
@@ -158,7 +214,7 @@ class MeetingPlace:
         except (TimeoutError, DistError) as error:
             if isinstance(error, CheckpointError):
                 raise
-            raise ExecutorError(
+            raise unreached(
                 f"the ranks could not {what}: the store at {self.at} "
                 f"did not answer rank {self.rank} on host {socket.gethostname()} within {timeout:g} s "
                 f"({type(error).__name__}: {one_line(error)})",
@@ -181,132 +237,13 @@ class MeetingPlace:
         if not addresses.is_address(self.host):
             named = f"{self.at}, which is {named}"
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
-        return ExecutorError(
+        return unreached(
             f"rank {self.rank} on host {socket.gethostname()} can't open a connection to the store at "
             f"{named}: {reason}",
             rank=self.rank,
             hint=f"Let every host of the job open connections to port {self.port} of that host while the job "
             "runs, and see that its process is alive; the next save tries again",
         )
-
-
-class Meeting:
-    """The way in which the ranks of an executor find their place.
-
-    After a failure, the next call goes on where it was.
-    """
-
-    def __init__(
-        self, process_group: dist.ProcessGroup | None, use_prefix_store: bool | None, options: NetworkOptions
-    ) -> None:
-        self._group = process_group
-        self._rank = dist.get_rank(process_group)
-        self._world_size = dist.get_world_size(process_group)
-        self._choice = _choice(use_prefix_store)
-        self._options = options
-        self._key: str | None = None
-        self._told = False
-        self.hosted: TCPStore | None = None
-        self.training: Store | None = absence.training_store()
-        """Kept, as rank 0 may serve it: waiting for a save works after ``destroy_process_group()``."""
-
-    def place(self, timeout: float, call: str = "this call") -> MeetingPlace:
-        """Agree on a place through the store of the training group, without its collectives.
-
-        Args:
-            timeout: seconds to wait for rank 0.
-            call: made by this rank, as an error names it.
-
-        Raises:
-            CheckpointException: rank 0 found nothing to meet in.
-            ExecutorError: rank 0 did not come within ``timeout`` seconds, or a rank can't reach its store.
-        """
-        deadline = time.monotonic() + timeout
-        group = self._group.group_name if self._group is not None else "world"
-        store = self._training_store(group, timeout)
-        # One agreement for each executor that the group's ranks make, in the order in which they do.
-        if self._key is None:
-            # A launcher that restarts the job may keep the store, with counts that ranks had come to.
-            restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            job = f"cloudckpt/{group}/{restart}-{self._world_size}"
-            count = store.add(f"{job}/executors/{self._rank}", 1)
-            self._key = f"{job}/place/{count}"
-        if self._rank == 0 and not self._told:
-            store.set(self._key, pickle.dumps(self._decided()).hex())
-            self._told = True
-        word = self._word(store, self._key, deadline, timeout, call)
-        decided = pickle.loads(bytes.fromhex(word.decode()))  # noqa: S301 - from rank 0
-        if isinstance(decided, BaseException):
-            self._key, self._told = None, False  # on every rank: the next call asks anew
-            raise decided
-        found, prefix = decided
-        if isinstance(found, Offer):
-            found = self._reached(found, group, deadline)
-        host, port = found or tcp_store_of_training() or _no_store()
-        return MeetingPlace(self._rank, self._world_size, host, port, prefix, group)
-
-    def _training_store(self, group: str, timeout: float) -> Store:
-        """The store of training through a connection of our own, so that waiting does not block others."""
-        store = absence.training_store()
-        clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
-        if store is None or clone is None:
-            return store or _no_store()
-        # It connects with training's timeout, which may be half an hour.
-        try:
-            return in_thread(clone, "cloudckpt-rendezvous").result(timeout)
-        except (DistError, TimeoutError) as error:
-            place = MeetingPlace(
-                self._rank, self._world_size, *(tcp_store_of_training() or _no_store()), "", group
-            )
-            late = TimeoutError(f"no answer within {timeout:g} s")
-            raise place.absent(error if isinstance(error, DistError) else late) from error
-
-    def _word(self, store: Store, key: str, deadline: float, timeout: float, call: str) -> bytes:
-        try:
-            store.wait([key], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-            return store.get(key)
-        except RuntimeError as error:  # what a store raises, of TCP or of files
-            raise ExecutorError(
-                f"rank 0 did not come to {call} within start_timeout ({timeout:g} s), to say where the "
-                "checkpoint processes meet",
-                rank=0,
-                hint="Every rank must make this call; raise start_timeout if some come later",
-            ) from error
-
-    def _decided(self) -> tuple[tuple[str, int] | Offer | None, str] | CheckpointException:
-        """Rank 0's word: an address, an offer, or None for the store that training has."""
-        try:
-            return self._choice(self), f"cloudckpt/{uuid.uuid4().hex}"
-        except Exception as error:  # noqa: BLE001 - every rank is told
-            return CheckpointException(
-                "find a store for the checkpoint processes", {0: _wrap_exception(error)}
-            )
-
-    def _reached(self, offer: Offer, group: str, deadline: float) -> tuple[str, int]:
-        """An address at which this rank reaches rank 0's store. Other ranks may use others."""
-        reached = offer.reached(max(0.1, deadline - time.monotonic()))
-        if reached:
-            return reached[0], offer.port
-        error = out_of_reach(offer, [self._rank])
-        absence.report(group, self._rank, error.message)
-        raise error
-
-    def host(self) -> Offer:
-        """Open a store here."""
-        offer = open_store(self._options)
-        self.hosted = offer.server
-        return offer
-
-    def training_store_or_host(self) -> Offer | None:
-        """The store of training where all hosts can reach it, or one opened here."""
-        return None if tcp_store_of_training() is not None else self.host()
-
-
-def _choice(use_prefix_store: bool | None) -> Callable[[Meeting], tuple[str, int] | Offer | None]:
-    if use_prefix_store is None and "DCP_USE_PREFIX_STORE" not in os.environ:
-        return Meeting.training_store_or_host
-    wanted = flag("DCP_USE_PREFIX_STORE") if use_prefix_store is None else use_prefix_store
-    return (lambda _: existing_store()) if wanted else Meeting.host
 
 
 def existing_store() -> tuple[str, int]:
@@ -358,10 +295,17 @@ def open_store(options: NetworkOptions) -> Offer:
     return Offer.opened(options, preferred)
 
 
+def unreached(message: str, *, rank: int | None, hint: str) -> ExecutorError:
+    """Return the error for a store that a rank can't reach."""
+    error = ExecutorError(message, rank=rank, hint=hint)
+    error.unreachable = True
+    return error
+
+
 def out_of_reach(offer: Offer, shut_out: list[int]) -> ExecutorError:
     """Return the error for a store that rank 0 has opened and other ranks can't reach."""
     ranks = ", ".join(map(str, shut_out))
-    return ExecutorError(
+    return unreached(
         f"rank {ranks} can't reach the store that rank 0 has opened for the checkpoint processes at "
         f"{offer.tried()}"
         if shut_out
@@ -380,7 +324,3 @@ def flag(name: str) -> bool:
 def grouped() -> bool:
     """Return True if training has a process group in this process, and did not inherit it by a fork."""
     return forks.has_own_group()
-
-
-def _no_store() -> NoReturn:
-    raise ExecutorError("rank 0 meets in training's TCP store, and this rank has none")

@@ -24,7 +24,7 @@ from torch.distributed import DistError, DistStoreError, Store
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor import failures
 from cloudckpt.executor.network import absence
-from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.rendezvous import MeetingPlace, unreached
 
 _FRESH: Final = 60.0
 """Seconds for which an idle connection is used again: later, a firewall may have forgotten it."""
@@ -216,7 +216,7 @@ class RollCall:
 def missing(place: MeetingPlace, ranks: Sequence[int], what: str, timeout: float) -> ExecutorError:
     """Return the error for ranks that did not come to a call, with the reason if one has reported it."""
     for rank, reason in absence.reasons(place.group, ranks[:_NAMED]).items():
-        return ExecutorError(
+        return unreached(
             f"rank {rank} did not come to {what} within start_timeout ({timeout:g} s): {reason}",
             rank=rank,
             hint="Open the port of the store between the hosts for connections made while the job runs",

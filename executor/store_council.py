@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed import DistError, DistStoreError, Store
 
@@ -17,17 +17,26 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError, Execu
 from cloudckpt.executor import failures, roll_call
 from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
 from cloudckpt.executor.network import absence
-from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 
 _REPORT = 30.0
 """Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
 
 
 class StoreCouncil(Council):
-    """Ranks that meet in a store."""
+    """Ranks that meet in a store.
 
-    def __init__(self, place: MeetingPlace) -> None:
+    Args:
+        place: the store.
+        address_now: returns the host and port of the store in which a new group of processes meets, on rank
+            0; None for the same store.
+    """
+
+    def __init__(
+        self, place: MeetingPlace, address_now: Callable[[], tuple[str, int] | None] = lambda: None
+    ) -> None:
         self._place = place
+        self._address_now = address_now
         self._next = 1
         self._ahead = 0  # calls that the others have had and this rank has not
         self._last: int | None = None
@@ -41,6 +50,26 @@ class StoreCouncil(Council):
         self._ahead += agreement.call - standing.call
         self._last = attempt
         return _StoreTrial(self._place, attempt, agreement.generation)
+
+    def group(self, generation: int, timeout: float) -> tuple[ProcessGroupInfo, MeetingPlace | None]:
+        key = f"{generation}/address"
+
+        def agree() -> tuple[str, int] | BaseException | None:
+            store = self._place.connect("council", timeout)
+            if self._place.rank == 0:
+                try:
+                    address: object = self._address_now()
+                except CheckpointError as error:
+                    address = error
+                store.set(key, _text(address))
+            store.wait([key], timedelta(seconds=timeout))
+            return cast("tuple[str, int] | BaseException | None", _value(store.get(key)))
+
+        address = self._place.bounded("agree where their checkpoint processes meet", agree, timeout)
+        if isinstance(address, BaseException):
+            raise address
+        place = self._place.read_again(address)
+        return place.info, place
 
     def leave(self, timeout: float) -> None:
         last = self._last

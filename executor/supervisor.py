@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +21,11 @@ from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
-from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
 from cloudckpt.executor.rank_conflicts import RankConflicts
-from cloudckpt.executor.rendezvous import MeetingPlace
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
@@ -39,8 +40,10 @@ class Job:
     """One save as it was asked for, or the proof that saves will work when there is nothing to ``storage``.
 
     The state is in ``taken`` already, or comes with a future. A ``failure`` here keeps all ranks from saving.
+    ``council`` is that of the ranks at the call.
     """
 
+    council: Council
     number: int
     subject: str
     delivery: Delivery
@@ -61,21 +64,29 @@ class Terms:
     """What holds for every process that the supervisor starts. Times are in seconds."""
 
     rank: int
-    place: MeetingPlace | None
+    grouped: bool
     network: NetworkOptions
     save_timeout: float
     start_timeout: float
-    disable_automatic_gc: bool
-    disable_manual_gc: bool
 
 
 class Supervisor:
-    """Serves jobs one after another with a checkpoint process, and starts a new one when that is gone."""
+    """Serves jobs one after another with a checkpoint process, and starts a new one when that is gone.
 
-    def __init__(self, terms: Terms, council: Council, arenas: ArenaPool) -> None:
+    Args:
+        terms: what holds for every process.
+        arenas: where the snapshots are.
+        unmet: gets the error of each job that failed: the ranks may not have met.
+    """
+
+    def __init__(
+        self, terms: Terms, arenas: ArenaPool, unmet: Callable[[BaseException], object] = lambda _: None
+    ) -> None:
         self._terms = terms
-        self._council = council
         self._arenas = arenas
+        self._unmet = unmet
+        self._council: Council | None = None
+        """That of the last job: a process belongs to one."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._pending: list[Job] = []
         self._process: CheckpointProcess | None = None
@@ -174,8 +185,9 @@ class Supervisor:
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
-                del job  # its handle and snapshot are not kept until the next save
-            self._council.leave(_GRACE)
+                del job  # a handle that nobody holds is collected now, not at the next save
+            if self._council is not None:
+                self._council.leave(_GRACE)
         finally:
             self._end_process()
             self._alarm.close()
@@ -186,7 +198,10 @@ class Supervisor:
             self._finish(job, None, ExecutorError("the executor was closed before the save began"))
             return
         self._stage(job)
-        if job.failure is not None and self._terms.place is not None:
+        if job.council is not self._council:  # the ranks meet elsewhere now, and number their groups anew
+            self._end_process()
+            self._council = job.council
+        if job.failure is not None and self._terms.grouped:
             job.failure = failures.shared(job.failure, self._terms.rank)
         standing = Standing(
             call=job.number,
@@ -196,12 +211,11 @@ class Supervisor:
             together=job.use_collectives,
         )
         try:
-            trial = self._council.convene(standing, self._terms.start_timeout)
+            trial = job.council.convene(standing, self._terms.start_timeout)
         except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
-            alone = self._terms.place is None
             common = (
                 job.failure
-                if alone and job.failure is not None
+                if not self._terms.grouped and job.failure is not None
                 else failures.with_traceback_of(job.failure, error)
             )
             self._finish(job, None, common)
@@ -229,7 +243,7 @@ class Supervisor:
         finally:
             job.state = None
 
-    def _attempt(self, job: Job, trial: Trial) -> tuple[bytes | None, BaseException | None]:
+    def _attempt(self, job: Job, trial: Trial) -> tuple[Sealed | None, BaseException | None]:
         """Have the job done, and see what all ranks make of it: a result, or what failed."""
         answer: Answer | None = None
         own: bytes | None = None
@@ -254,12 +268,12 @@ class Supervisor:
 
     def _judge(
         self, answer: Answer | None, own: bytes | None, verdict: Verdict | None, trial: Trial
-    ) -> tuple[bytes | None, BaseException | None]:
+    ) -> tuple[Sealed | None, BaseException | None]:
         if verdict is None or not verdict.sound or answer is None:
             self._end_process()
         failure = verdict.failure if verdict is not None and verdict.failure is not None else own
         if failure is not None:
-            return None, failures.loads(failure)
+            return None, failures.own_or_common(own, failure)
         if answer is None:
             return None, ExecutorError(
                 f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
@@ -287,25 +301,24 @@ class Supervisor:
         if process is not None:
             return process
         terms = self._terms
+        info, place = job.council.group(trial.generation, terms.start_timeout)
         hello = Hello(
-            rank=terms.rank,
+            info=info,
             generation=trial.generation,
             parent_pid=os.getpid(),
             log_level=_log.getEffectiveLevel(),
             main_script=MainScript.describe(),
-            place=terms.place,
+            place=place,
             network=terms.network,
             deadline=time.monotonic() + terms.start_timeout,
             group_timeout=terms.start_timeout + terms.save_timeout + 60,
-            disable_automatic_gc=terms.disable_automatic_gc,
-            disable_manual_gc=terms.disable_manual_gc,
         )
         process = self._process = CheckpointProcess(hello, self._board)
         ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
         if ready.failure is not None:
             raise failures.loads(ready.failure)
         if ready.network is not None:
-            _log.info("%s", ready.network)
+            _log.log(logging.INFO if terms.rank == 0 else logging.DEBUG, "%s", ready.network)
         if ready.warning is not None and terms.rank == 0:  # the same on every rank
             _log.warning("%s", ready.warning)
         process.serves = True
@@ -348,7 +361,7 @@ class Supervisor:
             if answer.number == job.number:
                 return answer
 
-    def _finish(self, job: Job, sealed: bytes | None, failure: BaseException | None) -> None:
+    def _finish(self, job: Job, sealed: Sealed | None, failure: BaseException | None) -> None:
         """Give the arena back, then tell."""
         last = self._progress(job.number)
         self._vigil = None
@@ -360,11 +373,16 @@ class Supervisor:
         if failure is None:
             job.delivery.done(sealed, replace(last, bytes_done=last.bytes_total, phase="done"))
             return
+        self._unmet(failure)
         if isinstance(failure, CheckpointError):
             failure.located(uri=job.uri)
-        job.delivery.failed(failure, replace(last, phase="failed"))
-        uri, said = one_line(job.uri or "nothing"), one_line(failure)
-        _log.error("the save of %s failed: %s: %s", uri, type(failure).__name__, said)
+        job.delivery.failed(failure, replace(last, phase="failed"), self._unobserved(job, failure))
+
+    def _unobserved(self, job: Job, failure: BaseException) -> str | None:
+        """Return what rank 0 logs where the failure is never observed; the error is raised otherwise."""
+        if self._terms.rank != 0:
+            return None
+        return f"{job.subject or 'a save'} failed: {type(failure).__name__}: {one_line(failure)}"
 
     def _progress(self, number: int) -> Progress:
         if self._thread is None:

@@ -23,12 +23,13 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from cloudckpt.backends import background_log, descriptors, system_limits
+from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest
+from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, Prepared
 from cloudckpt.executor.progress import ProgressBoard
@@ -47,7 +48,7 @@ _MARGIN = 2.0
 """Seconds before the trainer's deadline at which forming a group ends, to say what failed."""
 
 _NO_FRAMES = traceback.StackSummary()
-"""An error that comes from another process has its traceback in its notes."""
+"""Frames of an error of another process."""
 
 
 def main(connection_fd: int, board_fd: int) -> None:
@@ -60,13 +61,13 @@ def main(connection_fd: int, board_fd: int) -> None:
     worker = Worker(hello, connection, board)
     try:
         _begin("cloudckpt-end", _end_when_told, worker, hello.parent_pid)
-        quiet.settle(hello.rank, hello.generation, hello.parent_pid, hello.log_level)
+        quiet.settle(hello.info.global_rank, hello.generation, hello.parent_pid, hello.log_level)
         network = _meet(hello)
         _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
         connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
         return
-    if hello.disable_automatic_gc:
+    if hello.info.disable_automatic_gc:
         gc.disable()
     ready = Ready(hello.generation)
     if network is not None:
@@ -86,9 +87,9 @@ def _start_error(error: Exception, hello: Hello) -> Exception:
     if isinstance(error, (ExecutorError, ConfigurationError)):
         return error
     return ExecutorError(
-        f"the checkpoint process of rank {hello.rank} could not meet the others: "
+        f"the checkpoint process of rank {hello.info.global_rank} could not meet the others: "
         f"{type(error).__name__}: {error}",
-        rank=hello.rank,
+        rank=hello.info.global_rank,
         hint="Look whether every host can reach every other; interface= or CLOUDCKPT_INTERFACE names the "
         "interface or address",
     )
@@ -129,6 +130,11 @@ def _end_when_told(worker: Worker, trainer: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def _sealed(metadata: Metadata) -> Sealed:
+    size = sum(md.sizes_of(metadata).values())  # 0 where another writer notes none
+    return Sealed(pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL), size or None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     state: dict[str, Any]
@@ -163,7 +169,7 @@ class Worker:
             except (EOFError, OSError):
                 return
             del request, answer
-            if not self._hello.disable_manual_gc:
+            if not self._hello.info.disable_manual_gc:
                 gc.collect()
                 if not gc.get_freeze_count():  # modules and what they hold, which no later save has to walk
                     gc.freeze()
@@ -193,15 +199,16 @@ class Worker:
             prepared = self._prepared(request)
             fingerprints = self._together(prepared, request)
             metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
-            return Answer(request.number, result=pickle.dumps(metadata, pickle.HIGHEST_PROTOCOL))
+            return Answer(request.number, result=_sealed(metadata))
         except failures.ANY as error:  # the trainer raises it
             self._plans.forget()
             if self._check is not None:
                 self._check.forget()
             self.give_up()
+            _log.debug("the save failed in the checkpoint process", exc_info=error)
             alike = isinstance(error, CheckpointException) or not self._grouped
             lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
-            told = self._lost(error) if lost else failures.original(error)
+            told = self._lost(error) if lost else failures.original(error, self._hello.info.global_rank)
             return Answer(request.number, failure=failures.dumps(told), sound=alike)
         finally:
             self._writer = None
@@ -238,7 +245,7 @@ class Worker:
             common, summary = self._summarized(request, plan)
             return _Prepared(state, writer, planner, plan, common, summary)
         except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
-            return failures.noted(error)
+            return error
 
     def _summarized(self, request: SaveRequest, plan: Prepared) -> tuple[dict[str, Any], Summary | None]:
         """Summarize this rank's part of a save, where it is compared with the others'."""
@@ -262,9 +269,13 @@ class Worker:
         if isinstance(prepared, _Prepared):
             own = prepared.plan.fingerprint, prepared.summary
         dist.all_gather_object(told, (failed, own))
-        problems = {rank: failures.loads(data) for rank, (failed, data) in enumerate(told) if failed}
+        problems = {
+            rank: (failures.loads(data), _NO_FRAMES) for rank, (failed, data) in enumerate(told) if failed
+        }
+        if isinstance(prepared, Exception):
+            problems[dist.get_rank()] = prepared, traceback.extract_tb(prepared.__traceback__)
         if problems:
-            raise CheckpointException("prepare", {rank: (e, _NO_FRAMES) for rank, e in problems.items()})
+            raise CheckpointException("prepare", problems)
         self._compare(prepared, [summary for _, (_, summary) in told], request)
         return [structure for _, (structure, _) in told]
 
@@ -279,13 +290,12 @@ class Worker:
 
     def _lost(self, error: BaseException) -> BaseException:
         """A collective that failed: what it says is about sockets, and means a rank."""
-        lost = ExecutorError(
-            f"the checkpoint process of rank {self._hello.rank} lost touch with another rank's: "
+        return ExecutorError(
+            f"the checkpoint process of rank {self._hello.info.global_rank} lost touch with another rank's: "
             f"{type(error).__name__}: {error}",
-            rank=self._hello.rank,
+            rank=self._hello.info.global_rank,
             hint="Look at the other ranks' errors; the next save starts new processes",
         )
-        return failures.noted(lost.with_traceback(error.__traceback__))
 
     def _arena(self, news: ArenaNews) -> Arena:
         if news.described:
@@ -293,7 +303,7 @@ class Worker:
                 self._arenas.pop(news.index).close()
             self._arenas[news.index] = Arena.attach(reduction.recv_handle(self._connection), news.nbytes)
         if news.index not in self._arenas:
-            raise ExecutorError(f"arena {news.index} was never described", rank=self._hello.rank)
+            raise ExecutorError(f"arena {news.index} was never described", rank=self._hello.info.global_rank)
         arena = self._arenas[news.index]
         arena.follow(news.nbytes)
         return arena

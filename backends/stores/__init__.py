@@ -7,6 +7,7 @@ from typing import cast
 
 from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ConfigurationError, StorageError
+from cloudckpt.backends.libraries import install_hint
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
@@ -38,11 +39,10 @@ def open_store(target: Target) -> ObjectStore:
         if (error.name or "").startswith("cloudckpt"):
             raise
         extra = _EXTRAS.get(target.protocol)
-        install = f'Install it with: pip install "cloudckpt[{extra}]"' if extra else str(error)
         raise ConfigurationError(
             f"{error.name or 'a library'}, which {target.protocol}:// needs, is not installed",
             uri=target.uri,
-            hint=install,
+            hint=install_hint(extra, error.name) if extra else str(error),
         ) from error
     except OSError as error:
         raise StorageError(

@@ -71,7 +71,7 @@ def clock(date: str | None, asked: float, answered: float, *, refused: bool = Fa
         return Finding("clock", "unknown", "the server does not tell its time")
     way = "behind" if off < 0 else "ahead of"
     if refused or abs(off) > _REFUSED:
-        what = f"this machine's clock is {duration(off)} {way} the server's"
+        what = f"this machine's clock is {duration(off)} {way} the server's ({abs(off):,.0f} s)"
         return Finding("clock", "failed", f"{what}{', which refuses it' if refused else ''}", _SET_IT)
     if abs(off) > _LATE:
         what = f"this machine's clock is {duration(off)} {way} the server's; from 15 minutes on it is refused"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -37,9 +38,11 @@ from cloudckpt.backends.stores.causes import (
     origin,
     words,
 )
+from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.response_body import BrokenOffError
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
+from cloudckpt.backends.stores.s3_codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
@@ -61,6 +64,10 @@ _PERMISSIONS: Mapping[str, str] = {
     "delete": "storage.objects.delete",
     "look at the bucket": "storage.buckets.get",
 }
+_OF_BUCKETS: Final = frozenset({"put", "begin an upload", "list", "look at the bucket"})
+"""Requests that name no object which could be missing."""
+_SKEWED: Final = 300.0
+"""Seconds by which a clock may be off before Google refuses the tokens that are signed with it."""
 _BAD_BYTES = ("crc32c", "md5", "checksum", "hash")
 _LOGIN_HINT = where_credentials_belong("gs")
 _LOST = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
@@ -170,12 +177,15 @@ def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointE
     said = f"{answer.doing} failed with status {answer.status} ({answer.reason or 'no reason'})"
     match answer.status:
         case HTTPStatus.UNAUTHORIZED:
-            return AccessDeniedError(f"{route.endpoint} refused the credentials", hint=_LOGIN_HINT)
+            return _error_of_credentials(answer, route)
         case HTTPStatus.FORBIDDEN:
             needed = _PERMISSIONS.get(answer.doing, answer.doing)
             hint = f"The account needs {needed} on the bucket {target.bucket!r}"
             hint += foreign(answer, route)
             return AccessDeniedError(f"GCS denied to {answer.doing}: {answer.message}", hint=hint)
+        case HTTPStatus.NOT_FOUND if answer.doing in _OF_BUCKETS:
+            message = f"the bucket {target.bucket!r} does not exist"
+            return ObjectNotFoundError(message, hint="Create it, or check its name and the endpoint")
         case HTTPStatus.NOT_FOUND:
             return ObjectNotFoundError(f"no such object, or no bucket {target.bucket!r}")
         case HTTPStatus.PRECONDITION_FAILED:
@@ -192,6 +202,25 @@ def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointE
                 message = f"{said}, through the proxy {route.proxy}"
                 return StorageError(message, hint=route.proxy.cure(route.host))
             return StorageError(f"{said}: {answer.message}")
+
+
+def _error_of_credentials(answer: RefusedError, route: Route) -> AccessDeniedError:
+    """Return the error for credentials that were refused: by the clock, where the answer has another time."""
+    now = time.time()
+    off = seconds_off(answer.date, now, now)
+    if off is None or abs(off) < _SKEWED:
+        message = f"{route.endpoint} refused the credentials: their token is not valid, or has expired"
+        return AccessDeniedError(f"{message}{_quoted(answer)}", hint=f"Log in again. {_LOGIN_HINT}")
+    way = "behind" if off < 0 else "ahead of"
+    message = (
+        f"{route.endpoint} refused the credentials, and this machine's clock is {duration(off)} {way} "
+        f"the server's ({abs(off):,.0f} s)"
+    )
+    return AccessDeniedError(f"{message}{_quoted(answer)}", hint=SET_THE_CLOCK)
+
+
+def _quoted(answer: RefusedError) -> str:
+    return f" ({quoted(answer.reason or str(answer.status), answer.message)})"
 
 
 def foreign(answer: RefusedError, route: Route) -> str:
@@ -225,7 +254,8 @@ def _error_without_answer(error: Exception, route: Route) -> CheckpointError:
         case google.TransportError():
             return _error_of_tokens(error)
         case google.GoogleAuthError() | HttpError():
-            return AccessDeniedError(f"the Google credentials can't be renewed: {error}", hint=_LOGIN_HINT)
+            hint = f"Check that their key or account was not deleted, and the clock. {_LOGIN_HINT}"
+            return AccessDeniedError(f"the Google credentials can't be renewed: {error}", hint=hint)
         case _:
             return _error_of_connection(error, route)
 

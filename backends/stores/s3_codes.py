@@ -35,7 +35,7 @@ WRONG_REGION: Final = frozenset(
 
 _LOG_IN: Final = where_credentials_belong("s3")
 _SET_NEW: Final = f"Log in again or set new credentials; those of a role are renewed by botocore. {_LOG_IN}"
-_SET_THE_CLOCK: Final = "Set the clock of this machine by NTP or chrony (a container has its host's clock)"
+SET_THE_CLOCK: Final = "Set the clock of this machine by NTP or chrony (a container has its host's clock)"
 _SET_THE_REGION: Final = "Set the option region{region}"
 _SEND_A_CHECKSUM: Final = (
     "If the bucket demands a checksum (one with Object Lock does), set the option checksum to auto, "
@@ -65,7 +65,7 @@ def _each(codes: str, meaning: Meaning) -> Mapping[str, Meaning]:
 
 
 _OF_CALLERS: Final[Mapping[str, Meaning]] = {
-    WRONG_CLOCK: Meaning(StorageError, "{clock}", _SET_THE_CLOCK, about_caller=True),
+    WRONG_CLOCK: Meaning(StorageError, "{clock}", SET_THE_CLOCK, about_caller=True),
     **_each(
         "ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired",
         Meaning(AccessDeniedError, "{endpoint} refused credentials that have expired", _SET_NEW, True),

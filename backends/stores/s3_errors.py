@@ -261,7 +261,8 @@ def _clock(error: boto.ClientError) -> str:
     if not off:
         return "the server refused the time of this machine's clock"
     way = "behind" if off < 0 else "ahead of"
-    return f"this machine's clock is {duration(off)} {way} the server's, which refused the request"
+    told = f"this machine's clock is {duration(off)} {way} the server's ({abs(off):,.0f} s)"
+    return f"{told}, which refused the request"
 
 
 def _is_not_s3(error: boto.ClientError) -> bool:

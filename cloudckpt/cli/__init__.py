@@ -25,7 +25,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _LIBRARIES:
             raise
-        sys.stderr.write('The command line takes two more libraries: pip install "cloudckpt[cli]"\n')
+        from cloudckpt.backends.libraries import install_hint  # noqa: PLC0415 - as late as the application
+
+        sys.stderr.write(f"{error.name} is not installed. {install_hint('cli', error.name)}\n")
         raise SystemExit(2) from None
     if isinstance(sys.stdout, io.TextIOWrapper):  # names may hold what its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")

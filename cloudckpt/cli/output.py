@@ -16,13 +16,13 @@ from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
+from cloudckpt.backends import units
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.printable import lines, one_line
 
 _UNBROKEN: Final = 1 << 16
 """Columns of a line in a pipe."""
-_SIZES: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_KIB: Final = 1024
+size = units.size
 
 
 def answers() -> Console:
@@ -91,15 +91,6 @@ def agreed(question: str, *, yes: bool, otherwise: str = "nothing was deleted") 
     if not agreement:
         say(otherwise, console=aside())
     return agreement
-
-
-def size(nbytes: float) -> str:
-    """Bytes, in at most ten characters."""
-    for unit in _SIZES[:-1]:
-        if nbytes < _KIB:
-            return f"{nbytes:.0f} {unit}" if unit == _SIZES[0] else f"{nbytes:.1f} {unit}"
-        nbytes /= _KIB
-    return f"{nbytes:.1f} {_SIZES[-1]}"
 
 
 def age(when: datetime | None, now: datetime | None = None) -> str:

@@ -157,7 +157,7 @@ def ranks(rendezvous: Rendezvous, options: NetworkOptions, timeout: float) -> It
         yield Finding("rendezvous", "failed", what, advice)
         return
     yield Finding("rendezvous", "ok", f"{rendezvous.world_size} ranks meet at {at}")
-    place = MeetingPlace(
+    place = MeetingPlace.at_store(
         rendezvous.rank, rendezvous.world_size, rendezvous.host, rendezvous.port, prefix="cloudckpt/doctor"
     )
     try:

@@ -127,7 +127,7 @@ def test_without_its_libraries_it_says_what_to_install(library: str) -> None:
     code = f"import sys\nsys.modules[{library!r}] = None\nfrom cloudckpt.cli import main\nmain()"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.count("\n") == 1 and 'pip install "cloudckpt[cli]"' in ran.stderr
+    assert ran.stderr.count("\n") == 1 and library in ran.stderr.partition("pip install ")[2]
 
 
 def test_importing_the_library_does_not_import_the_command_line() -> None:

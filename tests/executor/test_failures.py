@@ -73,10 +73,14 @@ def test_what_raises_on_one_rank_is_raised_on_all_and_the_process_goes_on(
 ) -> None:
     before = save_everywhere(pool, 0, tmp_path)
     failed = save_everywhere(pool, 1, tmp_path, where, saboteurs.RAISE, rank)
-    for _, error in failed:
+    for at, (_, error) in enumerate(failed):
         assert isinstance(error, Sabotage)
         assert str(error) == f"sabotaged on rank {rank} at {where}"
-        assert any("saboteurs.py" in note for note in error.__notes__)
+        assert any(note.startswith(f"raised on rank {rank}") for note in error.__notes__)
+        # The frames of the writer, not those of DCP, and on the rank that raised it alone.
+        framed = [note for note in error.__notes__ if "saboteurs.py" in note]
+        assert bool(framed) is (at == rank), error.__notes__
+        assert not any("cloudckpt/" in note or "checkpoint/state_dict_saver" in note for note in framed)
     assert not committed(tmp_path, 1)
     after = save_everywhere(pool, 2, tmp_path)
     assert [error for _, error in after] == [None, None]

@@ -41,7 +41,7 @@ def test_one_that_can_not_travel_is_told_in_words(error: Exception, said: str) -
 
 def test_what_is_shared_names_its_rank_once() -> None:
     shared = failures.shared(failures.shared(ValueError("seven"), 3), 3)
-    assert [note.splitlines()[0] for note in shared.__notes__] == ["raised on rank 3:"]
+    assert [note.splitlines()[0] for note in shared.__notes__] == ["raised on rank 3"]
 
 
 def test_an_interruption_is_the_others_executor_error() -> None:

@@ -31,7 +31,9 @@ class Job:
         self.last: list[int | None] = [None] * RANKS
         self.collective = threading.Barrier(RANKS)
         self._rng = random.Random(seed)
-        places = [MeetingPlace(rank, RANKS, "127.0.0.1", store.port, prefix) for rank in range(RANKS)]
+        places = [
+            MeetingPlace.at_store(rank, RANKS, "127.0.0.1", store.port, prefix) for rank in range(RANKS)
+        ]
         self.agreements = [LastCall(place, self.heard.append, PATIENCE) for place in places]
 
     def run(self) -> None:
@@ -84,7 +86,7 @@ def test_every_call_after_the_last_is_one_as_well() -> None:
 
 
 def test_without_a_rank_that_could_agree_calls_pass(store: TCPStore) -> None:
-    place = MeetingPlace(0, 2, "127.0.0.1", store.port, "alone")
+    place = MeetingPlace.at_store(0, 2, "127.0.0.1", store.port, "alone")
     heard = threading.Event()
     agreement = LastCall(place, lambda _: heard.set(), PATIENCE)
     agreement.give_notice("SIGTERM 0")

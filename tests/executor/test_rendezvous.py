@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.executor import ProcessExecutor, ProcessGroupInfo
+from cloudckpt.executor.meeting import Meeting
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import Meeting
 from support.executors import within
 from support.ranks import RankPool, RankPools
 from support.trainers import ROOT, TrainerProcess, TrainerRaised
@@ -258,7 +258,7 @@ def prefix_of(rank: int, restart: str, ranks: list[int]) -> str | None:
         return None
     with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": restart}):
         meeting = Meeting(None, None, NetworkOptions())
-        prefix = meeting.place(timeout=20).prefix
+        prefix: str = meeting.place(timeout=20).prefix
         dist.barrier() if len(ranks) > 1 else None  # rank 0's store lives as long as its meeting
         return prefix
 

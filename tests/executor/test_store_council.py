@@ -87,7 +87,8 @@ def door() -> Iterator[Door]:
 @pytest.mark.soak
 def test_a_verdict_is_found_where_the_store_is_away_for_seconds(door: Door) -> None:
     councils = [
-        StoreCouncil(MeetingPlace(rank, RANKS, "localhost", door.port, prefix="p")) for rank in range(RANKS)
+        StoreCouncil(MeetingPlace.at_store(rank, RANKS, "localhost", door.port, prefix="p"))
+        for rank in range(RANKS)
     ]
 
     def join(council: StoreCouncil) -> Trial:
