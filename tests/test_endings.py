@@ -175,7 +175,7 @@ def test_forked_children_finish_their_own_saves_and_are_refused_their_parents(tm
     end = ended(tmp_path, FORKS, setup=UNTIL_CHILDREN_END)
     lines = end.out.splitlines()
     assert lines[0] == "0", end.errors
-    assert lines[1:8] == ["True True"] * 8, end.out + end.errors
+    assert lines[1:9] == ["True True"] * 8, end.out + end.errors
     assert lines[9:] == ["0", "done"]
     assert steps(tmp_path / "run-child") == [5]
     assert pending(tmp_path / "run-child") == []
