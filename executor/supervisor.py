@@ -178,7 +178,7 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            for job in iter(self._jobs.get, None):
+            while (job := self._jobs.get()) is not None:
                 try:
                     self._serve(job)
                 except failures.ANY as error:  # a bug of ours must not leave the others waiting
