@@ -24,11 +24,12 @@ from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
+from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.roll_call import Call
-from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.supervisor import Supervisor
 from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
 
