@@ -9,9 +9,7 @@ touches anything else; a save that finds its marker gone does not commit.
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import threading
 import time
 import weakref
@@ -19,7 +17,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from cloudckpt.backends import background_log, system_limits
+from cloudckpt.backends import background_log, process_identity, system_limits
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CommitError,
@@ -222,9 +220,8 @@ def _content(save_id: str, rank: int, notes: Mapping[str, Any]) -> bytes:
         {
             "save_id": save_id,
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "process": os.getpid(),
             "rank": rank,
+            **process_identity.own(),
             **notes,
         }
     ).encode()

@@ -63,15 +63,16 @@ class Calls:
         """Return a function that takes this rank's value and returns rank 0's. Rank 0 does not wait."""
 
         def follow(value: bool) -> bool:
-            ranks = self._executor.ranks(name, process_group=self._group, no_dist=not grouped())
+            ranks = self._executor.ranks(name, process_group=self._group, no_dist=not grouped(), saves=True)
             return ranks.follow_first(Call(name, self._uri, about), value)
 
         return follow
 
     def last_call(self, name: str) -> Callable[[Heard], LastCall]:
         """Return a function that has the ranks agree on the last of the calls that their trainers make."""
+        self._executor.check_owner(name)
         return lambda heard: self._executor.ranks(
-            name, process_group=self._group, no_dist=not grouped()
+            name, process_group=self._group, no_dist=not grouped(), saves=True
         ).last_call(heard)
 
 

@@ -24,6 +24,7 @@ from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
+from cloudckpt.executor.forks import Unpicklable
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
@@ -31,8 +32,8 @@ from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
-from cloudckpt.progress import display
-from cloudckpt.ranks import agreed, own_rank, together
+from cloudckpt.progress import RankZeroDisplay
+from cloudckpt.ranks import agreed, group_size, own_rank, together
 from cloudckpt.retention import Retention
 from cloudckpt.run import Run
 from cloudckpt.saves import OnFailure, Saves
@@ -45,7 +46,7 @@ from cloudckpt.watch import Watch
 _log = background_log.logger(__name__)
 
 
-class Checkpointer:
+class Checkpointer(Unpicklable):
     """Saves and loads the steps of one run, in the background and with every rank.
 
     Each step is a folder below the run's URI, which exists when its commit does. Every rank makes a
@@ -122,8 +123,8 @@ class Checkpointer:
         self._run = Run(Target.given("Checkpointer", uri, options))
         retention = Retention(keep_last, keep_every, keep_best)
         self._schedule = Schedule(every_steps, every_seconds)
-        self._rank = own_rank(process_group)
-        self._saves = Saves(on_failure, self._rank)
+        self._rank = rank = partial(own_rank, process_group)  # the group may be there only later
+        self._saves = Saves(on_failure, rank)
         self._group = process_group
         self._trust = true_or_false("trust", trust)
         self._executor = ProcessExecutor(
@@ -136,13 +137,11 @@ class Checkpointer:
             use_prefix_store=False if os.environ.get("DCP_USE_PREFIX_STORE") == "0" else None,
         )
         self._calls = Calls(self._executor, process_group, self.uri)
-        shown = true_or_false("progress", progress) and self._rank == 0
-        self._display = display() if shown else None
-        ranks = dist.get_world_size(process_group) if grouped() else 1
-        story = Story(self.uri, ranks, self._rank, retention.rules, shown=shown)
-        self._watch = Watch(on_event, self._rank, self._display, story)
+        self._display = RankZeroDisplay(true_or_false("progress", progress), rank)
+        story = Story(self.uri, partial(group_size, process_group), rank, retention.rules, shown=progress)
+        self._watch = Watch(on_event, rank, self._display, story)
         self._state = partial(AppState, group=process_group, trust=self._trust)
-        self._preemption = Preemption(preemption_grace, self._rank)
+        self._preemption = Preemption(preemption_grace, rank)
         self._saving = Saving(
             self._run,
             retention,
@@ -172,6 +171,7 @@ class Checkpointer:
             StorageError: the run can't be written to, or not read.
             ExecutorError: a rank is missing, or the processes can't reach each other.
         """
+        self._preemption.start()
         self._calls.agreed(f"warmup({'' if state_dict is None else 'state_dict'})", self._run.prove)
         self._watch.story.begin()
         self._executor.warmup(
@@ -264,7 +264,7 @@ class Checkpointer:
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading, newest = Loading(self._run, self._group, self._rank, self._trust, self._display), chosen
+        loading, newest = Loading(self._run, self._group, self._rank(), self._trust, self._display()), chosen
         began = time.monotonic()
         if step is None:
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
@@ -274,7 +274,7 @@ class Checkpointer:
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
         self._saving.loaded = chosen
-        self._watch.tell(Loaded(chosen, uri, self._rank, took, loading.size, instead_of))
+        self._watch.tell(Loaded(chosen, uri, self._rank(), took, loading.size, instead_of))
         return chosen
 
     def rollback(self, step: int) -> list[int]:
@@ -339,6 +339,7 @@ class Checkpointer:
         Raises:
             ConfigurationError: ``preemption_grace`` is None.
         """
+        self._executor.check_owner("preempt()")
         self._preemption.tell("SIGTERM")
 
     def close(self) -> None:
@@ -363,9 +364,11 @@ class Checkpointer:
         try:
             self._close(deliver=False)
         except failures.ANY as failed:  # what ended the block is raised
-            _log.log(logging.WARNING if self._rank == 0 else logging.DEBUG, "%s", one_line(failed))
+            _log.log(logging.WARNING if self._rank() == 0 else logging.DEBUG, "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
+        if self._executor.is_elsewhere:
+            return  # a forked child: the saves are its parent's
         self._executor.close(self._preemption.remaining)
         self._watch.finish()
         try:

@@ -45,17 +45,20 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """What a Checkpointer does about it.
+    """The part of a Checkpointer that handles preemption.
+
+    Signals are handled from the first call that saves or is about to: a Checkpointer that only reads leaves
+    them alone.
 
     Args:
         grace: seconds from the notice until the process has ended; None leaves signals alone.
-        rank: of this process.
+        rank: returns the rank of this process.
 
     Raises:
         ConfigurationError: the grace time can't be used.
     """
 
-    def __init__(self, grace: float | None, rank: int) -> None:
+    def __init__(self, grace: float | None, rank: Callable[[], int]) -> None:
         if grace is not None and not 0 < grace < math.inf:
             raise ConfigurationError(
                 f"preemption_grace is {grace!r}", hint="Give a number of seconds above 0, or None"
@@ -68,11 +71,17 @@ class Preemption:
         """What this rank was told."""
         self._deadline: float | None = None
         self._acted = threading.Event()
-        self._acting = self._preempted = False
+        self._acting = self._preempted = self._closed = False
         self._lock = threading.Lock()
         self._last_call: LastCall | None = None
         self._listener = Listener(self.tell)
-        if grace is not None:
+
+    def start(self) -> None:
+        """Handle signals from now on, as far as they have the system's own handlers.
+
+        Only the main thread can do so: a call on another one leaves it to a later call.
+        """
+        if self._grace is not None and not self._closed:
             self._listener.start()
 
     @property
@@ -93,23 +102,26 @@ class Preemption:
                 "this Checkpointer has preemption_grace=None",
                 hint="Give it a number of seconds",
             )
+        if threading.current_thread() is threading.main_thread():
+            self.start()
         self._own = name  # before the look, and `passes` looks in the other order: one of them gives notice
         if self._last_call is None:
-            self._hear(f"{name} {self._rank}")
+            self._hear(f"{name} {self._rank()}")
         else:
-            self._last_call.give_notice(f"{name} {self._rank}")
+            self._last_call.give_notice(f"{name} {self._rank()}")
 
     def passes(self, meet: Callable[[Heard], LastCall]) -> bool:
-        """Whether a call of the trainer's is one as any other; False where it is the last.
+        """Return True for an ordinary call of the trainer's, and False where it is the last.
 
         ``meet`` has the ranks meet, at the first call.
         """
         if self._grace is None:
             return True
+        self.start()
         if self._last_call is None:
             self._last_call = meet(self._hear)
             if self._own is not None:
-                self._last_call.give_notice(f"{self._own} {self._rank}")
+                self._last_call.give_notice(f"{self._own} {self._rank()}")
         remaining = self.remaining
         return self._last_call.passes(self._grace if remaining is None else remaining)
 
@@ -129,6 +141,7 @@ class Preemption:
 
         With ``deliver``, one that came and had no save now does what it does without a Checkpointer.
         """
+        self._closed = True
         self._acted.set()
         if self._last_call is not None:
             self._last_call.close()
@@ -147,7 +160,7 @@ class Preemption:
             if self._signal is not None:
                 return
             self._signal = name
-        level = logging.WARNING if self._rank == 0 else logging.INFO
+        level = logging.WARNING if self._rank() == 0 else logging.INFO
         _log.log(level, "%s on rank %s: the next step is the last, and is saved", name, rank)
         if self._grace is not None:
             self._deadline = time.monotonic() + self._grace

@@ -6,6 +6,7 @@ import importlib
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from cloudckpt.backends import background_log
@@ -83,6 +84,28 @@ def display() -> Display:
         except ModuleNotFoundError:
             _log.debug("there are lines about progress: bars take tqdm")
     return Lines()
+
+
+class RankZeroDisplay:
+    """The display of rank 0: a process may get its rank after its Checkpointer is made.
+
+    Args:
+        progress: False shows nothing on any rank.
+        rank: returns the rank of this process.
+    """
+
+    def __init__(self, progress: bool, rank: Callable[[], int]) -> None:
+        self._progress = progress
+        self._rank = rank
+        self._made: Display | None = None
+
+    def __call__(self) -> Display | None:
+        """Return the display, None on other ranks."""
+        if not self._progress or self._rank() != 0:
+            return None
+        if self._made is None:
+            self._made = display()
+        return self._made
 
 
 class Arriving:

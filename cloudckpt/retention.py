@@ -15,10 +15,11 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends import attempts, background_log
 from cloudckpt.backends.delete import delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 
@@ -27,7 +28,7 @@ _log = background_log.logger(__name__)
 _METRIC = "metric"
 """The note by which ``keep_best`` goes."""
 _PRUNED = "cloudckpt_pruned"
-_OF_RUN = ("_run", "_step", "_retention", "_loaded")
+_OF_RUN = ("_run", "_step", "_retention", "_loaded", "_clears")
 """Fields of a PruningWriter that a StorageWriter does not have."""
 _SET_ASIDE_FOR = timedelta(days=1)
 """The age from which on retention deletes a step that was set aside; gc's own by default."""
@@ -149,6 +150,7 @@ class PruningWriter(StorageWriter):
         loaded: the step that the job loaded, which stays.
         metric: of the step.
         overwrite: replace the step where it is committed, and write it where a newer one is.
+        clears: remove what dead attempts have left, after the commit.
 
     Raises:
         ConfigurationError: the metric can't be used, or is missing.
@@ -163,10 +165,12 @@ class PruningWriter(StorageWriter):
         loaded: int | None = None,
         metric: float | None = None,
         overwrite: bool = False,
+        clears: bool = False,
     ) -> None:
         notes = {} if metric is None else {_METRIC: metric}
         super().__init__(run.at(step), overwrite=overwrite, notes=notes)
         self._run, self._step, self._retention, self._loaded = run, step, retention, loaded
+        self._clears = clears
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in _OF_RUN}
@@ -200,6 +204,8 @@ class PruningWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         super().finish(metadata, results)
+        if self._clears:
+            self._clear()
         try:
             # Goes to every rank with the metadata, which is stored already.
             pruned = prune(self._run, self._retention, _steps(self._step, self._loaded))
@@ -207,6 +213,21 @@ class PruningWriter(StorageWriter):
         except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
             said = f"{type(error).__name__}: {error}"
             _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
+
+    def _clear(self) -> None:
+        """Remove what attempts left that died before this save."""
+        try:
+            with open_store(self._run.target) as store:
+                removed = attempts.remove_dead(store, self._run.folder(self._step))
+        except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
+            what = "the save is committed; what dead saves have left stays until gc removes it: %s"
+            _log.warning(what, one_line(error))
+            return
+        if removed:
+            where, such = one_line(self._run.target.uri), one_line(removed[0])
+            _log.info(
+                "removed %d objects and uploads that dead saves left in %s: %s", len(removed), where, such
+            )
 
 
 def with_metric(

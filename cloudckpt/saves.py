@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.marker import RENEWED_EVERY, SILENT_FOR
 from cloudckpt.backends.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
+from cloudckpt.executor.forks import Owner
 
 _REMEMBERED = 16
 """Saves that are under way or have failed: more than there can be under way."""
@@ -22,6 +25,11 @@ OnFailure = Literal["raise", "warn"]
 
 Follow = Callable[[bool], bool]
 """Rank 0's value, on every rank; each gives its own."""
+
+
+def _clearings() -> list[float]:
+    now = time.monotonic()
+    return [now, now + SILENT_FOR.total_seconds() + RENEWED_EVERY]
 
 
 class Saves:
@@ -35,19 +43,46 @@ class Saves:
         ConfigurationError: ``on_failure`` is neither ``"raise"`` nor ``"warn"``.
     """
 
-    def __init__(self, on_failure: OnFailure, rank: int) -> None:
+    def __init__(self, on_failure: OnFailure, rank: Callable[[], int]) -> None:
         if on_failure not in get_args(OnFailure):
             raise ConfigurationError(f"on_failure is {on_failure!r}", hint="Give 'raise' or 'warn'")
         self._warn = on_failure == "warn"
         self._rank = rank
         self._saves: list[tuple[int, SaveHandle[CheckpointInfo]]] = []
+        self._owner = Owner("this Checkpointer")
+        self._clearings = _clearings()
+        """Times from which on a save is to remove what dead saves have left."""
 
     def add(self, step: int, handle: SaveHandle[CheckpointInfo]) -> None:
-        """Remember a save from here on."""
+        """Remember a save from here on, and no committed one before it."""
+        self._forget_committed()
         self._saves.append((step, handle))
+        clears = self.clears
+
+        def ended(save: Any) -> None:  # the handle, which must not keep itself
+            if save.failed:  # its process may be gone
+                self._clearings = _clearings()
+            elif clears and not save.cancelled():
+                self._clearings = [when for when in self._clearings if when > time.monotonic()]
+
+        handle.add_done_callback(ended)
+
+    @property
+    def clears(self) -> bool:
+        """True for a save that is to remove what dead saves have left: the first, and after a failure.
+
+        Attempts of other hosts count as dead only later, and another save removes theirs.
+        """
+        return any(when <= time.monotonic() for when in self._clearings)
 
     def settle(self, timeout: float | None = None) -> bool:
-        """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few."""
+        """Wait for every save under way, however it ends; False where ``timeout`` seconds were too few.
+
+        Raises:
+            ExecutorError: this process was forked while a save was under way.
+        """
+        if self._owner.is_elsewhere and not all(handle.done() for _, handle in self._saves):
+            self._owner.check("a wait for the saves under way")
         return not wait([handle for _, handle in self._saves], timeout).not_done
 
     def raise_unheard(self, follow_first: Follow) -> None:
@@ -71,7 +106,13 @@ class Saves:
         if ended_badly:
             self.settle()
             self._raise_next(even_heard=True)
-        # Rank 0 may learn of a failure later than this rank, and raise it then.
+        self._forget_committed()
+
+    def _forget_committed(self) -> None:
+        """Keep the saves under way and those that failed: rank 0 may learn of a failure later than this rank.
+
+        It raises the failure then.
+        """
         kept = [(step, handle) for step, handle in self._saves if handle.failed or not handle.done()]
         self._saves = kept[-_REMEMBERED:]
 
@@ -99,7 +140,7 @@ class Saves:
         for step, handle in self._saves:
             if handle.failed and not handle.heard:
                 error = handle.exception()
-                level = logging.WARNING if self._rank == 0 else logging.DEBUG
+                level = logging.WARNING if self._rank() == 0 else logging.DEBUG
                 name = type(error).__name__
                 _log.log(level, "the save of step %d failed: %s: %s", step, name, one_line(error))
         self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

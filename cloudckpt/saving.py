@@ -66,7 +66,13 @@ class Saving:
             Exception: a ``state_dict()`` of the state raised it, in a single process.
         """
         make_writer = partial(
-            PruningWriter, self.run, step, self.retention, loaded=self.loaded, overwrite=self.overwrite
+            PruningWriter,
+            self.run,
+            step,
+            self.retention,
+            loaded=self.loaded,
+            overwrite=self.overwrite,
+            clears=self.saves.clears,
         )
         writer, problem = with_metric(make_writer, self.retention, metric)
         uri = writer.checkpoint_id

@@ -6,6 +6,7 @@ long as it lasts. The interpreter writes the signal's number to a pipe at once.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -25,7 +26,7 @@ _log = background_log.logger(__name__)
 
 
 class Listener:
-    """One who is told.
+    """A receiver of the names of signals.
 
     Args:
         heard: called with the signal's name, on a thread of this module's.
@@ -36,10 +37,20 @@ class Listener:
         self.overdue: BaseException | None = None
         """What the main thread is to raise where it is, at the next signal."""
         self.listening = False
+        self._refused = False
 
     def start(self) -> None:
-        """Listen from now on, where these signals would end the process: no handler is taken from anybody."""
+        """Listen from now on, where these signals would end the process: no handler is replaced.
+
+        Off the main thread a later call tries again.
+        """
+        if self.listening or self._refused:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            _say_left_alone()
+            return
         self.listening = _ears.add(self)
+        self._refused = not self.listening
 
     def interrupt(self, name: str, error: BaseException) -> None:
         """Have the main thread raise an error wherever it is, as Ctrl-C does."""
@@ -67,9 +78,6 @@ class _Ears:
         self._thread: threading.Thread | None = None
 
     def add(self, listener: Listener) -> bool:
-        if threading.current_thread() is not threading.main_thread():
-            _log.info("SIGTERM and SIGUSR1 are left alone: only the main thread can take them")
-            return False
         if not self._listeners and not self._open():
             return False
         self._listeners.append(listener)
@@ -125,6 +133,8 @@ class _Ears:
         if self._taken:
             self._listeners.clear()
             self._give_back()
+            os.close(self._read)
+            os.close(self._write)
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _give_back(self) -> None:
@@ -155,6 +165,12 @@ class _Ears:
             if heard[0] in self._taken:
                 for listener in list(self._listeners):
                     listener.heard(signal.Signals(heard[0]).name)
+
+
+@functools.cache
+def _say_left_alone() -> None:
+    """Log it, once for a process."""
+    _log.info("SIGTERM and SIGUSR1 are left alone until the main thread saves: only it can handle signals")
 
 
 _ears = _Ears()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from cloudckpt.backends import background_log, units
@@ -66,13 +66,21 @@ class Story:
 
     Args:
         uri: the run, without options.
-        ranks: how many save together.
-        rank: of this process. Only rank 0 writes.
+        ranks: returns how many save together.
+        rank: returns the rank of this process. Only rank 0 writes.
         kept: the keep rules that are set, by the names of their arguments.
         shown: write to standard error where the program has not configured logging.
     """
 
-    def __init__(self, uri: str, ranks: int, rank: int, kept: Mapping[str, object], *, shown: bool) -> None:
+    def __init__(
+        self,
+        uri: str,
+        ranks: Callable[[], int],
+        rank: Callable[[], int],
+        kept: Mapping[str, object],
+        *,
+        shown: bool,
+    ) -> None:
         self._uri, self._ranks, self._rank, self._kept, self._shown = uri, ranks, rank, kept, shown
         self._begun = False
 
@@ -81,7 +89,8 @@ class Story:
         if self._begun:
             return
         self._begun = True
-        ranks = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
+        count = self._ranks()
+        ranks = "1 rank" if count == 1 else f"{count} ranks"
         kept = ", ".join(f"{name}={value}" for name, value in self._kept.items()) or "all steps are kept"
         self._say("checkpoints go to %s (%s, %s)", one_line(self._uri), ranks, kept)
 
@@ -100,7 +109,7 @@ class Story:
             handle: its handle.
             blocked: seconds that training waited for the snapshot; None where it waits for the commit.
         """
-        if self._rank != 0:
+        if self._rank() != 0:
             return
         began = time.monotonic() - (blocked or 0.0)
 
@@ -121,7 +130,7 @@ class Story:
         handle.add_done_callback(committed)
 
     def _say(self, text: str, *values: object) -> None:
-        if self._rank != 0:
+        if self._rank() != 0:
             return
         if is_configured():
             _log.info(text, *values)

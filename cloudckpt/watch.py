@@ -21,6 +21,7 @@ from cloudckpt.events import (
     Uploaded,
 )
 from cloudckpt.executor import SaveHandle
+from cloudckpt.executor.forks import Owner
 from cloudckpt.progress import Display
 from cloudckpt.story import Story
 
@@ -74,16 +75,23 @@ class Watch:
 
     Args:
         on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
-        rank: of this process.
-        shown: shows how far each save is.
+        rank: returns the rank of this process.
+        display: returns what shows the progress of saves, None where nothing does.
         story: logs a line for each save and load.
     """
 
-    def __init__(self, on_event: OnEvent | None, rank: int, shown: Display | None, story: Story) -> None:
+    def __init__(
+        self,
+        on_event: OnEvent | None,
+        rank: Callable[[], int],
+        display: Callable[[], Display | None],
+        story: Story,
+    ) -> None:
         self.story = story
         self._on_event = on_event
         self._rank = rank
-        self._shown = shown
+        self._display = display
+        self._owner = Owner("this Checkpointer")
         self._changed = threading.Condition()
         self._saves: list[_Save] = []
         self._thread: threading.Thread | None = None
@@ -109,10 +117,10 @@ class Watch:
             blocking: training waits until it is committed.
         """
         self.story.follow(step, handle, None if blocking else blocked)
-        if self._on_event is None and self._shown is None:
+        if self._on_event is None and self._display() is None:
             return
         with self._changed:
-            self._saves.append(_Save(step, uri, self._rank, handle, blocked, pruned))
+            self._saves.append(_Save(step, uri, self._rank(), handle, blocked, pruned))
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="cloudckpt-watch", daemon=True)
                 try:
@@ -136,7 +144,12 @@ class Watch:
             _log.exception("on_event raised; the checkpoints are not concerned")
 
     def finish(self) -> None:
-        """Wait until all is told of the saves that have ended, and of those under way once they have."""
+        """Wait until all is told of the saves that have ended, and of those under way once they have.
+
+        A process that was forked from the owner has nothing to tell.
+        """
+        if self._owner.is_elsewhere:
+            return
         with self._changed:
             thread = self._thread
         if thread is None:
@@ -167,11 +180,12 @@ class Watch:
                         self._saves.remove(save)
 
     def _show(self, save: _Save, *, ended: bool) -> None:
-        if self._shown is None:
+        shown = self._display()
+        if shown is None:
             return
         name = f"step {save.step}, rank {save.rank}"
         if ended:
-            self._shown.end(name)
+            shown.end(name)
         else:
             progress = save.handle.progress
-            self._shown.show(name, progress.phase, progress.bytes_done, progress.bytes_total)
+            shown.show(name, progress.phase, progress.bytes_done, progress.bytes_total)

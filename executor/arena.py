@@ -70,7 +70,7 @@ class Arena:
         Raises:
             ExecutorError: there is not that much memory, or no descriptor for it.
         """
-        wanted = max(1, -(-nbytes // _GRAIN)) * _GRAIN
+        wanted = self.size_for(nbytes)
         if wanted <= self.nbytes <= 2 * wanted:
             return
         self._unmap()
@@ -92,6 +92,11 @@ class Arena:
         except ExecutorError:
             self._release()
             raise
+
+    @staticmethod
+    def size_for(nbytes: int) -> int:
+        """Return the size of an arena for ``nbytes``."""
+        return max(1, -(-nbytes // _GRAIN)) * _GRAIN
 
     def _grow(self, wanted: int) -> None:
         """Have memory behind it: what is missing shows here as an error, and not later as a bus error.

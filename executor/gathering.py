@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -34,6 +36,8 @@ class Gathering:
         self._use_prefix_store = use_prefix_store
         self._network = network
         self._served: tuple[dist.ProcessGroup | None, bool] | None = None
+        """The group of the first call that binds, and True where this process is alone."""
+        self._default_group: weakref.ref[Any] | None = None
         self._meeting: Meeting | None = None
         self._roll: RollCall | None = None
         self._last_call: LastCall | None = None
@@ -48,34 +52,68 @@ class Gathering:
         """This process's rank; 0 for a single process, and before the ranks have met."""
         return self.place.rank if self.place is not None else 0
 
-    def gather(self, process_group: dist.ProcessGroup | None, no_dist: bool, call: str) -> None:
+    def gather(
+        self,
+        process_group: dist.ProcessGroup | None,
+        no_dist: bool,
+        call: str,
+        *,
+        saves: bool = True,
+    ) -> None:
         """Agree with the other ranks where to meet, at the first call and after one that failed.
 
         Args:
             process_group: the ranks; None for all of them.
             no_dist: this process alone is meant.
             call: made by this rank, as an error names it.
+            saves: the call takes part in a save. Others work after ``destroy_process_group()``, and do not
+                bind a process that is still alone to stay so.
 
         Raises:
             ConfigurationError: an earlier call named another group.
-            ExecutorError: the executor is closed, rank 0 did not come within the time, or this rank can't
-                reach the store.
+            ExecutorError: the executor is closed, its group was destroyed, rank 0 did not come within the
+                time, or this rank can't reach the store.
         """
         self._check_open()
-        if self._served is not None:
-            if self._served != (process_group, no_dist):
-                raise ConfigurationError(
-                    "an executor serves one process group, and this call names another than the first",
-                    hint="Make an executor for each",
-                )
-            if self._contact is None:
-                return
-        if self._meeting is not None or (
-            not no_dist and grouped() and dist.get_world_size(process_group) > 1
-        ):
+        alone = no_dist or not grouped() or dist.get_world_size(process_group) == 1
+        known = self._served is not None and self._is_known(process_group, alone, call, saves)
+        if known:
+            return
+        if self._meeting is not None or not alone:
             with self.meeting():
                 self._meet(process_group, call)
-        self._served = (process_group, no_dist)
+        elif not saves:
+            return
+        self._served = (process_group, alone)
+
+    def _is_known(self, process_group: dist.ProcessGroup | None, alone: bool, call: str, saves: bool) -> bool:
+        """Make sure that a call is of the ranks that have met; False where they have to meet anew.
+
+        Raises:
+            ConfigurationError: it names another group.
+            ExecutorError: their group was destroyed, and the call takes part in a save.
+        """
+        if self._default_group is not None and not (grouped() and self._default_group() is dist.group.WORLD):
+            if not saves:
+                return True
+            raise ExecutorError(
+                f"{call} came after destroy_process_group(), and the ranks of this executor met in the "
+                "process group that was destroyed",
+                rank=self.rank,
+                hint="Save before destroy_process_group(), or make a new Checkpointer; wait(), close() and "
+                "the handles of earlier saves work after it",
+            )
+        if self._served == (process_group, alone):
+            return self._contact is None
+        if self._default_group is None and not alone:
+            raise ConfigurationError(
+                "this executor has saved as a single process, and torch.distributed was initialized since",
+                hint="Make a new Checkpointer or ProcessExecutor after init_process_group()",
+            )
+        raise ConfigurationError(
+            "an executor serves one process group, and this call names another than the first",
+            hint="Make an executor for each",
+        )
 
     def _meet(self, process_group: dist.ProcessGroup | None, call: str) -> None:
         contact, self._contact = self._contact, None
@@ -85,10 +123,11 @@ class Gathering:
         if self.place is not None and place.prefix == self.place.prefix:
             return
         self.place = place
+        self._default_group = weakref.ref(dist.group.WORLD)
         self.council = StoreCouncil(place, self._meeting.address_now)
         self._roll = RollCall(place)
         if self._last_call is not None:
-            self._last_call.move(place, self._meeting.hosted)
+            self._last_call.move(place, self._stores)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -152,9 +191,13 @@ class Gathering:
         Every rank calls it once, and in the same order with all other calls.
         """
         self._check_open()
-        server = self._meeting.hosted if self._meeting is not None else None
-        self._last_call = LastCall(self.place, heard, self._timeout, server)
+        self._last_call = LastCall(self.place, heard, self._timeout, self._stores)
         return self._last_call
+
+    @property
+    def _stores(self) -> object:
+        """The stores that have to live as long as ranks may meet in them."""
+        return (self._meeting.hosted, self._meeting.training) if self._meeting is not None else None
 
     @property
     def closed(self) -> bool:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends.tracebacks import trimmed
 from cloudckpt.executor import unpickle
+from cloudckpt.executor.forks import Owner
 from cloudckpt.executor.messages import Sealed
 from cloudckpt.executor.progress import Progress
 from cloudckpt.executor.unobserved import Unobserved
@@ -21,7 +22,27 @@ _WAITING = Progress(0, 0, "waiting")
 T = TypeVar("T")
 
 
-class SaveHandle(Future[T], Generic[T]):
+class _OwnedFuture(Future[T], Generic[T]):
+    """A future that raises an error, and does not wait for ever, in a forked child of its process."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._owner = Owner(what)
+
+    def result(self, timeout: float | None = None) -> T:
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if self._owner.is_elsewhere and not self.done():
+            self._owner.check("result()")
+
+
+class SaveHandle(_OwnedFuture[T], Generic[T]):
     """A save that goes on while training does: a future of DCP's ``Metadata``, or of what is made of it.
 
     It ends when every rank's has ended, and alike on each: with its result once the checkpoint is committed,
@@ -34,8 +55,8 @@ class SaveHandle(Future[T], Generic[T]):
     """
 
     def __init__(self, make: Callable[[Metadata], T]) -> None:
-        super().__init__()
-        self.staged: Future[None] = Future()
+        super().__init__("this save under way")
+        self.staged: Future[None] = _OwnedFuture("this save under way")
         self._read: Callable[[], Progress] = lambda: _WAITING
         self._make = make
         self._sealed: Sealed | None = None
@@ -77,6 +98,7 @@ class SaveHandle(Future[T], Generic[T]):
         Raises:
             TimeoutError: it did not end in ``timeout`` seconds.
             CancelledError: it was skipped.
+            ExecutorError: this process was forked from the one whose save it is, while that was under way.
             Exception: what failed the save, on whichever rank.
         """
         error = self.exception(timeout)

@@ -61,6 +61,8 @@ class Meeting:
         """Number of the newest decision that this rank knows."""
         self._place: MeetingPlace | None = None
         self.hosted: TCPStore | None = None
+        self.training: Store | None = absence.training_store()
+        """Kept, as rank 0 may serve it: waiting for a save works after ``destroy_process_group()``."""
 
     def place(self, timeout: float, call: str = "this call", contact: Contact = "none") -> MeetingPlace:
         """Agree on a place through the store of the training group, without its collectives.

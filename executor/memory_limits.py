@@ -7,7 +7,7 @@ there, or says something else than it should, counts as no limit: reading about 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,10 @@ from cloudckpt.backends.system_limits import control_groups
 PROCESS_BYTES: Final = 256 << 20
 """Memory of its own that a checkpoint process takes. Measured with torch 2.13 for the CPU: 200 MiB once its
 modules are imported, and 236 MiB after saves of 200 MiB to S3."""
+CURE: Final = (
+    "Give the container or machine more memory (docker run --memory, resources.limits.memory in Kubernetes, "
+    "--mem of Slurm), run fewer ranks on it, or save a smaller state"
+)
 _ROOT_LIMIT: Final = 1 << 60
 """Version 1 writes "no limit" as a number of bytes above this."""
 _PROC: Final = Path("/proc")
@@ -32,17 +36,21 @@ class Room:
         swap: bytes that may be moved to disk beyond that.
         limit: the limit that it is left of; the machine's memory for the machine.
         owner: whose limit it is, such as ``the control group /sys/fs/cgroup/job (memory.max)``.
+        key: the same for all processes that the limit holds for, and for no others.
+        is_shared_memory: it is that of /dev/shm.
     """
 
     nbytes: int
     swap: int
     limit: int
     owner: str
+    key: str = ""
+    is_shared_memory: bool = False
 
 
 def least_room(proc: Path = _PROC, groups: Path = _GROUPS) -> Room | None:
     """Return the least room, that of the machine or of a control group; None where nothing is told."""
-    return min(_rooms(proc, groups), key=lambda room: room.nbytes + room.swap, default=None)
+    return min(rooms(proc, groups), key=lambda room: room.nbytes + room.swap, default=None)
 
 
 def require(nbytes: int, what: str, *, proc: Path = _PROC, groups: Path = _GROUPS) -> None:
@@ -55,10 +63,9 @@ def require(nbytes: int, what: str, *, proc: Path = _PROC, groups: Path = _GROUP
     if room is None or nbytes <= room.nbytes + room.swap:
         return
     raise ExecutorError(
-        f"{what} needs {_mib(nbytes)} of memory, and {_mib(room.nbytes + room.swap)} are left of "
-        f"{_mib(room.limit)}, the limit of {room.owner}",
-        hint="Give the container or machine more memory (docker run --memory, resources.limits.memory in "
-        "Kubernetes, --mem of Slurm), run fewer ranks on it, or save a smaller state",
+        f"{what} needs {in_mib(nbytes)} of memory, and {in_mib(room.nbytes + room.swap)} are left of "
+        f"{in_mib(room.limit)}, the limit of {room.owner}",
+        hint=CURE,
     )
 
 
@@ -81,19 +88,27 @@ def killer_since(before: dict[str, int], proc: Path = _PROC, groups: Path = _GRO
     return next((owner for owner, count in now.items() if count > before.get(owner, count)), None)
 
 
-def _rooms(proc: Path, groups: Path) -> Iterator[Room]:
+def machine_key(proc: Path = _PROC) -> str:
+    """Return what tells this machine, since its start, from others; empty where the system has no such id."""
+    return _read(proc / "sys/kernel/random/boot_id").strip()
+
+
+def rooms(proc: Path = _PROC, groups: Path = _GROUPS) -> Iterator[Room]:
+    """Yield the memory that the machine and each control group have left."""
+    machine = machine_key(proc)
     meminfo = _fields(proc / "meminfo")
     swap = meminfo.get("SwapFree", 0) << 10
     if "MemAvailable" in meminfo:
         total = meminfo.get("MemTotal", 0) << 10
-        yield Room(meminfo["MemAvailable"] << 10, swap, total, "this machine")
+        yield Room(meminfo["MemAvailable"] << 10, swap, total, "this machine", machine)
     seen: set[Path] = set()
     for folder, version in control_groups("memory", proc, groups):
         if folder not in seen:
             seen.add(folder)
             room = (_of_first if version == 1 else _of_second)(folder, swap)
             if room is not None:
-                yield room
+                at = folder.stat()
+                yield replace(room, key=f"{machine} {at.st_dev} {at.st_ino}")
 
 
 def _of_first(folder: Path, swap: int) -> Room | None:
@@ -147,5 +162,6 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _mib(nbytes: int) -> str:
+def in_mib(nbytes: int) -> str:
+    """Return a number of bytes in MiB."""
     return f"{nbytes / (1 << 20):,.0f} MiB"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor import failures
+from cloudckpt.executor.job import Job
 from cloudckpt.executor.roll_call import Call, RollCall
-from cloudckpt.executor.supervisor import Job, Supervisor
+from cloudckpt.executor.supervisor import Supervisor
 
 _YES = b"yes"
 _LAST_WORD = 10.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.layout import Layout
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
 
 
@@ -30,6 +31,10 @@ class ArenaPool:
         with self._changed:
             return not self._free
 
+    def missing(self, nbytes: int) -> int:
+        """Return the bytes that snapshots of ``nbytes`` would take beyond the memory that is there."""
+        return sum(max(0, arena.size_for(nbytes) - arena.nbytes) for arena in self._arenas)
+
     def acquire(self) -> int:
         """The index of an arena that was free, or once one is."""
         with self._changed:
@@ -47,6 +52,19 @@ class ArenaPool:
         """Leave an arena to a process that can't be ended, and give back a new one."""
         self._arenas[index] = self._new()
         self.release(index)
+
+    def touch(self, layout: Layout) -> None:
+        """Fault all arenas in, and lock what a device will copy to: a first time is slow."""
+        taken = [self.acquire() for _ in range(len(self))]
+        try:
+            for index in taken:
+                self._arenas[index].reserve(layout.nbytes)
+                self._arenas[index].touch()
+                if layout.devices:
+                    self._arenas[index].pin()
+        finally:
+            for index in taken:
+                self.release(index)
 
     def _new(self) -> Arena:
         return Arena(lambda: self.beside)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from multiprocessing import util
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Final, Literal, Self, TypeVar, get_args
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
@@ -21,15 +21,15 @@ from cloudckpt.backends import background_log, descriptors, units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter
-from cloudckpt.executor import outcomes, quiet, snapshot
+from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
-from cloudckpt.executor.layout import Layout
+from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.roll_call import Call
-from cloudckpt.executor.supervisor import Job, Supervisor, Terms
+from cloudckpt.executor.supervisor import Supervisor
 from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript
 
@@ -41,8 +41,11 @@ _LONG = 1.0
 OnBusy = Literal["wait", "skip", "raise"]
 T = TypeVar("T")
 
+_BEFORE_POOLS: Final = 100
+"""Exit priority above that of multiprocessing's own objects: pools, managers and queues."""
 
-class ProcessExecutor:
+
+class ProcessExecutor(forks.Unpicklable):
     """Saves DCP checkpoints from a process of its own, one a rank.
 
     ``execute_save`` copies the state into shared memory and returns; the checkpoint process plans, writes
@@ -104,9 +107,11 @@ class ProcessExecutor:
         self._on_busy = on_busy
         self._arenas = ArenaPool(snapshots)
         self._calls = 0
-        self._owner = os.getpid()
+        self._owner = forks.Owner("this Checkpointer or ProcessExecutor")
         self._supervisor: Supervisor | None = None
         atexit.register(self.close)
+        # A process of multiprocessing runs these at its end, and some of them no exit handlers.
+        self._finalizer = util.Finalize(None, self.close, exitpriority=_BEFORE_POOLS)
 
     def execute_save(
         self,
@@ -166,6 +171,7 @@ class ProcessExecutor:
         ``rank_conflicts`` says what becomes of values that differ between ranks under one name; None does
         not compare them.
         """
+        self.check_owner(subject or "execute_save()")
         writer, uri = _writer(storage_writer, checkpoint_id)
         log_pending()
         self._calls += 1  # before what may fail on this rank alone: the others count this call
@@ -223,6 +229,7 @@ class ProcessExecutor:
             ExecutorDiedError: a process ended while it started.
             Exception: what a rank's state raised, or there is no memory for it: on every rank.
         """
+        self.check_owner("warmup()")
         self._calls += 1
         supervisor = self._ready(process_group, no_dist, "the warm-up")
         proof = Job(
@@ -242,7 +249,13 @@ class ProcessExecutor:
                 )
             )
             with outcomes.joining(jobs[1], supervisor):
-                self._touch(snapshot.layout_of(state_dict() if callable(state_dict) else state_dict))
+                timeout = self._start_timeout
+                with host_memory.Comparison(self._ranks.place, self._calls, timeout) as memory:
+                    layout = snapshot.layout_of(state_dict() if callable(state_dict) else state_dict)
+                    memory.need = host_memory.Need.of(
+                        self._arenas.missing(layout.nbytes), self._arenas.beside
+                    )
+                self._arenas.touch(layout)
         for job in jobs:
             job.delivery.known()  # the first error is raised, and stands for those after it
         for job in jobs:
@@ -251,18 +264,44 @@ class ProcessExecutor:
                 raise error
 
     def ranks(
-        self, call: str, *, process_group: dist.ProcessGroup | None = None, no_dist: bool = False
+        self,
+        call: str,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+        saves: bool = False,
     ) -> Gathering:
         """Return the ranks that this executor serves, after they have agreed where to meet.
 
         Every rank calls it. After `close` they are those that have met before, if any have.
 
+        Args:
+            call: made by this rank, as errors name it.
+            process_group: the ranks; None for all of them.
+            no_dist: this process alone is meant.
+            saves: the call takes part in a save, and can't be made after ``destroy_process_group()``.
+
         Raises:
-            ExecutorError: rank 0 did not come to ``call`` within ``start_timeout``.
+            ExecutorError: rank 0 did not come to ``call`` within ``start_timeout``, or this process was
+                forked from the one that owns the executor.
         """
+        self.check_owner(call)
         if not self._ranks.closed:
-            self._ranks.gather(process_group, no_dist, call)
+            self._ranks.gather(process_group, no_dist, call, saves=saves)
         return self._ranks
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True in a process that was forked from the one that owns this executor."""
+        return self._owner.is_elsewhere
+
+    def check_owner(self, call: str) -> None:
+        """Make sure that this process owns the executor, and was not forked from its owner.
+
+        Raises:
+            ExecutorError: it was forked.
+        """
+        self._owner.check(call)
 
     @property
     def pid(self) -> int | None:
@@ -280,11 +319,12 @@ class ProcessExecutor:
         Each has its deadline, so that this ends too; after ``timeout`` seconds, or at Ctrl-C, what has not
         ended is given up and fails. Leaving a ``with`` block and the interpreter do this as well.
         """
-        if self._ranks.closed or os.getpid() != self._owner:
+        if self._ranks.closed or self.is_elsewhere:
             return
         self._ranks.close()
         log_pending()
         atexit.unregister(self.close)
+        self._finalizer.cancel()
         if self._supervisor is not None and not self._supervisor.close(timeout):
             return  # what could not be ended may still hold the arenas
         self._arenas.close()
@@ -328,19 +368,6 @@ class ProcessExecutor:
             )
         return index
 
-    def _touch(self, layout: Layout) -> None:
-        """Fault the arenas in, all of them, and lock what a device will copy to: a first time is slow."""
-        taken = [self._arenas.acquire() for _ in range(len(self._arenas))]
-        try:
-            for index in taken:
-                self._arenas[index].reserve(layout.nbytes)
-                self._arenas[index].touch()
-                if layout.devices:
-                    self._arenas[index].pin()
-        finally:
-            for index in taken:
-                self._arenas.release(index)
-
 
 def _itself(metadata: Metadata) -> Metadata:
     return metadata
@@ -362,7 +389,9 @@ def _writer(
 
 def _pickled(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     try:
-        return pickle.dumps((writer, planner), pickle.HIGHEST_PROTOCOL)
+        return unpickle.dumps((writer, planner))
+    except ConfigurationError:
+        raise
     except Exception as error:
         raise ConfigurationError(
             "the storage writer or planner can't be sent to the checkpoint process: "

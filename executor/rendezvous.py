@@ -21,6 +21,7 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError, Execu
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread
 from cloudckpt.backends.torch_private import DistWrapper
+from cloudckpt.executor import forks
 from cloudckpt.executor.network import absence, addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import said_by_hosts
@@ -321,5 +322,5 @@ def flag(name: str) -> bool:
 
 
 def grouped() -> bool:
-    """Whether training has a process group at all."""
-    return dist.is_available() and dist.is_initialized()
+    """Return True if training has a process group in this process, and did not inherit it by a fork."""
+    return forks.has_own_group()

@@ -113,7 +113,7 @@ def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
     try:
         collector.dump(told)
     except _RefusedError as error:
-        raise ConfigurationError(f"{_culprit(told)} {error.why.reason}", hint=error.why.hint) from error
+        raise ConfigurationError(f"{_culprit(told)} {error.why.reason}", hint=error.why.hint) from None
     except Exception as error:
         raise ConfigurationError(
             f"{_culprit(told)} can't be pickled: {type(error).__name__}: {error}",
@@ -139,9 +139,9 @@ def _culprit(state: Mapping[str, Any], above: str = "") -> str:
 
 
 class _RefusedError(Exception):
-    """A tensor that can't be saved."""
+    """A value that can't be saved."""
 
-    def __init__(self, why: tensors.Refusal) -> None:
+    def __init__(self, why: tensors.Refusal | unpickle.Unimportable) -> None:
         super().__init__(why.reason)
         self.why = why
 
@@ -172,7 +172,9 @@ class _Collector(pickle.Pickler):
         return None
 
     def reducer_override(self, obj: Any) -> Any:
-        """Have a subclass that stands in front of tensors on a device restored on the host, as they are."""
+        """Restore a wrapper of tensors on a device on the host, and refuse what could not be restored."""
+        if (why := unpickle.unimportable(obj)) is not None:
+            raise _RefusedError(why)
         if isinstance(obj, torch.Tensor) and subclasses.is_wrapper(obj):
             return subclasses.reduce_to_host(obj)
         return NotImplemented

@@ -9,9 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
@@ -19,13 +17,11 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.executor import failures, snapshot
 from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
-from cloudckpt.executor.handle import Delivery
+from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
-from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import Progress, ProgressBoard
-from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
@@ -33,41 +29,6 @@ _log = background_log.logger(__name__)
 
 _GRACE = 5.0
 """Seconds left for the other ranks' word, and for a process to end by itself."""
-
-
-@dataclass(slots=True)
-class Job:
-    """One save as it was asked for, or the proof that saves will work when there is nothing to ``storage``.
-
-    The state is in ``taken`` already, or comes with a future. A ``failure`` here keeps all ranks from saving.
-    ``council`` is that of the ranks at the call.
-    """
-
-    council: Council
-    number: int
-    subject: str
-    delivery: Delivery
-    uri: str | None = None
-    storage: bytes | None = None
-    checkpoint_id: str | None = None
-    no_dist: bool = False
-    use_collectives: bool = True
-    rank_conflicts: RankConflicts | None = None
-    state: Future[dict[str, Any]] | None = None
-    arena: int | None = None
-    taken: snapshot.Snapshot | None = None
-    failure: BaseException | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What holds for every process that the supervisor starts. Times are in seconds."""
-
-    rank: int
-    grouped: bool
-    network: NetworkOptions
-    save_timeout: float
-    start_timeout: float
 
 
 class Supervisor:
@@ -178,7 +139,7 @@ class Supervisor:
 
     def _run(self) -> None:
         try:
-            for job in iter(self._jobs.get, None):
+            while (job := self._jobs.get()) is not None:
                 try:
                     self._serve(job)
                 except failures.ANY as error:  # a bug of ours must not leave the others waiting

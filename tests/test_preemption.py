@@ -269,10 +269,10 @@ def test_handlers_of_others_are_left_alone(tmp_path: Path, grace: float | None) 
     former = signal.signal(signal.SIGTERM, handler)
     try:
         with cloudckpt.Checkpointer(tmp_path / "run", preemption_grace=grace) as checkpointer:
-            assert signal.getsignal(signal.SIGTERM) is handler
-            assert (signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL) == (grace is None)
             signal.raise_signal(signal.SIGTERM)
             checkpointer.save(1, {"t": torch.ones(8)})
+            assert signal.getsignal(signal.SIGTERM) is handler
+            assert (signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL) == (grace is None)
         assert signal.getsignal(signal.SIGTERM) is handler
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     finally:

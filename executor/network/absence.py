@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Final
 
-import torch.distributed as dist
 from torch.distributed import Store
 
 from cloudckpt.backends.system_limits import try_for
 from cloudckpt.backends.torch_private import default_store
+from cloudckpt.executor import forks
 
 _PATIENCE: Final = 3.0
 """Seconds for the store: training may be waiting on the same connection, or the network may be gone."""
@@ -25,7 +25,7 @@ def training_store() -> Store | None:
 
     Its prefixes are part of it: a launcher that restarts a job may keep the store, and changes a prefix.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not forks.has_own_group():
         return None
     return default_store()
 
