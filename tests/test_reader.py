@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.torch_version import TorchVersion
 
 import cloudckpt
 from cloudckpt.backends import metadata as md
@@ -361,20 +360,26 @@ def test_trusted_bytes_are_handed_on_as_they_are(uri: str) -> None:
     assert [len(data) for data in seen] == [len(stock.getvalue())]
 
 
-def test_nothing_keeps_what_was_loaded_alive() -> None:
-    """A state that is let go is freed at once, not when the collector comes by: it may be most of memory."""
-    if TorchVersion(torch.__version__) < "2.10":
-        pytest.skip("dcp.load of torch 2.9 itself keeps the state in a cycle, with any reader")
-    uri = f"memory://reader-{uuid.uuid4().hex}"
-    state: dict[str, Any] = {"tensor": torch.arange(1000), "nested": {"value": 1}}
-    dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri), no_dist=True)
-    reader, tensor = cloudckpt.StorageReader(uri), torch.zeros(1000, dtype=torch.int64)
+def outlives_its_load(reader: dcp.StorageReader) -> bool:
+    """Load with this reader; return True if only Python's collector would free what was loaded."""
+    tensor = torch.zeros(1000, dtype=torch.int64)
     left = weakref.ref(tensor)
     gc.collect()
     gc.disable()
     try:
         dcp.load({"tensor": tensor, "nested": {"value": 0}}, storage_reader=reader, no_dist=True)
         del tensor
-        assert left() is None
+        return left() is not None
     finally:
         gc.enable()
+
+
+def test_nothing_keeps_what_was_loaded_alive(tmp_path: Path) -> None:
+    """A state that is let go is freed at once, not when the collector comes by: it may be most of memory."""
+    state: dict[str, Any] = {"tensor": torch.arange(1000), "nested": {"value": 1}}
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    if outlives_its_load(dcp.FileSystemReader(tmp_path)):
+        pytest.skip("dcp.load of this torch keeps the state in a cycle, with any reader: 2.9 and 2.10 do")
+    uri = f"memory://reader-{uuid.uuid4().hex}"
+    dcp.save(state, storage_writer=cloudckpt.StorageWriter(uri), no_dist=True)
+    assert not outlives_its_load(cloudckpt.StorageReader(uri))
