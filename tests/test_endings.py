@@ -69,7 +69,9 @@ for step in range(2, 1000):
 """
     end = run(tmp_path, body)
     assert end.status == 128 + number, end.errors
-    assert (end.steps, end.left, end.pending) == ([1, 2], [], [])
+    # The notice comes on a thread: the call in which it is noticed is the second or a later one.
+    assert end.steps == [*range(1, len(end.steps) + 1)] and 2 <= len(end.steps) < 100
+    assert (end.left, end.pending) == ([], [])
 
 
 @pytest.mark.soak
