@@ -14,9 +14,7 @@ from typing import Any, Literal, NoReturn, Self
 import torch.distributed as dist
 
 from cloudckpt.backends import background_log
-from cloudckpt.backends.errors import (
-    CheckpointNotFoundError,
-)
+from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target

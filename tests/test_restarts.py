@@ -21,11 +21,13 @@ from cloudckpt.backends import attempts, process_identity
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.marker import MARKER, SaveMarker
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.names import HIDDEN_PREFIX
 from cloudckpt.backends.target import Target
 from cloudckpt.run import Run
 from support.executors import until
 from support.places import FOLDER, Place, new_place
 from support.servers import S3Server
+from support.storm_job import WAYS
 
 ROOT = Path(__file__).parent
 
@@ -122,6 +124,34 @@ def test_restarts_resume_from_the_newest_step_and_leave_nothing(job: Job, restar
     assert job.heard("ended") == ["1"]
     assert run.newest() == newest + 1
     assert job.left() == []
+
+
+def test_two_ranks_that_are_restarted_resume_from_the_newest_step(moto: S3Server, tmp_path: Path) -> None:
+    """One rank is killed, or raises. torchrun ends the other by SIGTERM, and is started again."""
+    place = Place.on_server(moto, moto.new_bucket()).child("run")
+    uri, log = f"{place.uri}?endpoint_url={moto.endpoint}&region=us-east-1", tmp_path / "log"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    keys = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+    for start in range(len(WAYS) + 1):
+        job = subprocess.run(
+            [*torchrun, "--nproc-per-node=2", ROOT / "support/storm_job.py", uri, log, str(start)],
+            env=os.environ | keys | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert (job.returncode == 0) == (start == len(WAYS)), job.stderr
+    starts = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+    assert len(starts) == 1 + len(WAYS)
+    assert all(resumed == newest for resumed, newest in starts)
+    assert starts == sorted(set(starts))
+    run = Run(Target.given("test", place.uri, place.options))
+    assert run.steps() == [starts[-1][0] + step for step in (0, 2, 3)]  # the one that was loaded stays
+    with open_store(run.target) as store:
+        assert list(store.pending_uploads()) == []
+        assert [info.name for info in store.list().objects if HIDDEN_PREFIX in info.name] == []
+    assert [one.pid for one in psutil.process_iter(["cmdline"]) if uri in (one.info["cmdline"] or [])] == []
 
 
 def test_an_attempt_that_may_be_alive_is_not_touched(place: Place) -> None:
