@@ -255,25 +255,26 @@ class Checkpointer(Unpicklable):
             return state
 
         self._calls.meet("load()")  # the step is compared with rank 0's choice
-        state, chosen = together(
-            begin, lambda: self._run.newest() if step is None else self._run.number(step), self._group
+        state, (newest, asked) = together(
+            begin, lambda: (self._run.newest(), None if step is None else self._run.number(step)), self._group
         )
+        chosen = newest if asked is None else asked
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
                 uri=self.uri,
                 hint=advice(self.uri, "Check the URI, or begin at step 0"),
             )
-        loading, newest = Loading(self._run, self._group, self._rank(), self._trust, self._display()), chosen
+        loading = Loading(self._run, self._group, self._rank(), self._trust, self._display())
         began = time.monotonic()
         if step is None:
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
         else:
             uri = loading.load(state, chosen, asked=step)
-        took, instead_of = time.monotonic() - began, newest if newest != chosen else None
+        took, instead_of = time.monotonic() - began, newest if asked is None and newest != chosen else None
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
-        self._saving.loaded = chosen
+        self._saving.loaded, self._saving.resumed = chosen, asked in (None, newest) or discard_newer
         self._watch.tell(Loaded(chosen, uri, self._rank(), took, loading.size, instead_of))
         return chosen
 

@@ -28,7 +28,7 @@ _log = background_log.logger(__name__)
 _METRIC = "metric"
 """The note by which ``keep_best`` goes."""
 _PRUNED = "cloudckpt_pruned"
-_OF_RUN = ("_run", "_step", "_retention", "_loaded", "_clears")
+_OF_RUN = ("_run", "_step", "_retention", "_loaded", "_own", "_clears")
 """Fields of a PruningWriter that a StorageWriter does not have."""
 _SET_ASIDE_FOR = timedelta(days=1)
 """The age from which on retention deletes a step that was set aside; gc's own by default."""
@@ -148,6 +148,8 @@ class PruningWriter(StorageWriter):
         step: its step to write.
         retention: which steps stay.
         loaded: the step that the job loaded, which stays.
+        own: newer steps below which this one may be saved: the job resumed from the newest step and has saved
+            them itself.
         metric: of the step.
         overwrite: replace the step where it is committed, and write it where a newer one is.
         clears: remove what dead attempts have left, after the commit.
@@ -163,6 +165,7 @@ class PruningWriter(StorageWriter):
         retention: Retention,
         *,
         loaded: int | None = None,
+        own: frozenset[int] = frozenset(),
         metric: float | None = None,
         overwrite: bool = False,
         clears: bool = False,
@@ -170,7 +173,7 @@ class PruningWriter(StorageWriter):
         notes = {} if metric is None else {_METRIC: metric}
         super().__init__(run.at(step), overwrite=overwrite, notes=notes)
         self._run, self._step, self._retention, self._loaded = run, step, retention, loaded
-        self._clears = clears
+        self._own, self._clears = own, clears
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: self.__dict__[name] for name in _OF_RUN}
@@ -189,10 +192,13 @@ class PruningWriter(StorageWriter):
         """Refuse a step below the newest: the next load would return to that one.
 
         Raises:
-            ConfigurationError: a newer step is committed.
+            ConfigurationError: a newer step is committed that is not one of the job's own.
         """
         newer = self._run.newer(self._step)
-        if newer:
+        if newer and self._own.issuperset(newer):
+            what = "step %d is saved below the newest step, %d, which a resumed job would load"
+            _log.warning(what, self._step, newer[-1])
+        elif newer:
             raise ConfigurationError(
                 f"step {self._step} is below the newest committed step, {newer[-1]}, which a resumed "
                 "job would load",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ class Saving:
         overwrite: replace a step that is committed already.
         rank_conflicts: what becomes of values that differ between ranks.
         loaded: the step that this job loaded, which retention keeps.
+        resumed: True if that was the newest step.
     """
 
     run: Run
@@ -54,6 +55,9 @@ class Saving:
     overwrite: bool
     rank_conflicts: RankConflicts
     loaded: int | None = None
+    resumed: bool = False
+    _saved: set[int] = field(default_factory=set)
+    """Steps that this Checkpointer has begun to save."""
 
     def begin(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None, *, blocking: bool = False
@@ -71,10 +75,12 @@ class Saving:
             step,
             self.retention,
             loaded=self.loaded,
+            own=frozenset(self._saved) if self.resumed else frozenset(),
             overwrite=self.overwrite,
             clears=self.saves.clears,
         )
         writer, problem = with_metric(make_writer, self.retention, metric)
+        self._saved.add(step)
         uri = writer.checkpoint_id
         self.watch.story.begin()
         began = self.schedule.begin()

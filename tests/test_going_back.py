@@ -160,6 +160,24 @@ def test_a_save_below_the_newest_step_that_was_asked_for_stays(folder: Place, ru
         hold(other, 10, 11)
 
 
+def test_a_job_that_has_seen_the_newest_step_is_warned_of_a_save_below_its_own(
+    folder: Place, run: Checkpointer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(cloudckpt.ConfigurationError):
+        run.save(25, numbered(25))  # nothing was loaded
+    run.load(numbered(0))
+    run.save(25, numbered(25))
+    assert "step 25 is saved below the newest step, 30" in caplog.text
+    assert run.all_steps() == [10, 20, 25, 30]
+    run.load(numbered(0), step=25)
+    with pytest.raises(cloudckpt.ConfigurationError):
+        run.save(26, numbered(26))
+    with run_at(folder) as other:
+        other.load(numbered(0))
+        with pytest.raises(cloudckpt.ConfigurationError):
+            other.save(26, numbered(26))  # another job saved what is above
+
+
 def test_a_rollback_to_a_step_that_is_not_there_changes_nothing(run: Checkpointer) -> None:
     with pytest.raises(cloudckpt.CheckpointNotFoundError, match="step-0000000015"):
         run.rollback(15)

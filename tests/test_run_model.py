@@ -47,6 +47,10 @@ class Model:
     damaged: set[int] = field(default_factory=set)
     pinned: set[int] = field(default_factory=set)
     loaded: int | None = None
+    resumed: bool = False
+    """The newest step was loaded."""
+    own: set[int] = field(default_factory=set)
+    """Steps that this process has tried to save."""
     aside: int = 0
     """Checkpoints that were set aside."""
 
@@ -60,6 +64,10 @@ class Model:
         self.metrics.pop(step, None)
         if metric is not None:
             self.metrics[step] = metric
+
+    def refuses(self, step: int) -> bool:
+        newer = {one for one in self.values if one > step}
+        return bool(newer) and not (self.resumed and newer <= self.own)
 
     def retain(self, saved: int, loading: int | None) -> None:
         """Delete what the policy does not keep, in the order of the documentation."""
@@ -148,9 +156,10 @@ class Machine(RuleBasedStateMachine):
         with contextlib.ExitStack() as stack:
             if loading is not None:
                 stack.enter_context(reading(self.run.at(loading), 0))
+            stack.callback(model.own.add, step)
             if step in model.values:
                 stack.enter_context(pytest.raises(cloudckpt.CheckpointExistsError))
-            elif model.newest is not None and step < model.newest:
+            elif model.refuses(step):
                 stack.enter_context(pytest.raises(cloudckpt.ConfigurationError, match="below the newest"))
             self.checkpointer.save(step, {"t": torch.full((100,), value)}, metric=self.metric(metric))
             model.commit(step, value, self.metric(metric))
@@ -162,6 +171,7 @@ class Machine(RuleBasedStateMachine):
         """Kill the checkpoint process during a save. The step is whole then, or not there."""
         model, value, step = self.model, float(next(self.values)), self.next(more)
         self.killed, before = True, set(model.values)
+        model.own.add(step)
         handle = self.checkpointer.async_save(
             step, {"t": torch.full((100,), value)}, metric=self.metric(metric)
         )
@@ -184,7 +194,8 @@ class Machine(RuleBasedStateMachine):
     def restart(self) -> None:
         """Go on as another process would."""
         self.checkpointer = self.made()
-        self.model.loaded = None
+        self.model.loaded, self.model.resumed = None, False
+        self.model.own.clear()
 
     @rule()
     def load_newest(self) -> None:
@@ -206,7 +217,7 @@ class Machine(RuleBasedStateMachine):
             assert self.checkpointer.load(state, asked, discard_newer=discard_newer) == expected
             assert expected is not None
             assert torch.equal(state["t"], torch.full((100,), model.values[expected]))
-            model.loaded = expected
+            model.loaded, model.resumed = expected, discard_newer or expected == model.newest
             if discard_newer:
                 self.rolled_back(expected)
 
@@ -220,7 +231,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert self.checkpointer.load(state, fallback=True) == max(whole)
         assert torch.equal(state["t"], torch.full((100,), model.values[max(whole)]))
-        model.loaded = max(whole)
+        model.loaded, model.resumed = max(whole), True
         self.rolled_back(max(whole))  # all above are damaged
 
     @precondition(lambda self: self.model.values)
