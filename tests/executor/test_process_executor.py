@@ -317,8 +317,10 @@ def test_an_argument_that_cannot_be_used_is_refused(arguments: dict[str, Any]) -
 def test_what_can_not_be_saved_at_all_is_refused_at_once(executor: ProcessExecutor, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nothing to save to"):
         executor.execute_save({})
+    executor.execute_save({"a": 1}, checkpoint_id=f"{tmp_path}/first", no_dist=True).result(timeout=60)
+    another: Any = object()
     with pytest.raises(ConfigurationError, match="one process group"):
-        executor.execute_save({}, checkpoint_id=f"{tmp_path}/a", no_dist=True)
+        executor.execute_save({"a": 1}, checkpoint_id=f"{tmp_path}/a", process_group=another)
     unpicklable = FileSystemWriter(tmp_path)
     unpicklable.hook = lambda: None  # type: ignore[attr-defined]
     error = executor.execute_save({"a": 1}, storage_writer=unpicklable).exception(timeout=60)
