@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import threading
@@ -279,7 +278,7 @@ class Supervisor:
         if ready.failure is not None:
             raise failures.loads(ready.failure)
         if ready.network is not None:
-            _log.log(logging.INFO if terms.rank == 0 else logging.DEBUG, "%s", ready.network)
+            _log.info("%s", ready.network)  # each rank has an address of its own
         if ready.warning is not None and terms.rank == 0:  # the same on every rank
             _log.warning("%s", ready.warning)
         process.serves = True
