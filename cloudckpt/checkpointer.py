@@ -253,10 +253,8 @@ class Checkpointer(Unpicklable):
             return state
 
         self._calls.meet("load()")  # the step is compared with rank 0's choice
-        state, (newest, asked) = together(
-            begin, lambda: (self._run.newest(), None if step is None else self._run.number(step)), self._group
-        )
-        chosen = newest if asked is None else asked
+        state, (first, is_newest) = together(begin, lambda: self._run.choice(step), self._group)
+        chosen = first
         if chosen is None:
             raise CheckpointNotFoundError(
                 "no step of this run is committed yet",
@@ -269,10 +267,10 @@ class Checkpointer(Unpicklable):
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
         else:
             uri = loading.load(state, chosen, asked=step)
-        took, instead_of = time.monotonic() - began, newest if asked is None and newest != chosen else None
+        took, instead_of = time.monotonic() - began, first if first != chosen else None
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
-        self._saving.loaded, self._saving.resumed = chosen, asked in (None, newest) or discard_newer
+        self._saving.loaded, self._saving.resumed = chosen, is_newest or discard_newer
         self._watch.tell(Loaded(chosen, uri, self._rank(), took, loading.size, instead_of))
         return chosen
 

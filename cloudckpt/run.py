@@ -164,6 +164,17 @@ class Run:
             above = sorted(one for one in begun if one is not None and one > step)
             return [one for one in above if self._is_committed(store, one)]
 
+    def choice(self, step: int | None) -> tuple[int | None, bool]:
+        """Return the step to load, by default the newest, and True if no newer one is committed.
+
+        Raises:
+            ConfigurationError: no step has this number.
+            StorageError: the store could not be read.
+        """
+        if step is None:
+            return self.newest(), True
+        return (number := self.number(step)), not self.newer(number)
+
     def set_aside(self, step: int) -> bool:
         """Withdraw a committed step from readers, keep its objects, and free its number.
 
