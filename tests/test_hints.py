@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed
 import typer
 
 import cloudckpt
@@ -105,9 +106,9 @@ def keywords() -> set[str]:
 
 
 def methods() -> set[str]:
-    """Return the names of functions and methods of what users import."""
+    """Return the names of functions and methods of what users import, of torch.distributed as well."""
     front = [getattr(cloudckpt, name) for name in dir(cloudckpt) if not name.startswith("_")]
-    return (
+    return {*dir(torch.distributed)} | (
         {name for one in [*front, ProcessExecutor] for name in dir(one)} | set(dir(cloudckpt)) | set(FOREIGN)
     )
 
