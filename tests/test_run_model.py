@@ -269,6 +269,8 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), kind=st.sampled_from(["flip", "cut", "delete", "metadata"]))
     def damage(self, data: st.DataObject, kind: str) -> None:
         step = data.draw(st.sampled_from(sorted(self.model.values)))
+        if step in self.model.damaged:
+            return  # the same bit twice is no damage
         there = self.place.child(self.run.folder(step))
         names = sorted(name for name in there.visible() if name.endswith(".distcp"))
         name = md.METADATA_NAME if kind == "metadata" else names[0] if names else None
