@@ -27,12 +27,12 @@ def own_rank(group: dist.ProcessGroup | None) -> int:
     return dist.get_rank(group) if grouped() else 0
 
 
-@trimming
 def group_size(group: dist.ProcessGroup | None) -> int:
     """Return how many ranks the group has; 1 for a single process."""
     return dist.get_world_size(group) if grouped() else 1
 
 
+@trimming
 def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Ask on the group's first rank, and return its answer, or raise its error, on every one.
 
