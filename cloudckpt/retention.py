@@ -1,4 +1,4 @@
-"""Which steps of a run stay, and a writer that deletes the others once its own checkpoint is committed.
+"""Retention: the rules for the steps that stay, and a writer that deletes the others after its commit.
 
 Retention never deletes the newest step, the step just saved, the step that the job loaded, a pinned one, or
 one on which another process holds a read lease.

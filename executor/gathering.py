@@ -42,7 +42,7 @@ class Gathering:
         self._roll: RollCall | None = None
         self._last_call: LastCall | None = None
         self._contact: Contact | None = None
-        """What came of meeting in the place that is known; None where the ranks have met."""
+        """The outcome of the last meeting in the known place; None where the ranks have met."""
         self._closed = False
         self.place: MeetingPlace | None = None
         self.council: Council = SoloCouncil()

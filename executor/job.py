@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What holds for every process that the supervisor starts. Times are in seconds."""
+    """Settings of every process that the supervisor starts. Times are in seconds."""
 
     rank: int
     grouped: bool

@@ -35,7 +35,7 @@ from cloudckpt.executor.rendezvous import (
 )
 
 Contact = Literal["none", "missed", "lost"]
-"""What came of the last decision: none was made, ranks were missing, or its store can't be reached."""
+"""The outcome of the last decision: none was made, ranks were missing, or its store can't be reached."""
 
 
 class Meeting:

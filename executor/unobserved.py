@@ -1,4 +1,4 @@
-"""Failures that nobody observed: logged once, when the handle is collected or the interpreter ends.
+"""Unobserved failures: logged once, when the handle is collected or the interpreter ends.
 
 A finalizer may run on any thread and within any lock, that of a log's queue included. So it only leaves a
 message, which is logged by the next save, by `close`, or at the end of the interpreter.

@@ -146,7 +146,7 @@ class _Prepared:
     planner: SavePlanner | None
     plan: Prepared
     common: dict[str, Any]
-    """What is compared with the other ranks', by name, if it is."""
+    """Values by name that are compared with the other ranks', if any are."""
     summary: Summary | None
 
 
