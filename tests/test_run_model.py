@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import pytest
@@ -97,6 +99,7 @@ class Machine(RuleBasedStateMachine):
     """The run under test, and its model beside it."""
 
     executor: ProcessExecutor
+    places: ClassVar[Iterator[Place]]
     killed = False
 
     @initialize(
@@ -108,12 +111,9 @@ class Machine(RuleBasedStateMachine):
         if keep_last is None:
             keep_every = keep_best = None
         self.model = Model(keep_last, keep_every, keep_best)
-        self.place = self.where()
+        self.place = next(self.places)
         self.checkpointer = self.made()
         self.values = iter(range(1, 1000))
-
-    def where(self) -> Place:
-        raise NotImplementedError
 
     def made(self) -> Checkpointer:
         model = self.model
@@ -184,8 +184,7 @@ class Machine(RuleBasedStateMachine):
             model.commit(step, value, self.metric(metric))
         # Retention may have come to any part of its work.
         for gone in before - set(self.run.steps()):
-            shadow = Model(model.keep_last, model.keep_every, model.keep_best, dict(model.values))
-            shadow.metrics, shadow.pinned, shadow.loaded = dict(model.metrics), model.pinned, model.loaded
+            shadow = copy.deepcopy(model)
             shadow.retain(step, None)
             assert gone not in shadow.values
             model.forget(gone)
@@ -335,8 +334,8 @@ def executor() -> Iterator[ProcessExecutor]:
         yield executor
 
 
-def check(executor: ProcessExecutor, where: Callable[[], Place], examples: int, steps: int) -> None:
-    machine = type("Machine", (Machine,), {"where": lambda _: where(), "executor": executor})
+def check(executor: ProcessExecutor, places: Iterator[Place], examples: int, steps: int) -> None:
+    machine = type("Machine", (Machine,), {"places": places, "executor": executor})
     run_machine(
         machine,
         settings=settings(
@@ -350,13 +349,15 @@ def check(executor: ProcessExecutor, where: Callable[[], Place], examples: int, 
     )
 
 
-def in_folders(tmp_path: Path) -> Callable[[], Place]:
-    return lambda: Place.in_folder(tmp_path / uuid.uuid4().hex)
+def in_folders(tmp_path: Path) -> Iterator[Place]:
+    while True:
+        yield Place.in_folder(tmp_path / uuid.uuid4().hex)
 
 
-def on_moto(moto: S3Server) -> Callable[[], Place]:
+def on_moto(moto: S3Server) -> Iterator[Place]:
     bucket = Place.on_server(moto, moto.new_bucket())
-    return lambda: bucket.child(uuid.uuid4().hex)
+    while True:
+        yield bucket.child(uuid.uuid4().hex)
 
 
 def test_a_run_in_a_folder_keeps_what_the_model_keeps(executor: ProcessExecutor, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,12 @@ from typing import Any
 import torch
 
 from cloudckpt import Checkpointer, StorageReader
+from support.executors import until
 from support.places import Place
 
 _TESTS = Path(__file__).parent.parent
+_PATIENCE = 120.0
+"""Seconds that each side waits for the other."""
 
 
 class SlowReader:
@@ -52,9 +54,8 @@ def reading(place: Place, step: str, folder: Path) -> Iterator[SlowReader]:
         text=True,
     )
     try:
-        while not ready.exists():
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
+        until(lambda: ready.exists() or process.poll() is not None, _PATIENCE)
+        assert ready.exists(), process.communicate()[1]
         yield SlowReader(process, go)
     finally:
         process.kill()
@@ -67,8 +68,7 @@ def main(uri: str, options: str, step: str, ready: str, go: str) -> None:
 
     def waiting(self: StorageReader, *args: Any) -> Any:
         Path(ready).touch()
-        while not Path(go).exists():
-            time.sleep(0.01)
+        until(Path(go).exists, _PATIENCE)
         return read_data(self, *args)
 
     StorageReader.read_data = waiting  # type: ignore[assignment,method-assign]
