@@ -14,7 +14,6 @@ step, where the condition of such a request fails.
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -29,11 +28,10 @@ from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload
-from cloudckpt.backends.stores.names import STEP, STEP_PREFIX
+from cloudckpt.backends.stores.names import DATA, STEP, STEP_PREFIX
 
 _log = background_log.logger(__name__)
 
-_DATA: Final = re.compile(r".*/__\d+_\d+\.[0-9a-f]{32}\.distcp")
 _NEIGHBOURS: Final = 8
 """Steps before the committed one that are looked at: a marker without an upload is not found otherwise."""
 
@@ -41,7 +39,7 @@ _NEIGHBOURS: Final = 8
 def remove_dead(store: ObjectStore, committed: str) -> list[str]:
     """Remove what dead attempts left in a run, and return the names of the uploads and objects.
 
-    It takes three requests, one for each folder that is looked at, and one for each marker there.
+    It takes two requests, one for each folder that is looked at, and one for each marker there.
 
     Args:
         store: of the run.
@@ -56,11 +54,13 @@ def remove_dead(store: ObjectStore, committed: str) -> list[str]:
     folders = [name for name in folders if STEP.fullmatch(name)]
     at = folders.index(committed) if committed in folders else len(folders)
     near = {committed, *folders[max(0, at - _NEIGHBOURS) :], *uploads}
-    times = [info.modified for info in store.list(f"{committed}/").objects if info.modified is not None]
+    listings = {committed: store.list(f"{committed}/").objects}
+    times = [info.modified for info in listings[committed] if info.modified is not None]
+    now = max(times, default=None)
     removed: list[str] = []
-    for folder in sorted(near):
-        if STEP.fullmatch(folder):
-            removed += _removed(store, folder, uploads[folder], max(times, default=None), folder == committed)
+    for folder in filter(STEP.fullmatch, sorted(near)):
+        listing = listings.get(folder) or store.list(f"{folder}/").objects
+        removed += _removed(store, folder, listing, uploads[folder], now, committed=folder == committed)
     return removed
 
 
@@ -69,7 +69,7 @@ def _uploads(store: ObjectStore) -> defaultdict[str, list[PendingUpload]]:
     found: defaultdict[str, list[PendingUpload]] = defaultdict(list)
     try:
         for pending in store.pending_uploads(STEP_PREFIX):
-            if _DATA.fullmatch(pending.upload.name):
+            if DATA.fullmatch(pending.upload.name):
                 found[pending.upload.name.rpartition("/")[0]].append(pending)
     except UnsupportedError:
         found.clear()
@@ -79,15 +79,16 @@ def _uploads(store: ObjectStore) -> defaultdict[str, list[PendingUpload]]:
 def _removed(
     store: ObjectStore,
     folder: str,
+    listing: Sequence[ObjectInfo],
     uploads: Sequence[PendingUpload],
     now: datetime | None,
+    *,
     committed: bool,
 ) -> list[str]:
     """Remove read leases of dead loads from a folder, and what saves left if all of them are dead.
 
     ``now`` is the store's time.
     """
-    listing = store.list(f"{folder}/").objects
     leases = [info for info in listing if READ_LEASE.fullmatch(info.name)]
     removed = [info.name for info in leases if _is_dead(store, info, now)]
     store.delete(removed)
@@ -124,7 +125,7 @@ def _removable(store: ObjectStore, folder: str, names: Sequence[str], committed:
     named: set[str] = set()
     for name in metadata:
         named |= md.objects_of(md.load(store.get(name)[0], uri=store.uri, name=name))
-    data = [name for name in names if _DATA.fullmatch(name) and name.removeprefix(f"{folder}/") not in named]
+    data = [name for name in names if DATA.fullmatch(name) and name.removeprefix(f"{folder}/") not in named]
     safe = not data or (committed and store.capabilities.conditional_create)
     return data if safe else None
 

@@ -32,6 +32,11 @@ _LOOK: Final = 0.05
 """Seconds between two looks at a stream that is full."""
 
 
+def warning_on(rank: int, otherwise: int = logging.DEBUG) -> int:
+    """Return the level of a warning that every rank has: WARNING on rank 0, ``otherwise`` on others."""
+    return logging.WARNING if rank == 0 else otherwise
+
+
 class _Writer:
     """A queue of records, and the thread that hands them to handlers."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from cloudckpt.backends import background_log, commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointNotFoundError
-from cloudckpt.backends.marker import SILENT_FOR, is_silent
+from cloudckpt.backends.marker import is_silent, silent_since
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, objects_of
@@ -62,11 +62,11 @@ def delete_unread(target: Target) -> bool:
             metadata, objects, listed = _committed(store)
         except CheckpointNotFoundError:  # another process was faster
             return False
-        if is_read(listed, _alive()):
+        if is_read(listed, silent_since()):
             return False
         store.delete(metadata)
         listed = store.list("", delimiter=True).objects
-        if is_read(listed, _alive()):
+        if is_read(listed, silent_since()):
             _log.info("%s is deleted, but for the objects that a process is reading", one_line(store.uri))
         else:
             leases = [info.name for info in listed if READ_LEASE.fullmatch(info.name)]  # expired
@@ -83,14 +83,10 @@ def delete_set_aside(target: Target, before: datetime) -> None:
     with open_store(target) as store:
         listed = store.list("", delimiter=True).objects
         asides = [one for one in listed if ASIDE.fullmatch(one.name) and is_silent(one, before)]
-        if asides and not is_read(listed, _alive()):
+        if asides and not is_read(listed, silent_since()):
             store.delete(sorted(objects_of(store, asides)))
             store.delete([one.name for one in asides])
             _log.info("deleted what was set aside at %s", one_line(store.uri))
-
-
-def _alive() -> datetime:
-    return datetime.now(UTC) - SILENT_FOR
 
 
 def _committed(store: ObjectStore) -> tuple[list[str], list[str], tuple[ObjectInfo, ...]]:

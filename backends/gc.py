@@ -31,12 +31,11 @@ from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import HIDDEN_PREFIX, PIN, PROBE, STEP
+from cloudckpt.backends.stores.names import DATA, HIDDEN_PREFIX, PIN, PROBE, STEP
 from cloudckpt.backends.target import Target
 
 _log = background_log.logger(__name__)
 
-_DATA = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
 _FIRST, _LAST = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _PIN = re.compile(rf"(?:.*/)?{re.escape(PIN)}")
 
@@ -118,7 +117,7 @@ def collect_garbage(
         old = [
             info
             for info in listing
-            if (_DATA.fullmatch(info.name) or info.name in copied)
+            if (DATA.fullmatch(info.name) or info.name in copied)
             and _is_old(info.modified, bound)
             and _parent(info.name) not in busy
         ]
@@ -254,7 +253,7 @@ def _set_aside(listing: Iterable[ObjectInfo], bound: datetime, busy: AbstractSet
 
 
 def _is_ours(name: str) -> bool:
-    return _is_metadata(name) or _DATA.fullmatch(name) is not None or _is_unguarded(name)
+    return _is_metadata(name) or DATA.fullmatch(name) is not None or _is_unguarded(name)
 
 
 def _is_metadata(name: str) -> bool:

@@ -45,6 +45,11 @@ def marker_name(save_id: str) -> str:
     return f".cloudckpt-save.{save_id}"
 
 
+def silent_since() -> datetime:
+    """Return the time from which on a marker must have been renewed, by this machine's clock."""
+    return datetime.now(UTC) - SILENT_FOR
+
+
 def is_silent(marker: ObjectInfo, since: datetime) -> bool:
     """Whether a marker was not renewed after that; where the store tells no time, it may have been."""
     return marker.modified is not None and marker.modified <= since

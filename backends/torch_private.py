@@ -92,11 +92,11 @@ def _absent(path: str, used_for: str) -> ConfigurationError:
 
 
 def _function(module: str, name: str, used_for: str) -> Any:
-    """Return a private function, or one that raises ConfigurationError where torch has moved it."""
+    """Return a private name, or a function that raises ConfigurationError where torch has moved it."""
+    path = f"{module}.{name}"
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        path = f"{module}.{name}"
         MISSING[path] = used_for
 
     def refuse(*_: object, **__: object) -> NoReturn:
@@ -107,16 +107,8 @@ def _function(module: str, name: str, used_for: str) -> Any:
 
 def _class(module: str, name: str, used_for: str) -> Any:
     """Return a private class, or one without instances where torch has moved it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        path = f"{module}.{name}"
-        MISSING[path] = used_for
-
-    def refuse(*_: object, **__: object) -> NoReturn:
-        raise _absent(path, used_for)
-
-    return type(name, (), {"__new__": refuse})
+    found = _function(module, name, used_for)
+    return found if isinstance(found, type) else type(name, (), {"__new__": found})
 
 
 # The types of `.metadata`, and DCP's arithmetic on chunks. Without them nothing is read or written.

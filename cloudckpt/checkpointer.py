@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -361,7 +360,7 @@ class Checkpointer(Unpicklable):
         try:
             self._close(deliver=False)
         except failures.ANY as failed:  # what ended the block is raised
-            _log.log(logging.WARNING if self._rank() == 0 else logging.DEBUG, "%s", one_line(failed))
+            _log.log(background_log.warning_on(self._rank()), "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
         if self._executor.is_elsewhere:

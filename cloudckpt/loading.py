@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ class Loading:
                     _log.info("step %d was deleted while it was read, loading step %d", chosen, following)
                 elif fallback:
                     damaged.append(chosen)
-                    level = logging.WARNING if self.rank == 0 else logging.DEBUG
+                    level = background_log.warning_on(self.rank)
                     _log.log(level, "step %d is damaged, loading step %d: %s", chosen, following, error)
                 else:
                     error.add_note(

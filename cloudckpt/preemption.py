@@ -160,7 +160,7 @@ class Preemption:
             if self._signal is not None:
                 return
             self._signal = name
-        level = logging.WARNING if self._rank() == 0 else logging.INFO
+        level = background_log.warning_on(self._rank(), otherwise=logging.INFO)
         _log.log(level, "%s on rank %s: the next step is the last, and is saved", name, rank)
         if self._grace is not None:
             self._deadline = time.monotonic() + self._grace

@@ -24,7 +24,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, set_aside
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
@@ -116,10 +116,8 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            begun = (_step_of(name) for name in store.list(STEP_PREFIX, delimiter=True).prefixes)
-            candidates = (step for step in begun if step is not None and (before is None or step < before))
-            for step in sorted(candidates, reverse=True):
-                if self._is_committed(store, step):
+            for step in reversed(_folders(store)):
+                if (before is None or step < before) and self._is_committed(store, step):
                     return step
         return None
 
@@ -139,7 +137,7 @@ class Run:
         """
         with open_store(self.target) as store:
             objects = store.list(STEP_PREFIX).objects
-        found = entries(objects, datetime.now(UTC) - SILENT_FOR, "")
+        found = entries(objects, silent_since(), "")
         return {one.step: one for one in found if one.step is not None}
 
     def is_committed(self, step: int) -> bool:
@@ -160,9 +158,7 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            begun = (_step_of(name) for name in store.list(STEP_PREFIX, delimiter=True).prefixes)
-            above = sorted(one for one in begun if one is not None and one > step)
-            return [one for one in above if self._is_committed(store, one)]
+            return [one for one in _folders(store) if one > step and self._is_committed(store, one)]
 
     def choice(self, step: int | None) -> tuple[int | None, bool]:
         """Return the step to load, by default the newest, and True if no newer one is committed.
@@ -243,7 +239,7 @@ class Run:
             names = [info.name for info in objects]
             leases = [name for name in names if READ_LEASE.fullmatch(name)]
             others = [name for name in names if _TRACE.fullmatch(name) and name not in leases]
-            if others or any(map(md.is_metadata, names)) or is_read(objects, datetime.now(UTC) - SILENT_FOR):
+            if others or any(map(md.is_metadata, names)) or is_read(objects, silent_since()):
                 return
             store.delete([*filter(_is_data, names), *leases])
 
@@ -335,6 +331,12 @@ def is_pinned(target: Target) -> bool:
     """
     with open_store(target) as store:
         return store.holds(PIN)
+
+
+def _folders(store: ObjectStore) -> list[int]:
+    """Return the steps that have a folder, in order."""
+    steps = map(_step_of, store.list(STEP_PREFIX, delimiter=True).prefixes)
+    return sorted(step for step in steps if step is not None)
 
 
 def _step_of(folder: str) -> int | None:

@@ -1,8 +1,7 @@
-"""The saves of a Checkpointer: those under way, and failures that nobody has observed."""
+"""The saves of a Checkpointer: those under way, and unobserved failures."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -140,7 +139,7 @@ class Saves:
         for step, handle in self._saves:
             if handle.failed and not handle.heard:
                 error = handle.exception()
-                level = logging.WARNING if self._rank() == 0 else logging.DEBUG
+                level = background_log.warning_on(self._rank())
                 name = type(error).__name__
                 _log.log(level, "the save of step %d failed: %s: %s", step, name, one_line(error))
         self._saves = [(step, handle) for step, handle in self._saves if not handle.done()]

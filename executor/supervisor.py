@@ -39,14 +39,12 @@ class Supervisor:
         unmet: gets the error of each job that failed: the ranks may not have met.
     """
 
-    def __init__(
-        self, terms: Terms, arenas: ArenaPool, unmet: Callable[[BaseException], object] = lambda _: None
-    ) -> None:
+    def __init__(self, terms: Terms, arenas: ArenaPool, unmet: Callable[[BaseException], object]) -> None:
         self._terms = terms
         self._arenas = arenas
         self._unmet = unmet
         self._council: Council | None = None
-        """That of the last job: a process belongs to one."""
+        """The council of the last job. A checkpoint process belongs to one council."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._pending: list[Job] = []
         self._process: CheckpointProcess | None = None
@@ -145,7 +143,7 @@ class Supervisor:
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
-                del job  # a handle that nobody holds is collected now, not at the next save
+                del job  # an unreferenced handle is collected now, not at the next save
             if self._council is not None:
                 self._council.leave(_GRACE)
         finally:

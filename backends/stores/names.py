@@ -18,6 +18,9 @@ PROBE: Final = re.compile(rf"(?:.*/)?{re.escape(PROBE_PREFIX)}[0-9a-f]{{32}}")
 PIN: Final = ".cloudckpt-pin"
 """The hidden object beside a checkpoint that keeps it from retention."""
 
+DATA: Final = re.compile(r"(?:.*/)?__\d+_\d+\.[0-9a-f]{32}\.distcp")
+"""Names of data objects, which carry the id of their save."""
+
 STEP_PREFIX: Final = "step-"
 STEP_DIGITS: Final = 10
 STEP: Final = re.compile(rf"(?:.*/)?{STEP_PREFIX}[0-9]{{{STEP_DIGITS}}}", re.DOTALL)
