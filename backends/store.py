@@ -165,6 +165,11 @@ class ObjectStore(abc.ABC):
         return self.part_limits.in_order
 
     @property
+    def is_distant(self) -> bool:
+        """True if transfers wait for a network, so that more of them at once may move more bytes."""
+        return False
+
+    @property
     def part_checksum(self) -> str | None:
         """The algorithm of the checksum that a part comes with, ``crc64nvme`` or ``crc32c``.
 

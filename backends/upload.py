@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
-from cloudckpt.backends.lanes import lanes
+from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
@@ -93,7 +93,7 @@ class Uploader:
         self._limits = store.part_limits
         self._in_advance = store.part_checksum is not None
         self._concurrency = concurrency
-        self._lanes = lanes(store.uri, "up", concurrency)
+        self._lanes = transfer_lanes(store, "up", concurrency)
         self._observer = observer
         self._budget = Budget(memory_limit)
         self._scratch = Scratch(memory_limit)

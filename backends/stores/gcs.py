@@ -59,6 +59,10 @@ class GCSStore(ObjectStore):
         return self._target.uri
 
     @property
+    def is_distant(self) -> bool:
+        return True
+
+    @property
     def part_limits(self) -> PartLimits:
         return PartLimits(min_size=_GRANULE, multiple=_GRANULE, in_order=True)
 

@@ -22,11 +22,13 @@ import urllib3
 from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -54,12 +56,14 @@ class Client:
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
         self.route = Route(self.endpoint, SETTINGS, proxy_of(self.endpoint))
         """For errors and doctor."""
-        self.paces = Paces.of(options.concurrency)
+        self.paces = Paces.of(connections(options))
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays
         self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
-        self._pool = _pool(os.getpid(), self.route.proxy, self.endpoint, options.concurrency, options.timeout)
+        self._pool = _pool(
+            os.getpid(), self.route.proxy, self.endpoint, connections(options), options.timeout
+        )
 
     @property
     def is_google(self) -> bool:
@@ -186,6 +190,9 @@ def _pool(
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
     }
     if proxy is None:
-        return urllib3.PoolManager(**settings)
-    told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-    return urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+        manager = urllib3.PoolManager(**settings)
+    else:
+        told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+    manager.pool_classes_by_scheme = dict(POOLS)
+    return manager

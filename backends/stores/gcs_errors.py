@@ -39,8 +39,8 @@ from cloudckpt.backends.stores.causes import (
     words,
 )
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.proxies import proxy_of
-from cloudckpt.backends.stores.response_body import BrokenOffError
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3_codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system_limits import open_files_cure
