@@ -26,14 +26,16 @@ _PERMISSIONS: Final = {
     "replace": "storage.objects.delete",
     "get": "storage.objects.get",
     "list": "storage.objects.list",
-    "upload": "storage.objects.create",
-    "pending": "storage.objects.list",
-    "abort": "storage.objects.create",
+    "upload": "storage.objects.create and storage.multipartUploads.create",
+    "pending": "storage.multipartUploads.list",
+    "abort": "storage.multipartUploads.abort",
     "delete": "storage.objects.delete",
 }
 _SECONDS: Final = 30.0
 _DAY: Final = 86400
 _DENIED: Final = 403
+_ABORTS: Final = "AbortIncompleteMultipartUpload"
+"""Action of a rule that aborts multipart uploads of an age."""
 
 
 class GCSExam:
@@ -82,7 +84,19 @@ class GCSExam:
         if outcome.error is not None:
             yield self._failure(outcome.error, "settings")
             return
-        yield from settings_of(outcome.result()[0], self._target.options.kms_key_name)
+        bucket = outcome.result()[0]
+        yield from settings_of(bucket, self._target.options.kms_key_name)
+        yield from self._lifecycle(bucket)
+
+    def _lifecycle(self, bucket: Mapping[str, Any]) -> Iterator[Finding]:
+        """Report when the bucket aborts the uploads that a killed job leaves."""
+        assert self._held is not None  # noqa: S101 - the place was reached before
+        with contextlib.closing(Requests(self._target)) as requests:
+            try:
+                with explained(self._target, self._held.route):
+                    yield lifecycle_of(bucket, multipart=server_of(requests).multipart(requests))
+            except CheckpointError as error:
+                yield Finding("lifecycle", "unknown", error.message, error.hint or "")
 
     def _features(self) -> Iterator[Finding]:
         """Report the features of a server other than Google's own."""
@@ -162,11 +176,27 @@ def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]
         yield Finding(
             "versions", "warning", what, "Turn versions off, or add a rule with daysSinceNoncurrentTime"
         )
-    yield Finding(
-        "lifecycle", "ok", "none is needed: uploads that a killed job leaves are forgotten in a week"
-    )
     named = key or bucket.get("encryption", {}).get("defaultKmsKeyName")
     yield Finding("encryption", "ok", f"with the key {named}" if named else "with Google's own keys")
+
+
+def lifecycle_of(bucket: Mapping[str, Any], *, multipart: bool) -> Finding:
+    """Return what becomes of uploads that a killed job leaves, by the resource of a bucket."""
+    if not multipart:
+        return Finding(
+            "lifecycle", "ok", "none is needed: sessions that a killed job leaves expire in a week"
+        )
+    rules = bucket.get("lifecycle", {}).get("rule", ())
+    days = [
+        int(rule.get("condition", {}).get("age", 0))
+        for rule in rules
+        if rule.get("action", {}).get("type") == _ABORTS
+    ]
+    if days:
+        return Finding("lifecycle", "ok", f"uploads that a killed job leaves are aborted after {min(days)} d")
+    what = "no lifecycle rule here aborts uploads that a killed job leaves: unseen, they cost money"
+    advice = f"Add a lifecycle rule with {_ABORTS}, or run cloudckpt gc now and then"
+    return Finding("lifecycle", "warning", what, advice)
 
 
 def reported(found: GCSCapabilities) -> Finding:
@@ -180,7 +210,11 @@ def reported(found: GCSCapabilities) -> Finding:
         "ifSourceGenerationMatch": (found.copy_source, "cp compares generations before and after each copy"),
         "the status of an upload": (
             found.upload_status,
-            "an upload fails where the answer to a part is lost, and a copy that was cut off begins anew",
+            "a session fails where the answer to a part is lost, and a copy that was cut off begins anew",
+        ),
+        "multipart uploads of the XML API": (
+            found.multipart,
+            "the parts of an object are sent one after another, and gc finds no uploads of killed jobs",
         ),
     }
     able = [name for name, (is_able, _) in supported.items() if is_able]

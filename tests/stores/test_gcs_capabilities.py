@@ -26,9 +26,15 @@ from support.gcs import GCSServer
 from support.proxy import Request, Spoiling, proxied
 
 _GRANULE = 256 << 10
-_ALL = GCSCapabilities(PutSupport(create=True, update=True), copy_source=True, upload_status=True)
-_FAKE = GCSCapabilities(PutSupport(create=True, update=True), copy_source=False, upload_status=False)
-_NONE = GCSCapabilities(PutSupport(create=False, update=False), copy_source=False, upload_status=False)
+_ALL = GCSCapabilities(
+    PutSupport(create=True, update=True), copy_source=True, upload_status=True, multipart=True
+)
+_FAKE = GCSCapabilities(
+    PutSupport(create=True, update=True), copy_source=False, upload_status=False, multipart=False
+)
+_NONE = GCSCapabilities(
+    PutSupport(create=False, update=False), copy_source=False, upload_status=False, multipart=False
+)
 
 Opened = Callable[..., GCSStore]
 
