@@ -68,13 +68,17 @@ class GCSStore(ObjectStore):
 
     @property
     def part_limits(self) -> PartLimits:
-        """Limits of the uploads that the server has; probing one other than Google's takes a few requests."""
-        return LIMITS if self._has_multipart() else _OF_SESSIONS
+        """Limits of the uploads that are used; probing a server other than Google's takes a few requests.
+
+        Where ``part_size`` or ``memory_limit`` is less than the least part of a multipart upload, these are
+        sessions, which take smaller parts.
+        """
+        return LIMITS if self._uses_multipart() else _OF_SESSIONS
 
     @property
     def part_checksum(self) -> str | None:
         """CRC32C, the one that GCS verifies, unless the options want none. A session takes none."""
-        return self._multipart.checksum if self._has_multipart() else None
+        return self._multipart.checksum if self._uses_multipart() else None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -116,7 +120,7 @@ class GCSStore(ObjectStore):
         delete_objects(self._requests, names)
 
     def begin_upload(self, name: str) -> Upload:
-        if self._has_multipart(name):
+        if self._uses_multipart(name):
             return self._multipart.begin(name)
         url = self._requests.ask(lambda client: gcs_write.begin_session(self._requests, client, name), name)
         return Upload(name, url)
@@ -165,7 +169,9 @@ class GCSStore(ObjectStore):
 
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
         """List multipart uploads. GCS lists no sessions: they expire after a week, and cost nothing."""
-        return self._multipart.pending(prefix) if self._has_multipart() else iter(())
+        # The listing is asked for without a probe, which needs the permission to write.
+        known = self._requests.client.serves_xml or server_of(self._requests).known_multipart
+        return iter(()) if known is False else self._multipart.pending(prefix, is_known=known is True)
 
     def is_pending(self, upload: Upload) -> bool:
         """Look for an upload in a listing, and ask a session, if its URL is one of this bucket.
@@ -190,6 +196,12 @@ class GCSStore(ObjectStore):
 
     def _session(self, upload: Upload) -> Session:
         return Session(server_of(self._requests), upload.upload_id)
+
+    def _uses_multipart(self, name: str | None = None) -> bool:
+        """Return True if new uploads are multipart uploads."""
+        options = self._target.options
+        least = min(options.part_size or LIMITS.min_size, options.memory_limit)
+        return least >= LIMITS.min_size and self._has_multipart(name)
 
     def _has_multipart(self, name: str | None = None) -> bool:
         """Return True if the server has the multipart uploads of the XML API."""

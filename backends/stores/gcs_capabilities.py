@@ -21,13 +21,12 @@ from urllib.parse import quote
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, Upload
 from cloudckpt.backends.stores import gcs_multipart
 from cloudckpt.backends.stores.gcs_answers import document
 from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import CANCELLED, PageError, RefusedError, status_of
+from cloudckpt.backends.stores.gcs_errors import CANCELLED, status_of
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_write import begin_session, delete, insert
 from cloudckpt.backends.stores.names import probe_name
@@ -44,10 +43,6 @@ _REFUSED: Final = (
     HTTPStatus.PRECONDITION_FAILED,
     HTTPStatus.NOT_IMPLEMENTED,
 )
-_NO_MULTIPART: Final = (*_REFUSED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.LENGTH_REQUIRED)
-"""Statuses of a server that has no multipart uploads, or none for this account."""
-_OF_THE_BUCKET: Final = frozenset({"NoSuchBucket", "UserProjectMissing"})
-"""Codes of a server that has them, and refuses something else."""
 _PROBE: Final = b"probe"
 _NO_SESSION: Final = (*_REFUSED, HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
 
@@ -85,7 +80,8 @@ class Server:
         self._lock = threading.Lock()
         self._put: PutSupport | None = None
         self._copy: bool | None = None
-        self._multipart: bool | None = None
+        self.known_multipart: bool | None = None
+        """The last answer of ``multipart``, None before the first. It may be read within an attempt."""
         self.known_upload_status: bool | None = None
         """The last answer of ``upload_status``, None before the first. It may be read within an attempt."""
         self.deletes_in_batches = True
@@ -130,10 +126,10 @@ class Server:
         if requests.client.serves_xml:
             return True
         with self._lock:
-            if self._multipart is None:
+            if self.known_multipart is None:
                 with _Probe(requests).cleaned_up() as probe:
-                    self._multipart = probe.multipart()
-            return self._multipart
+                    self.known_multipart = probe.multipart()
+            return self.known_multipart
 
     def all(self, requests: Requests) -> GCSCapabilities:
         """Return all of the above."""
@@ -224,7 +220,7 @@ class _Probe:
         begun = requests.outcome(lambda client: gcs_multipart.begin(requests, client, name))
         if begun.error is not None:
             self._names.append(name)  # a server that knows no uploads may have put an object
-            return not _lacks_multipart(begun.error)
+            return not gcs_multipart.is_unsupported(begun.error)
         upload, checksum = Upload(name, begun.result()), CRC32C.text(CRC32C.of(_PROBE))
         sent = requests.outcome(
             lambda client: gcs_multipart.put_part(
@@ -236,7 +232,7 @@ class _Probe:
         listed = [one.upload for one in found.value.uploads] if found.value is not None else []
         ended = [self._aborted(one) for one in {upload, *listed}]
         for error in (sent.error, found.error, *(one.error for one in ended)):
-            if error is not None and _lacks_multipart(error):
+            if error is not None and gcs_multipart.is_unsupported(error):
                 self._names.append(name)
                 return False
         return upload in listed
@@ -295,21 +291,6 @@ def _cancel(url: str, client: Client) -> None:
     answer = client.request("abort an upload", "DELETE", url, body=b"", fine=_NO_SESSION)
     answer.drain_conn()
     answer.release_conn()
-
-
-def _lacks_multipart(error: Exception) -> bool:
-    """Return True for the answer of a server that has no multipart uploads.
-
-    Raises:
-        Exception: the request failed for another reason, such as credentials.
-    """
-    if isinstance(error, PageError | StorageError):  # the answer is no document of GCS
-        return True
-    if not isinstance(error, RefusedError) or error.status not in _NO_MULTIPART:
-        raise error
-    if error.reason in _OF_THE_BUCKET:
-        raise error
-    return True
 
 
 def _is_refused(outcome: Outcome[Any]) -> bool:

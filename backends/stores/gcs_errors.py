@@ -82,6 +82,8 @@ _SKEWED: Final = 300.0
 """Seconds by which a clock may be off before Google refuses the tokens that are signed with it."""
 _OTHER_BYTES: Final = frozenset({"BadDigest", "CrcMismatch"})
 """Codes of the XML API for bytes that are not those of the checksum that was sent."""
+_OTHER_PARTS: Final = frozenset({"InvalidPart", "InvalidPartOrder"})
+"""Codes of the XML API for parts that are not those that the upload holds."""
 _BAD_BYTES = ("crc32c", "md5", "checksum", "hash")
 _LOGIN_HINT = where_credentials_belong("gs")
 _LOST = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
@@ -212,18 +214,25 @@ def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointE
             return PreconditionFailedError("the object is there already, or is not the version expected")
         case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return IntegrityError("the object ends before the bytes asked for")
-        case HTTPStatus.BAD_REQUEST if answer.reason in ("required", "UserProjectMissing"):
-            hint = "Give storage_options={'requester_pays': 'PROJECT'}, the project that is to pay"
-            return ConfigurationError(f"the bucket {target.bucket!r} is requester-pays", hint=hint)
-        case HTTPStatus.BAD_REQUEST if answer.reason in _OTHER_BYTES:
-            return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
-        case HTTPStatus.BAD_REQUEST if any(word in answer.message.lower() for word in _BAD_BYTES):
-            return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
+        case HTTPStatus.BAD_REQUEST if (error := _error_of_bad_request(answer, target)) is not None:
+            return error
         case _:
             if route.proxy is not None and not answer.reason:  # which may be the proxy's answer
                 message = f"{said}, through the proxy {route.proxy}"
                 return StorageError(message, hint=route.proxy.cure(route.host))
             return StorageError(f"{said}: {answer.message}")
+
+
+def _error_of_bad_request(answer: RefusedError, target: Target) -> CheckpointError | None:
+    """Return the error for an answer of status 400, None where none is of its own."""
+    if answer.reason in ("required", "UserProjectMissing"):
+        hint = "Give storage_options={'requester_pays': 'PROJECT'}, the project that is to pay"
+        return ConfigurationError(f"the bucket {target.bucket!r} is requester-pays", hint=hint)
+    if answer.reason in _OTHER_PARTS:
+        return IntegrityError(f"the parts are not those that the upload holds: {answer.message}")
+    if answer.reason in _OTHER_BYTES or any(word in answer.message.lower() for word in _BAD_BYTES):
+        return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
+    return None
 
 
 def _error_of_credentials(answer: RefusedError, route: Route) -> AccessDeniedError:

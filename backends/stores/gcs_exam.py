@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator, Iterator, Mapping
 from datetime import UTC
@@ -26,11 +25,17 @@ _PERMISSIONS: Final = {
     "replace": "storage.objects.delete",
     "get": "storage.objects.get",
     "list": "storage.objects.list",
-    "upload": "storage.objects.create and storage.multipartUploads.create",
-    "pending": "storage.multipartUploads.list",
-    "abort": "storage.multipartUploads.abort",
+    "upload": "storage.objects.create",
+    "pending": "storage.objects.list",
+    "abort": "storage.objects.create",
     "delete": "storage.objects.delete",
 }
+_OF_MULTIPART: Final = {
+    "upload": "storage.multipartUploads.create and storage.objects.create",
+    "pending": "storage.multipartUploads.list",
+    "abort": "storage.multipartUploads.abort",
+}
+"""Permissions where uploads are multipart uploads."""
 _SECONDS: Final = 30.0
 _DAY: Final = 86400
 _DENIED: Final = 403
@@ -44,6 +49,7 @@ class GCSExam:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._held: Client | None = None
+        self._requests = Requests(target)
 
     def reach(self) -> Generator[Finding, None, bool]:
         try:
@@ -91,30 +97,33 @@ class GCSExam:
     def _lifecycle(self, bucket: Mapping[str, Any]) -> Iterator[Finding]:
         """Report when the bucket aborts the uploads that a killed job leaves."""
         assert self._held is not None  # noqa: S101 - the place was reached before
-        with contextlib.closing(Requests(self._target)) as requests:
-            try:
-                with explained(self._target, self._held.route):
-                    yield lifecycle_of(bucket, multipart=server_of(requests).multipart(requests))
-            except CheckpointError as error:
-                yield Finding("lifecycle", "unknown", error.message, error.hint or "")
+        try:
+            with explained(self._target, self._held.route):
+                multipart = server_of(self._requests).multipart(self._requests)
+                yield lifecycle_of(bucket, multipart=multipart)
+        except CheckpointError as error:
+            yield Finding("lifecycle", "unknown", error.message, error.hint or "")
 
     def _features(self) -> Iterator[Finding]:
         """Report the features of a server other than Google's own."""
         assert self._held is not None  # noqa: S101 - the place was reached before
         if self._held.is_google:
             return
-        with contextlib.closing(Requests(self._target)) as requests:
-            try:
-                with explained(self._target, self._held.route):
-                    yield reported(server_of(requests).all(requests))
-            except CheckpointError as error:
-                yield Finding("features", "unknown", error.message, error.hint or "")
+        try:
+            with explained(self._target, self._held.route):
+                yield reported(server_of(self._requests).all(self._requests))
+        except CheckpointError as error:
+            yield Finding("features", "unknown", error.message, error.hint or "")
 
     def action(self, operation: str, error: Exception | None = None) -> str:
         del error
-        return f"{_PERMISSIONS.get(operation, operation)} on the bucket {self._target.bucket}"
+        client = self._held
+        in_parts = client is not None and (client.serves_xml or server_of(self._requests).known_multipart)
+        known = {**_PERMISSIONS, **_OF_MULTIPART} if in_parts else _PERMISSIONS
+        return f"{known.get(operation, operation)} on the bucket {self._target.bucket}"
 
     def close(self) -> None:
+        self._requests.close()
         if self._held is not None:
             self._held.close()
 

@@ -15,12 +15,12 @@ from urllib.parse import quote
 
 import urllib3
 
-from cloudckpt.backends.errors import IntegrityError
+from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Departed, Part, PendingUpload, Upload
 from cloudckpt.backends.stores import gcs_xml
 from cloudckpt.backends.stores.gcs_answers import crc32c_of, lacking
 from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import GoneError, RefusedError
+from cloudckpt.backends.stores.gcs_errors import GoneError, PageError, RefusedError
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
@@ -28,6 +28,18 @@ _NO_BUCKET: Final = "NoSuchBucket"
 _MOST_OF_AN_ANSWER: Final = 1 << 20
 _MOST_OF_A_PAGE: Final = 16 << 20
 """Bytes of a page of a listing: 1000 uploads, whose names have 1024 bytes, each of which may be escaped."""
+_NO_MULTIPART: Final = (
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.NOT_FOUND,
+    HTTPStatus.METHOD_NOT_ALLOWED,
+    HTTPStatus.LENGTH_REQUIRED,
+    HTTPStatus.PRECONDITION_FAILED,
+    HTTPStatus.NOT_IMPLEMENTED,
+)
+"""Statuses of a server that has no multipart uploads, or none for this account."""
+_OF_THE_BUCKET: Final = frozenset({_NO_BUCKET, "UserProjectMissing"})
+"""Codes of a server that has them, and refuses something else."""
 _STATUS_OF_CODES: Final = {
     "NoSuchUpload": HTTPStatus.NOT_FOUND,
     "SlowDown": HTTPStatus.SERVICE_UNAVAILABLE,
@@ -203,6 +215,21 @@ def is_gone(error: Exception | None) -> bool:
     if isinstance(error, RefusedError):
         return error.status == HTTPStatus.NOT_FOUND and error.reason != _NO_BUCKET
     return isinstance(error, GoneError)
+
+
+def is_unsupported(error: Exception) -> bool:
+    """Return True for the answer of a server that has no multipart uploads.
+
+    Raises:
+        Exception: the request failed for another reason, such as credentials.
+    """
+    if isinstance(error, PageError | StorageError):  # the answer is no document of GCS
+        return True
+    if not isinstance(error, RefusedError) or error.status not in _NO_MULTIPART:
+        raise error
+    if error.reason in _OF_THE_BUCKET:
+        raise error
+    return True
 
 
 def _gone(error: RefusedError) -> Exception:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from http import HTTPStatus
 from typing import Final
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError, UnansweredError
+from cloudckpt.backends.errors import (
+    CheckpointError,
+    IntegrityError,
+    StorageError,
+    UnansweredError,
+    UnsupportedError,
+)
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import Departed, ObjectInfo, Part, PartLimits, PendingUpload, Upload
 from cloudckpt.backends.stores import gcs_multipart, gcs_read, gcs_write
 from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import GoneError, explained
+from cloudckpt.backends.stores.gcs_errors import GoneError, explained, status_of
 from cloudckpt.backends.stores.gcs_multipart import Completed, Page
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.retry import Outcome
@@ -116,8 +123,14 @@ class MultipartUploads:
         requests = self._requests
         requests.ask(lambda client: gcs_multipart.abort(requests, client, upload), upload.name)
 
-    def pending(self, prefix: str) -> Iterator[PendingUpload]:
-        """Yield the uploads below a prefix of names that were neither completed nor aborted."""
+    def pending(self, prefix: str, *, is_known: bool = True) -> Iterator[PendingUpload]:
+        """Yield the uploads below a prefix of names that were neither completed nor aborted.
+
+        Unless the server ``is_known`` to have multipart uploads, one that refuses the listing has none.
+
+        Raises:
+            UnsupportedError: the account lacks the permission, which a save does without.
+        """
         requests, following = self._requests, dict[str, str]()
         while True:
             before = following
@@ -125,7 +138,18 @@ class MultipartUploads:
             def page_of(client: Client, following: dict[str, str] = before) -> Page:
                 return gcs_multipart.listed(requests, client, prefix, following)
 
-            page = requests.ask(page_of)
+            outcome = requests.outcome(page_of)
+            if status_of(outcome.error) == HTTPStatus.FORBIDDEN:
+                raise UnsupportedError(
+                    "the account may not list multipart uploads",
+                    uri=requests.target.uri,
+                    hint=f"It needs storage.multipartUploads.list on the bucket {requests.bucket!r}, so that "
+                    "gc finds the uploads of killed jobs; a lifecycle rule aborts them, too",
+                ) from outcome.error
+            with explained(requests.target, requests.client.route):
+                if outcome.error is not None and not is_known and gcs_multipart.is_unsupported(outcome.error):
+                    return
+                page = outcome.result()
             yield from page.uploads
             if not page.truncated:
                 return
