@@ -253,6 +253,18 @@ def _pending(requests: Requests, element: ET.Element) -> PendingUpload:
     return PendingUpload(Upload(name, gcs_xml.text(element, "UploadId").strip()), begun)
 
 
+def _read(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:
+    """Return the body of an answer, or so many bytes of it.
+
+    Raises:
+        HTTPError: the body ends before its length. A single read does not report that.
+    """
+    data = b""
+    while len(data) < most and (piece := answer.read(most - len(data))):
+        data += piece
+    return data
+
+
 def _root(
     answer: urllib3.BaseHTTPResponse,
     expected: str,
@@ -266,7 +278,7 @@ def _root(
         RefusedError: the document is an error, as may come with status 200 where the server was slow.
         StorageError: the answer is another document, or is longer than ``most`` bytes.
     """
-    data = answer.read(most + 1)
+    data = _read(answer, most + 1)
     if len(data) > most:
         answer.close()
         raise lacking(f"an end within {most:,} bytes", client.endpoint, "XML")

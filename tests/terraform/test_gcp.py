@@ -36,7 +36,7 @@ PERMISSIONS: Final[Mapping[str, frozenset[str]]] = {
     "DeleteObject": frozenset({"storage.objects.delete"}),
     "DeleteObjects": frozenset({"storage.objects.delete"}),
 }
-"""By the proxy's names: Cloud Storage documentation, "IAM permissions for JSON methods" and "… XML requests"."""
+"""By the proxy's names, as Cloud Storage documents them for methods of the JSON and of the XML API."""
 
 DUTIES: Mapping[str, Callable[[Place, Proxy], None]] = {
     "trainer": duties.train,
