@@ -59,9 +59,8 @@ class Client:
         where = f"/{self.bucket}/{quote(name)}" if name else f"/{self.bucket}"
         connection = http.client.HTTPConnection(urlsplit(self.server.endpoint).netloc, timeout=60)
         with closing(connection):
-            connection.request(
-                method, f"{where}?{urlencode({**query, **(markers or {})})}", body, dict(headers or {})
-            )
+            where += f"?{urlencode({**query, **(markers or {})})}"
+            connection.request(method, where, body, dict(headers or {}))
             answer = connection.getresponse()
             told = {key.lower(): value for key, value in answer.getheaders()}
             return Said(answer.status, told, answer.read().decode())
