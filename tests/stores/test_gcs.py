@@ -41,9 +41,11 @@ class TestGCSStore(_OnGCS):
 
 
 class TestSessions(_OnGCS):
-    """A server without the XML API."""
+    """A server without the XML API. What is slow and not about uploads is tried above."""
 
     lists_uploads = False
+    test_many_objects_are_listed_once_each_in_order_and_deleted = None  # type: ignore[assignment]
+    test_any_split_into_buffers_comes_back_the_same_through_any_other = None  # type: ignore[assignment]
 
     @pytest.fixture
     def store(self, gcs: GCSServer) -> GCSStore:
