@@ -153,6 +153,7 @@ class _Receiving(_Body):
     def end(self, error: BaseException | None = None) -> None:
         with contextlib.suppress(OSError):  # of a socket that failed
             self._wake_at(1)
+        self._view, self._views = memoryview(b""), iter(())  # the loop may hold this body for a while
         super().end(error)
 
     def _wake_at(self, wanted: int) -> None:
@@ -186,6 +187,14 @@ class _Sending(_Body):
     @property
     def unsent(self) -> int:
         return unsent_bytes(self.connection.fileno())
+
+    def end(self, error: BaseException | None = None) -> None:
+        self._view, self._source = memoryview(b""), _nothing  # the loop may hold this body for a while
+        super().end(error)
+
+
+def _nothing() -> memoryview:
+    return memoryview(b"")
 
 
 class _Loop:

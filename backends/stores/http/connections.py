@@ -98,9 +98,9 @@ class _TLSPool(HTTPSConnectionPool):
     ConnectionCls = _TLSConnection  # pyright: ignore[reportAssignmentType]
 
 
-POOLS: Final = {"http": _Pool, "https": _TLSPool}
+POOLS: Final[dict[str, Any]] = {"http": _Pool, "https": _TLSPool}
 """For urllib3's ``PoolManager.pool_classes_by_scheme``."""
-AWS_POOLS: Final = {"http": _AWSPool, "https": _AWSTLSPool}
+AWS_POOLS: Final[dict[str, Any]] = {"http": _AWSPool, "https": _AWSTLSPool}
 """The same with botocore's handling of ``Expect: 100-continue``."""
 
 
