@@ -59,6 +59,10 @@ class GCSStore(ObjectStore):
         return self._target.uri
 
     @property
+    def is_remote(self) -> bool:
+        return True
+
+    @property
     def part_limits(self) -> PartLimits:
         return PartLimits(min_size=_GRANULE, multiple=_GRANULE, in_order=True)
 
@@ -67,6 +71,11 @@ class GCSStore(ObjectStore):
         """Features that the server supports; probing one other than Google's takes a few requests, once."""
         supported = self._put_support()
         return Capabilities(conditional_create=supported.create, conditional_update=supported.update)
+
+    @property
+    def is_probed(self) -> bool:
+        with explained(self._target, self._requests.client.route):
+            return self._requests.client.is_google or server_of(self._requests).is_probed
 
     def probe(self) -> GCSCapabilities:
         """Return all that can be found out of the server, with more requests than a save needs."""
