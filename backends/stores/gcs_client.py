@@ -21,12 +21,14 @@ import requests
 import urllib3
 from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
+from urllib3.util.ssl_ import create_urllib3_context
 
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.http.reach import spread
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -178,14 +180,20 @@ def _pool(
     process: int, proxy: Proxy | None, endpoint: str, concurrency: int, timeout: float
 ) -> urllib3.PoolManager:
     """Connections to one server, kept from one save or load to the next."""
-    del process, endpoint  # a process that was forked must not use its parent's, nor one server another's
+    del process  # one that was forked must not use its parent's, nor one server another's
     settings: dict[str, Any] = {
         "maxsize": max(concurrency, ON_BEHALF) + 2,
         "blocksize": _ASKED,
         "retries": False,
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
     }
+    if endpoint.startswith("https:"):
+        settings["ssl_context"] = context = create_urllib3_context()  # one for all: its sessions are resumed
+        context.load_default_certs()
     if proxy is None:
-        return urllib3.PoolManager(**settings)
-    told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-    return urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+        manager = urllib3.PoolManager(**settings)
+    else:
+        told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+    spread(manager)
+    return manager

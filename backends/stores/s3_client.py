@@ -32,6 +32,7 @@ from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.http.reach import spread_client
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.s3_checksum import content_md5
@@ -256,6 +257,7 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
     client = session.create_client("s3", config=Config(**named), **arguments)
+    spread_client(client)
     if not is_aws(str(client.meta.endpoint_url)):
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
     return client

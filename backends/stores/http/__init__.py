@@ -1,0 +1,1 @@
+"""The HTTP connections of the S3 and GCS stores."""
