@@ -316,6 +316,9 @@ class ObjectStore(abc.ABC):
         del source, info
         return None
 
+    def hold(self) -> None:  # noqa: B027 - most stores hold nothing
+        """Keep connections open between the uses of other stores with the same options, while this one lives."""
+
     def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Let connections go. The store may be used again afterwards."""
 

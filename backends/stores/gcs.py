@@ -168,6 +168,9 @@ class GCSStore(ObjectStore):
             return None
         return copied(self._requests, source._requests, info)  # noqa: SLF001 - of this class
 
+    def hold(self) -> None:
+        self._requests.client.hold()
+
     def close(self) -> None:
         self._requests.close()
 

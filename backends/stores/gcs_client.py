@@ -29,6 +29,7 @@ from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
 from cloudckpt.backends.stores.http.reach import spread
+from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -103,6 +104,7 @@ class Client:
             RefusedError: it was answered with another status.
             PageError: a web page was the answer.
         """
+        use(self._pool, self)
         sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
         if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
@@ -137,9 +139,14 @@ class Client:
                 return False
         return True
 
+    def hold(self) -> None:
+        """Keep connections open while this client lives, and is not closed."""
+        use(self._pool, self)
+
     def close(self) -> None:
-        """Let idle connections go."""
-        self._pool.clear()
+        """Close idle connections, unless another client uses them."""
+        if release(self._pool, self):
+            self._pool.clear()
 
 
 def _file_system(options: Options) -> GCSFileSystem:

@@ -330,6 +330,9 @@ class S3Store(ObjectStore):
                 return None
             return copied
 
+    def hold(self) -> None:
+        _ = self._requests.clients
+
     def close(self) -> None:
         self._requests.close()
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import cloudckpt
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.http import addresses
 from cloudckpt.backends.stores.http.addresses import Addresses
@@ -24,6 +25,7 @@ from cloudckpt.backends.target import Target
 from support.certificate import self_signed
 from support.gcs import GCSServer
 from support.places import Place, new_place
+from support.proxy import proxied
 from support.servers import S3Server
 
 NAME = "localhost"
@@ -289,3 +291,38 @@ def test_tls_sessions_are_resumed(
             server.shutdown()
             thread.join()
     assert (server.handshakes, server.resumed) == (4, 3)
+
+
+def test_a_checkpoint_process_keeps_its_connections_from_one_save_to_the_next(place: Place) -> None:
+    assert isinstance(place.server, S3Server | GCSServer)
+    with proxied(place.server.endpoint) as proxy:
+        relay = _Relay(proxy.endpoint, FIRST)
+        try:
+            behind = place.behind(f"http://{FIRST}:{relay.port}")
+            with cloudckpt.Checkpointer(behind.uri, preemption_grace=None, **behind.options) as checkpointer:
+                for step in range(4):
+                    before = relay.accepted[FIRST]
+                    checkpointer.save(step, {"t": torch.ones(1000)})
+                assert relay.accepted[FIRST] - before <= 1
+        finally:
+            relay.close()
+
+
+def test_a_store_that_is_closed_leaves_the_connections_of_another_one_open(place: Place) -> None:
+    assert isinstance(place.server, S3Server | GCSServer)
+    with proxied(place.server.endpoint) as proxy:
+        relay = _Relay(proxy.endpoint, FIRST)
+        try:
+            behind = place.behind(f"http://{FIRST}:{relay.port}")
+            target = Target.parse(behind.uri, **behind.options)
+            first, second = open_store(target), open_store(target)
+            for one in (first, second, first, second):
+                assert not one.holds("nothing")
+                second.close()
+            assert relay.accepted[FIRST] == 1
+            first.close()
+            assert not second.holds("nothing")
+            assert relay.accepted[FIRST] == 2
+            second.close()
+        finally:
+            relay.close()
