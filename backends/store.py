@@ -317,7 +317,7 @@ class ObjectStore(abc.ABC):
         return None
 
     def hold(self) -> None:  # noqa: B027 - most stores hold nothing
-        """Keep connections open between the uses of other stores with the same options, while this one lives."""
+        """Keep the connections of stores with the same options open while this store lives."""
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Let connections go. The store may be used again afterwards."""

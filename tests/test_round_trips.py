@@ -66,6 +66,7 @@ def counted(proxy: Proxy, act: Callable[[], object], most: int, commit: int | No
     A machine that is busy starts a request late, which then seems to wait for another one's answer. It is
     done again with answers that take longer, beside which that is short.
     """
+    said = ""
     for seconds in round_trips.SECONDS:
         round_trips.slow(proxy, seconds)
         try:
@@ -77,11 +78,11 @@ def counted(proxy: Proxy, act: Callable[[], object], most: int, commit: int | No
         to_commit = round_trips.chain_to(exchanges, round_trips.is_commit) if commit else round_trips.Chain()
         if 0 < len(chain) <= most and len(to_commit) <= (commit or 0):
             return
-    pytest.fail(
-        f"{len(chain)} round trips, of which {most} are allowed:\n{chain}\n"
-        f"{len(to_commit)} of {commit} to the commit:\n{to_commit}\nof\n{round_trips.all_of(exchanges)}",
-        pytrace=False,
-    )
+        said = (
+            f"{len(chain)} round trips, of which {most} are allowed:\n{chain}\n"
+            f"{len(to_commit)} of {commit} to the commit:\n{to_commit}\nof\n{round_trips.all_of(exchanges)}"
+        )
+    pytest.fail(said, pytrace=False)
 
 
 def test_a_save_and_a_load_by_dcp(far: tuple[Place, Proxy], ranks: RankPool) -> None:
