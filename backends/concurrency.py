@@ -45,4 +45,4 @@ def at_first(most: int) -> int:
 
 def transfers(store: ObjectStore, options: Options) -> int:
     """Return how many parts or ranges a rank may have in flight."""
-    return connections(options) if store.is_distant else options.concurrency
+    return connections(options) if store.is_remote else options.concurrency

@@ -71,7 +71,7 @@ class Downloader:
 
     def expect(self, nbytes: int) -> None:
         """Say how many bytes will be read, so that each request in flight gets some of them."""
-        if self._store.is_distant:
+        if self._store.is_remote:
             shared_out = max(_SHORTEST_READ, nbytes // self._lanes.limit // _MIB * _MIB)
             self._largest = self._shortest = min(self._largest, shared_out)
 

@@ -160,8 +160,8 @@ def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
 
 def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> Lanes:
     """Return the lanes of a store's parts or ranges, which know what was found out before."""
-    parts, start = urlsplit(store.uri), at_first(most) if store.is_distant else None
-    place = _Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, store.is_distant)
+    parts, start = urlsplit(store.uri), at_first(most) if store.is_remote else None
+    place = _Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, store.is_remote)
     return _lanes(place, most, start)
 
 
@@ -172,9 +172,9 @@ class _Place:
     process: int
     bucket: str
     way: Way
-    is_distant: bool = False
+    is_remote: bool = False
 
 
 @functools.lru_cache(maxsize=16)
 def _lanes(place: _Place, most: int, start: int | None) -> Lanes:
-    return Lanes(most, start, busy=lambda: rates().busy) if place.is_distant else Lanes(most, start)
+    return Lanes(most, start, busy=lambda: rates().busy) if place.is_remote else Lanes(most, start)

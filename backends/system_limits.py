@@ -132,10 +132,15 @@ def start(thread: threading.Thread) -> None:
         raise no_thread(thread.name, error) from error
 
 
-def in_thread(ask: Callable[[], _T], name: str) -> Future[_T]:
-    """Return the answer to come of a daemon thread, for a caller that waits for so long and no longer.
+def in_thread(ask: Callable[[], _T], name: str, *, daemon: bool = True) -> Future[_T]:
+    """Return the answer to come of a thread, for a caller that waits for so long and no longer.
 
     Where no thread can be started, ``ask`` is called here, and its own timeouts have to do.
+
+    Args:
+        ask: returns the answer.
+        name: of the thread.
+        daemon: False if the interpreter should wait for the thread before it exits.
     """
     answer: Future[_T] = Future()
 
@@ -146,7 +151,7 @@ def in_thread(ask: Callable[[], _T], name: str) -> Future[_T]:
             answer.set_exception(error)
 
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=daemon).start()
     except RuntimeError:
         run()
     return answer

@@ -110,17 +110,27 @@ class Uploader:
         self.unconfirmed: set[str] = set()
         """Objects whose upload may have been begun without an answer."""
 
-    def send(self, objects: Mapping[str, tuple[Iterable[Segment], int]]) -> list[Sent]:
+    def send(
+        self,
+        objects: Mapping[str, tuple[Iterable[Segment], int]],
+        cleared: Callable[[], None] | None = None,
+    ) -> list[Sent]:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
 
+        Args:
+            objects: the segments and the part size in bytes, by name.
+            cleared: called once the uploads are being begun; no byte of a part is sent before it returns.
+
         Raises:
-            Exception: the first failure of a request or of a segment iterator, once no request is in
-                flight any more. Uploads are left open for the caller to abort.
+            Exception: of ``cleared``, or the first failure of a request or of a segment iterator, once no
+                request is in flight any more. Uploads are left open for the caller to abort.
         """
         sending: list[_Sending] = []
         with Workers(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
             try:
                 sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
+                if cleared is not None:
+                    cleared()
                 self._send_parts(pool, sending, list(objects.values()))
             except BaseException:
                 self._failed.set()

@@ -67,7 +67,7 @@ class GCSStore(ObjectStore):
         return self._target.uri
 
     @property
-    def is_distant(self) -> bool:
+    def is_remote(self) -> bool:
         return True
 
     @property
@@ -89,6 +89,11 @@ class GCSStore(ObjectStore):
         """Features that the server supports; probing one other than Google's takes a few requests, once."""
         supported = self._put_support()
         return Capabilities(conditional_create=supported.create, conditional_update=supported.update)
+
+    @property
+    def is_probed(self) -> bool:
+        with explained(self._target, self._requests.client.route):
+            return self._requests.client.is_google or server_of(self._requests).is_probed
 
     def probe(self) -> GCSCapabilities:
         """Return all that can be found out of the server, with more requests than a save needs."""
@@ -194,6 +199,9 @@ class GCSStore(ObjectStore):
         if not isinstance(source, GCSStore):
             return None
         return copied(self._requests, source._requests, info)  # noqa: SLF001 - of this class
+
+    def hold(self) -> None:
+        self._requests.client.hold()
 
     def close(self) -> None:
         self._requests.close()

@@ -97,6 +97,11 @@ class Server:
                     self._put = probe.put_support()
             return self._put
 
+    @property
+    def is_probed(self) -> bool:
+        """True if `put` answers without a request."""
+        return self._put is not None
+
     def copy_source(self, requests: Requests) -> bool:
         """Return True if a rewrite supports ``ifSourceGenerationMatch``; probing takes six requests."""
         if requests.client.is_google:

@@ -21,6 +21,7 @@ import requests
 import urllib3
 from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
+from urllib3.util.ssl_ import create_urllib3_context
 
 from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.errors import ConfigurationError
@@ -29,6 +30,7 @@ from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google, serves_xml
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
 from cloudckpt.backends.stores.http.connections import POOLS
+from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -115,6 +117,7 @@ class Client:
             RefusedError: it was answered with another status.
             PageError: a web page was the answer.
         """
+        use(self._pool, self)
         sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
         if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
@@ -149,9 +152,14 @@ class Client:
                 return False
         return True
 
+    def hold(self) -> None:
+        """Keep connections open while this client lives, and is not closed."""
+        use(self._pool, self)
+
     def close(self) -> None:
-        """Let idle connections go."""
-        self._pool.clear()
+        """Close idle connections, unless another client uses them."""
+        if release(self._pool, self):
+            self._pool.clear()
 
 
 def _file_system(options: Options) -> GCSFileSystem:
@@ -192,13 +200,16 @@ def _pool(
     process: int, proxy: Proxy | None, endpoint: str, concurrency: int, timeout: float
 ) -> urllib3.PoolManager:
     """Connections to one server, kept from one save or load to the next."""
-    del process, endpoint  # a process that was forked must not use its parent's, nor one server another's
+    del process  # one that was forked must not use its parent's, nor one server another's
     settings: dict[str, Any] = {
         "maxsize": max(concurrency, ON_BEHALF) + 2,
         "blocksize": _ASKED,
         "retries": False,
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
     }
+    if endpoint.startswith("https:"):
+        settings["ssl_context"] = context = create_urllib3_context()  # one for all: its sessions are resumed
+        context.load_default_certs()
     if proxy is None:
         manager = urllib3.PoolManager(**settings)
     else:

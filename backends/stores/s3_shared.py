@@ -15,6 +15,7 @@ from typing import Final
 
 from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.target import Target
@@ -91,6 +92,8 @@ class SharedClients:
         self._target = target
         self._lock = threading.Lock()
         self._held: tuple[int, Clients] | None = None
+        self._uses = False
+        """True while the connections of the clients are noted as used by this store."""
 
     def get(self) -> Clients:
         """Return this process's clients."""
@@ -100,6 +103,9 @@ class SharedClients:
                 held = self._held
                 if held is None or held[0] != os.getpid():
                     self._held = held = (os.getpid(), _shared(self._target))
+        if not self._uses:
+            self._uses = True
+            use(held[1], self)
         return held[1]
 
     def renew(self, expired: Clients) -> bool:
@@ -112,12 +118,13 @@ class SharedClients:
         with self._lock:
             if self._held is not None and self._held[1] is expired:
                 self._held = (os.getpid(), _shared(self._target, instead_of=expired))
+                self._uses = False
                 expired.close()
         return True
 
     def close(self) -> None:
-        """Let idle connections go; the clients make new ones when they are asked again."""
+        """Close idle connections, unless another store uses them. The clients open new ones when needed."""
         with self._lock:
-            held = self._held
-        if held is not None and held[0] == os.getpid():
+            held, self._uses = self._held, False
+        if held is not None and held[0] == os.getpid() and release(held[1], self):
             held[1].close()

@@ -21,6 +21,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.http import body_loop
 from cloudckpt.backends.stores.http.rates import rates
+from cloudckpt.backends.stores.http.reach import Reaching
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.s3_body import BuffersBody, Rest
 
@@ -66,11 +67,11 @@ class _BodySender:
                     super().send(view)  # type: ignore[misc]
 
 
-class _AWSConnection(_BodySender, AWSHTTPConnection):  # type: ignore[misc]
+class _AWSConnection(_BodySender, Reaching, AWSHTTPConnection):  # type: ignore[misc]
     pass
 
 
-class _AWSTLSConnection(_BodySender, AWSHTTPSConnection):  # type: ignore[misc]
+class _AWSTLSConnection(_BodySender, Reaching, AWSHTTPSConnection):  # type: ignore[misc]
     pass
 
 
@@ -82,11 +83,11 @@ class _AWSTLSPool(HTTPSConnectionPool):
     ConnectionCls = _AWSTLSConnection  # pyright: ignore[reportAssignmentType]
 
 
-class _Connection(_BodySender, HTTPConnection):
+class _Connection(_BodySender, Reaching, HTTPConnection):
     pass
 
 
-class _TLSConnection(_BodySender, HTTPSConnection):
+class _TLSConnection(_BodySender, Reaching, HTTPSConnection):
     pass
 
 
