@@ -360,8 +360,12 @@ def _said(error: Exception) -> str:
 
 
 def _is_gone(store: ObjectStore, info: ObjectInfo) -> bool:
-    found = _version(store, info.name)
-    return found is None or (bool(found and info.version) and found != info.version)
+    try:
+        found = store.stat(info.name)
+    except ObjectNotFoundError:
+        return True
+    replaced = found.version and info.version and found.version != info.version
+    return bool(replaced) or found.size != info.size
 
 
 def _version(store: ObjectStore, name: str) -> str | None:

@@ -18,19 +18,13 @@ from cloudckpt.backends.stores.http.addresses import addresses_of
 class Reaching:
     """A mixin for urllib3's connections, put before their class. With a proxy, the proxy is reached."""
 
-    host: Any
-    port: Any
-    timeout: Any
-    source_address: Any
-    socket_options: Any
     sock: Any
-    ssl_context: Any = None
     _is_kept = False
     """True once the TLS session of this connection was kept."""
 
     def connect(self) -> None:
         """Connect, resuming a TLS session."""
-        tls_sessions.resume(self.ssl_context)
+        tls_sessions.resume(getattr(self, "ssl_context", None))
         self._is_kept = False
         super().connect()  # type: ignore[misc]
 
@@ -45,18 +39,16 @@ class Reaching:
 
     def _new_conn(self) -> socket.socket:
         """Return a connected socket, or raise urllib3's errors."""
-        connection: Any = self
-        host = getattr(self, "_dns_host", self.host)
-        timeout = self.timeout if isinstance(self.timeout, int | float) else socket.getdefaulttimeout()
+        it: Any = self
+        host = getattr(it, "_dns_host", it.host)
+        timeout = it.timeout if isinstance(it.timeout, int | float) else socket.getdefaulttimeout()
         try:
-            return addresses_of(host, self.port).connect(
-                timeout, self.source_address, self.socket_options or ()
-            )
+            return addresses_of(host, it.port).connect(timeout, it.source_address, it.socket_options or ())
         except socket.gaierror as error:
-            raise NameResolutionError(self.host, connection, error) from error
+            raise NameResolutionError(it.host, it, error) from error
         except TimeoutError as error:
             raise ConnectTimeoutError(
-                connection, f"Connection to {self.host} timed out. (connect timeout={self.timeout})"
+                it, f"Connection to {it.host} timed out. (connect timeout={it.timeout})"
             ) from error
         except OSError as error:
-            raise NewConnectionError(connection, f"Failed to establish a new connection: {error}") from error
+            raise NewConnectionError(it, f"Failed to establish a new connection: {error}") from error
