@@ -36,6 +36,7 @@ from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import proxy_of
+from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
@@ -48,6 +49,8 @@ _Session = TypeVar("_Session", bound=botocore.session.Session)
 _CONNECT_SECONDS = 5.0
 SETTINGS: Final = "the option endpoint_url or AWS_ENDPOINT_URL"
 """Names of what says where the server is, for errors."""
+_LONG_BODY: Final = 8 << 20
+"""Bytes of a body that waits for the server to ask for it."""
 _PATIENCE: Final = 10
 """Timeouts that an answer to CompleteMultipartUpload may take: S3 takes minutes for large objects."""
 _ONE_ATTEMPT: Final = {"mode": "standard", "total_max_attempts": 1}
@@ -259,9 +262,21 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
     client = session.create_client("s3", config=Config(**named), **arguments)
     use_connections(client)
+    client.meta.events.register("before-call.s3", _send_short_bodies_at_once)
     if not is_aws(str(client.meta.endpoint_url)):
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
     return client
+
+
+def _send_short_bodies_at_once(params: dict[str, Any], **_: Any) -> None:
+    """Send a short body without ``Expect: 100-continue``.
+
+    botocore has every file-like body wait for the server's word, which takes a round trip. That is worth it
+    for a long body, which a server that is overloaded refuses before it is sent.
+    """
+    body = params.get("body")
+    if isinstance(body, BuffersBody) and len(body) < _LONG_BODY:
+        params["headers"].pop("Expect", None)
 
 
 def _add_content_md5(params: dict[str, Any], **_: Any) -> None:

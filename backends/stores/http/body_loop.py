@@ -17,27 +17,21 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from cloudckpt.backends import system_limits
-from cloudckpt.backends.stores.http.rates import Direction, SlowConnectionError, rates, unsent_bytes
+from cloudckpt.backends.stores.http.bodies import Body, Receiving, Sending, Source
+from cloudckpt.backends.stores.http.rates import SlowConnectionError, rates
 
-_TURN: Final = 4 << 20
-"""Bytes that one connection moves before the next one has its turn."""
 _TICK: Final = 0.05
 """Seconds between two looks at the clock: for timeouts and slow connections."""
 _IDLE: Final = 2.0
 """Seconds without a body after which the thread of a loop ends."""
-_WAKE_AT: Final = 512 << 10
-"""Bytes that have arrived when the kernel reports a socket as readable, unless fewer are left of the body."""
-_RECORD: Final = 17 << 10
-"""Bytes of a TLS record. OpenSSL can hold as many that the kernel does not count any more."""
 _CPUS_FOR_TWO: Final = 2
-"""Processors a rank from which a process has two loops."""
-
-Source = Callable[[], memoryview]
-"""Returns the next bytes to send, or an empty view at the end."""
+"""Processors a rank from which two threads send."""
+_CPUS_TO_RECEIVE: Final = 4
+"""Processors a rank from which two threads receive. On fewer, that takes a tenth more of them."""
 
 
 def movable(connection: object) -> bool:
@@ -60,7 +54,7 @@ def receive(connection: socket.socket, views: Iterator[memoryview], nbytes: int)
         OSError: the connection failed, or its timeout passed.
         Exception: an exception that ``views`` raised.
     """
-    _loop().move(_Receiving(connection, views, nbytes))
+    _loop(_CPUS_TO_RECEIVE).move(Receiving(connection, views, nbytes))
 
 
 def send(connection: socket.socket, source: Source, nbytes: int) -> None:
@@ -77,124 +71,7 @@ def send(connection: socket.socket, source: Source, nbytes: int) -> None:
         OSError: the connection failed, or its timeout passed.
         Exception: an exception that ``source`` raised.
     """
-    _loop().move(_Sending(connection, source, nbytes))
-
-
-class _Body:
-    """A body that a loop moves for a thread that waits."""
-
-    direction: Direction
-    events: int
-
-    def __init__(self, connection: socket.socket, nbytes: int) -> None:
-        self.connection = connection
-        self.nbytes = nbytes
-        self.moved = 0
-        self.error: BaseException | None = None
-        self.has_ended = False
-        self.is_cancelled = False
-        self.timeout = connection.gettimeout()
-        self.began = self.progressed = time.monotonic()
-        self._ended = threading.Lock()
-        self._ended.acquire()
-
-    def pump(self) -> bool:
-        """Move bytes until the socket has none or the turn is over; True once the body has been moved."""
-        raise NotImplementedError
-
-    @property
-    def unsent(self) -> int:
-        """Bytes of ``moved`` that the kernel has not sent yet."""
-        return 0
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Wake the thread that waits. Nothing touches the socket or the memory from here on."""
-        self.error = error
-        self.has_ended = True
-        self._ended.release()
-
-    def wait(self) -> None:
-        """Wait for the end. Interruptible by a signal's handler, on the main thread."""
-        self._ended.acquire()
-        self._ended.release()
-
-
-class _Receiving(_Body):
-    direction: Direction = "down"
-    events = selectors.EVENT_READ
-
-    def __init__(self, connection: socket.socket, views: Iterator[memoryview], nbytes: int) -> None:
-        super().__init__(connection, nbytes)
-        self._views = views
-        self._view = memoryview(b"")
-        self._at = 0
-        self._woken_at = 1
-
-    def pump(self) -> bool:
-        receive_into, end = self.connection.recv_into, self.moved + _TURN
-        while self.moved < end:
-            if self._at == self._view.nbytes:
-                following = next(self._views, None)
-                if following is None:
-                    return True
-                self._view, self._at = following, 0
-                continue
-            count = receive_into(self._view[self._at :] if self._at else self._view)
-            if not count:
-                raise EOFError(f"the connection ended after {self.moved:,} bytes of {self.nbytes:,}")
-            self._at += count
-            self.moved += count
-        return False
-
-    def wake_late(self) -> None:
-        """Have the kernel report the socket once many bytes have arrived."""
-        self._wake_at(max(1, min(_WAKE_AT, self.nbytes - self.moved - _RECORD)))
-
-    def end(self, error: BaseException | None = None) -> None:
-        with contextlib.suppress(OSError):  # of a socket that failed
-            self._wake_at(1)
-        self._view, self._views = memoryview(b""), iter(())  # the loop may hold this body for a while
-        super().end(error)
-
-    def _wake_at(self, wanted: int) -> None:
-        if wanted != self._woken_at:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-            self._woken_at = wanted
-
-
-class _Sending(_Body):
-    direction: Direction = "up"
-    events = selectors.EVENT_WRITE
-
-    def __init__(self, connection: socket.socket, source: Source, nbytes: int) -> None:
-        super().__init__(connection, nbytes)
-        self._source = source
-        self._view = memoryview(b"")
-        self._at = 0
-
-    def pump(self) -> bool:
-        send, end = self.connection.send, self.moved + _TURN
-        while self.moved < end:
-            if self._at == self._view.nbytes:
-                self._view, self._at = self._source(), 0
-                if not self._view.nbytes:
-                    return True
-            count = send(self._view[self._at :] if self._at else self._view)
-            self._at += count
-            self.moved += count
-        return False
-
-    @property
-    def unsent(self) -> int:
-        return unsent_bytes(self.connection.fileno())
-
-    def end(self, error: BaseException | None = None) -> None:
-        self._view, self._source = memoryview(b""), _nothing  # the loop may hold this body for a while
-        super().end(error)
-
-
-def _nothing() -> memoryview:
-    return memoryview(b"")
+    _loop(_CPUS_FOR_TWO).move(Sending(connection, source, nbytes))
 
 
 class _Loop:
@@ -203,18 +80,18 @@ class _Loop:
     def __init__(self, number: int) -> None:
         self._name = f"cloudckpt-bodies-{number}"
         self._lock = threading.Lock()
-        self._coming: deque[_Body] = deque()
+        self._coming: deque[Body] = deque()
         self._thread: threading.Thread | None = None
-        self._bodies: dict[_Body, int] = {}
+        self._bodies: dict[Body, int] = {}
         """The bodies that are being moved, and the events that each one's socket is registered for."""
-        self._hot: set[_Body] = set()
+        self._hot: set[Body] = set()
         """Bodies whose turn was over before their sockets were empty."""
         self._selector: selectors.BaseSelector
         self._waker: socket.socket
         self.load = 0
         """Bodies that it has."""
 
-    def move(self, body: _Body) -> None:
+    def move(self, body: Body) -> None:
         """Move a body, while the calling thread waits."""
         body.connection.settimeout(0)
         try:
@@ -232,7 +109,7 @@ class _Loop:
         if body.error is not None:
             raise body.error
 
-    def _submit(self, body: _Body) -> None:
+    def _submit(self, body: Body) -> None:
         with self._lock:
             self.load += 1
             self._coming.append(body)
@@ -319,7 +196,7 @@ class _Loop:
             # OpenSSL may hold bytes of the body already, and a socket has mostly room to send.
             self._hot.add(body)
 
-    def _pump(self, body: _Body) -> None:
+    def _pump(self, body: Body) -> None:
         if body.has_ended:
             return
         before = body.moved
@@ -341,14 +218,14 @@ class _Loop:
         if body.moved != before:
             body.progressed = time.monotonic()
 
-    def _await(self, body: _Body, error: BaseException) -> None:
+    def _await(self, body: Body, error: BaseException) -> None:
         """Have the selector report the socket once the body can go on."""
         events = body.events
         if isinstance(error, ssl.SSLWantReadError):
             events = selectors.EVENT_READ
         elif isinstance(error, ssl.SSLWantWriteError):
             events = selectors.EVENT_WRITE
-        if isinstance(body, _Receiving):
+        if isinstance(body, Receiving):
             body.wake_late()
         if not self._bodies[body]:
             self._selector.register(body.connection, events, body)
@@ -356,7 +233,7 @@ class _Loop:
             self._selector.modify(body.connection, events, body)
         self._bodies[body] = events
 
-    def _end(self, body: _Body, error: BaseException | None) -> None:
+    def _end(self, body: Body, error: BaseException | None) -> None:
         if self._bodies.pop(body):
             self._selector.unregister(body.connection)
         self._hot.discard(body)
@@ -386,17 +263,32 @@ def _drain(woken: socket.socket) -> None:
         pass
 
 
-_loops: dict[int, list[_Loop]] = {}
+_loops: dict[int, tuple[_Loop, _Loop]] = {}
 _lock = threading.Lock()
 
 
-def _loop() -> _Loop:
-    """Return the loop of this process that has the fewest bodies; a forked child has loops of its own."""
+def _loop(processors: int) -> _Loop:
+    """Return a loop of this process: the one that has fewer bodies, where a rank has so many processors.
+
+    A forked child has loops of its own.
+    """
     process = os.getpid()
     loops = _loops.get(process)
     if loops is None:
         with _lock:
             _loops.clear()
-            count = 2 if system_limits.processors_a_rank() >= _CPUS_FOR_TWO else 1
-            loops = _loops.setdefault(process, [_Loop(number) for number in range(count)])
+            loops = _loops.setdefault(process, (_Loop(0), _Loop(1)))
+    if system_limits.processors_a_rank() < processors:
+        return loops[0]
     return min(loops, key=lambda loop: loop.load)
+
+
+def _forget() -> None:
+    """Drop what a forked child has of its parent's: the locks may have been held as it was forked."""
+    global _lock  # noqa: PLW0603
+    _loops.clear()
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
