@@ -152,7 +152,7 @@ class ObjectStore(abc.ABC):
 
     @property
     def is_remote(self) -> bool:
-        """True if a request takes a round trip: requests that do not depend on each other are worth threads.
+        """True if a request takes a round trip, so that several at once are worth their threads.
 
         Known without a request.
         """

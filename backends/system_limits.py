@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -193,6 +194,19 @@ def explained(what: str, uri: str | None = None) -> Iterator[None]:
         raise ExecutorError(
             f"could not {what}: {error.strerror or error}", uri=uri, hint=cure(error)
         ) from error
+
+
+def local_ranks() -> int:
+    """Return how many ranks share this host, as torchrun and most launchers say; 1 where nobody does."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(given)) if given.isdecimal() else 1
+
+
+def processors_a_rank() -> float:
+    """Return how many processors of this host each of its ranks may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return float(usable) / local_ranks()
 
 
 class Workers(ThreadPoolExecutor):

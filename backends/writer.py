@@ -24,6 +24,7 @@ from torch.futures import Future
 from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, uri_hints, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
+from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -321,7 +322,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
-        self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
+        self._uploader = Uploader(store, transfers(store, options), options.memory_limit, self._observer)
         objects = stage.laid_out(plan.items, planner, self._rank, options, store)
         sent = self._uploader.send({one.name: one.to_send() for one in objects}, self._cleared(store))
         for one, its in zip(objects, sent, strict=True):

@@ -23,12 +23,13 @@ from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
 from urllib3.util.ssl_ import create_urllib3_context
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
+from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google, serves_xml
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
-from cloudckpt.backends.stores.http.reach import spread
+from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
@@ -42,6 +43,7 @@ _ASKED: Final = 1 << 17
 _OF_OTHERS: Final = (301, 302, 303, 307, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 """Statuses that GCS does not answer with."""
 _ERROR_BYTES: Final = 1 << 16
+_PAYER: Final = "x-goog-user-project"
 _OF_FSSPEC: Final = frozenset(
     {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "batch_size"}
 )
@@ -57,17 +59,28 @@ class Client:
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
         self.route = Route(self.endpoint, SETTINGS, proxy_of(self.endpoint))
         """For errors and doctor."""
-        self.paces = Paces.of(options.concurrency)
+        self.paces = Paces.of(connections(options))
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays
         self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
-        self._pool = _pool(os.getpid(), self.route.proxy, self.endpoint, options.concurrency, options.timeout)
+        self.payer: Mapping[str, str] = (
+            {_PAYER: self._always["userProject"]} if "userProject" in self._always else {}
+        )
+        """The header of a request of the XML API that says who pays."""
+        self._pool = _pool(
+            os.getpid(), self.route.proxy, self.endpoint, connections(options), options.timeout
+        )
 
     @property
     def is_google(self) -> bool:
         """True if the endpoint is Google's own."""
         return is_google(self.endpoint)
+
+    @property
+    def serves_xml(self) -> bool:
+        """True if the endpoint is known to serve the XML API."""
+        return serves_xml(self.endpoint)
 
     @property
     def always(self) -> str:
@@ -109,7 +122,7 @@ class Client:
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
         if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
             self.fs.credentials.apply(sent)
-        query = {**self._always, **(parameters or {})}
+        query = {**({} if _PAYER in sent else self._always), **(parameters or {})}
         if query:
             url += ("&" if "?" in url else "?") + urlencode(query, quote_via=quote)
         if body is not None:
@@ -202,5 +215,5 @@ def _pool(
     else:
         told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
         manager = urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
-    spread(manager)
+    manager.pool_classes_by_scheme = POOLS
     return manager

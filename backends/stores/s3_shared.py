@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import Paces
@@ -77,7 +78,7 @@ def _shared(target: Target, instead_of: Clients | None = None) -> Clients:
             if one.options == target.options and one.surroundings == surroundings:
                 _kept.append(_kept.pop(place))
                 return one.clients
-        paces = instead_of.paces if instead_of is not None else Paces.of(target.options.concurrency)
+        paces = instead_of.paces if instead_of is not None else Paces.of(connections(target.options))
         clients = Clients(target, paces)
         _kept.append(_Kept(target.options, surroundings, clients))
         del _kept[:-_KEPT]

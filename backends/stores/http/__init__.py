@@ -1,1 +1,1 @@
-"""The HTTP connections of the S3 and GCS stores."""
+"""HTTP connections of the S3 and GCS stores, and the loop that moves their bodies."""

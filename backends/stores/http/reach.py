@@ -1,62 +1,25 @@
 """How urllib3's connections reach a server: over all of its addresses, and resuming TLS sessions.
 
 This is the one place that uses these private names: ``_new_conn`` and ``_dns_host`` of urllib3's connections,
-since urllib3 1.24, and ``_manager`` and ``_pool_classes_by_scheme`` of botocore's HTTP session, since 1.11.
-Where a version has them no more, connections are opened as that library does it.
+since urllib3 1.24. Where a version has them no more, connections are opened as urllib3 does it.
 """
 
 from __future__ import annotations
 
-import functools
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.stores.http import tls_sessions
 from cloudckpt.backends.stores.http.addresses import addresses_of
-
-_log = background_log.logger(__name__)
-
-
-def spread(manager: Any) -> None:
-    """Have the pools that a manager of urllib3 makes from now on reach a server over all of its addresses."""
-    manager.pool_classes_by_scheme = _reaching(manager.pool_classes_by_scheme)
-
-
-def spread_client(client: Any) -> None:
-    """Do as `spread` with a client of botocore, whose HTTP session also makes managers for proxies."""
-    try:
-        session = client._endpoint.http_session  # noqa: SLF001
-        manager, classes = session._manager, session._pool_classes_by_scheme  # noqa: SLF001
-    except AttributeError as error:
-        _log.debug("botocore has no %s any more: connections are opened by its own code", error.name)
-        return
-    classes.update(_reaching(classes))
-    manager.pool_classes_by_scheme = classes
-
-
-def _reaching(classes: Mapping[str, Any]) -> dict[str, Any]:
-    return {scheme: _pool_class(of_pool) for scheme, of_pool in classes.items()}
-
-
-@functools.cache
-def _pool_class(of_pool: Any) -> Any:
-    """Return a class of pools like this one, of connections that are `Reaching`."""
-    of_connection = of_pool.ConnectionCls
-    if issubclass(of_connection, Reaching):
-        return of_pool
-    reaching = type(f"Reaching{of_connection.__name__}", (Reaching, of_connection), {})
-    return type(f"Reaching{of_pool.__name__}", (of_pool,), {"ConnectionCls": reaching})
 
 
 class Reaching:
     """A mixin for urllib3's connections, put before their class. With a proxy, the proxy is reached."""
 
-    host: str
-    port: int
+    host: Any
+    port: Any
     timeout: Any
     source_address: Any
     socket_options: Any
