@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
-from cloudckpt.backends import system_limits
+from cloudckpt.backends import descriptors, system_limits
 from cloudckpt.backends.stores.http.bodies import Body, Receiving, Sending, Source
 from cloudckpt.backends.stores.http.rates import SlowConnectionError, rates
 
@@ -111,24 +111,37 @@ class _Loop:
 
     def _submit(self, body: Body) -> None:
         with self._lock:
+            begins = self._thread is None
+            if begins:
+                self._begin()
             self.load += 1
             self._coming.append(body)
-            if self._thread is None:
-                self._selector = selectors.DefaultSelector()
-                woken, self._waker = socket.socketpair()
-                for end in (woken, self._waker):
-                    end.setblocking(False)
-                self._selector.register(woken, selectors.EVENT_READ)
-                self._thread = threading.Thread(target=self._run, args=(woken,), name=self._name, daemon=True)
-                try:
-                    system_limits.start(self._thread)
-                except BaseException:
-                    self._close(woken)
-                    self._coming.remove(body)
-                    self.load -= 1
-                    raise
-                return
-        self._wake()
+        if not begins:
+            self._wake()
+
+    def _begin(self) -> None:
+        """Start the thread, which has nothing to do yet.
+
+        Raises:
+            OSError: there is no descriptor left.
+            ExecutorError: no thread can be started.
+        """
+        woken, self._waker = descriptors.socket_pair()
+        try:
+            for end in (woken, self._waker):
+                end.setblocking(False)
+            self._selector = selectors.DefaultSelector()
+        except BaseException:
+            woken.close()
+            self._waker.close()
+            raise
+        try:
+            self._selector.register(woken, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._run, args=(woken,), name=self._name, daemon=True)
+            system_limits.start(self._thread)
+        except BaseException:
+            self._close(woken)
+            raise
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake; or closed: it has ended with all its bodies
