@@ -20,9 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.endpoint import served
+from bench.endpoint import Endpoint, served
 from bench.link_emulator import Link
 from support.certificate import self_signed
+from support.gcs import GCSServer
 from support.hosts import Host
 from support.processes import HOST, Daemons, daemons, script, unused_port
 from support.servers import S3Server
@@ -66,33 +67,39 @@ class Reached:
 
 
 @contextmanager
-def distant(port: int, distance: Distance) -> Iterator[Reached]:
-    """Put a server that listens on a port of loopback at a distance.
+def distant(server: Endpoint | GCSServer, distance: Distance) -> Iterator[Reached]:
+    """Put a server that listens on loopback at a distance.
 
     Raises:
         NotInstalledError: haproxy is not installed.
         PermissionError: this process may not make network namespaces, or a program for them is not installed.
         ServerStartError: haproxy or the link did not start.
     """
+    nearby = server.server.endpoint if isinstance(server, Endpoint) else server.endpoint
     if distance == Distance():
-        yield Reached(f"http://{HOST}:{port}", (), None)
+        yield Reached(nearby, (), None)
         return
-    haproxy = script("haproxy", "haproxy (Debian: apt-get install haproxy)", root=True)
+    port = int(nearby.rpartition(":")[2])
     with ExitStack() as stack:
         family = stack.enter_context(daemons("distance"))
         authority: Path | None = None
         prefix: tuple[str, ...] = ()
         address, listen, suffix = HOST, unused_port(), ""
         if distance.link is not None:
-            client, server = stack.enter_context(_far_hosts(distance.link, family, slow_start=distance.slow_start))
-            prefix, address, listen = client.prefix, server.address, 443 if distance.tls else 80
-            suffix = f" namespace {server.namespace}"
+            client, host = stack.enter_context(_far_hosts(distance.link, family, slow_start=distance.slow_start))
+            prefix, address, listen = client.prefix, host.address, 443 if distance.tls else 80
+            suffix = f" namespace {host.namespace}"
+            if isinstance(server, Endpoint) and not distance.tls and distance.refuse_above is None:
+                server.listen(host.namespace, host.address, listen)  # a proxy would only cost CPU
+                yield Reached(f"http://{address}:{listen}", prefix, None)
+                return
         if distance.tls:
             _, authority = self_signed(family.folder, address=address)
             both = family.folder / "both.pem"
             both.write_bytes(authority.read_bytes() + (family.folder / "key.pem").read_bytes())
             both.chmod(0o600)
             suffix += f" ssl crt {both}"
+        haproxy = script("haproxy", "haproxy (Debian: apt-get install haproxy)", root=True)
         configuration = family.folder / "haproxy.cfg"
         configuration.write_text(_configuration(f"{address}:{listen}{suffix}", port, distance.refuse_above))
         family.start(haproxy, "-db", "-f", configuration)
@@ -113,6 +120,7 @@ global
     tune.bufsize 65536
     tune.pipesize 1048576
     maxconn 4000
+    ssl-default-bind-ciphersuites TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256
 defaults
     mode {"tcp" if refuse_above is None else "http"}
     option splice-auto
@@ -270,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with served() as near:
         bucket = near.server.new_bucket()
-        with distant(int(near.server.endpoint.rpartition(":")[2]), from_options(options)) as reached:
+        with distant(near, from_options(options)) as reached:
             server: S3Server = replace(near.server, endpoint=reached.endpoint)
             variables = {
                 **server.environment, **reached.environment,

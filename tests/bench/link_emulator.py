@@ -39,7 +39,7 @@ _HEADERS = 60
 """Bytes of each packet that the kernel shows: IP's header and the start of TCP's."""
 _QUEUE_LENGTH = 1 << 17
 """Packets that may wait in each queue."""
-_TICK = 0.0002
+_TICK = 0.0004
 """Seconds for which the process sleeps at least, so that it decides on several packets at once."""
 _SYN, _ACK_FLAG = 0x02, 0x10
 _VERDICT_MESSAGE = struct.Struct("=IHHII BBH HHII")
