@@ -30,6 +30,16 @@ class Addressed:
         """Whether this is a URI that cloudckpt can save to and load from."""
         return is_checkpoint_uri(checkpoint_id)
 
+    def held(self) -> ObjectStore:
+        """Return a store that keeps the connections of this checkpoint's stores open while it lives.
+
+        Raises:
+            CheckpointError: the options can't be used.
+        """
+        store = open_store(self._target)
+        store.hold()
+        return store
+
     def _move(self, checkpoint_id: str | os.PathLike[str] | None) -> None:
         """Turn to another checkpoint, where one is given, with the same options."""
         if checkpoint_id is not None:

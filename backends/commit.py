@@ -255,31 +255,35 @@ def ensure_whole(
     store: ObjectStore,
     name: str,
     author: str | bytes,
-    objects: Iterable[ObjectInfo],
+    objects: Sequence[ObjectInfo],
     previous: Previous | None,
+    *,
+    concurrency: int = 1,
 ) -> None:
     """Take the commit back if gc took the save for dead while it committed, and removed what it names.
 
-    What another put in its place in the meantime counts as removed.
+    What another put in its place in the meantime counts as removed. A commit that was replaced or deleted
+    since is left as it is.
 
     Raises:
         CommitError: it did; there is what was there before, or nothing.
         UncertainCommitError: it did, and the commit could not be taken back.
     """
-    missing = next((info.name for info in objects if _is_gone(store, info)), None)
+    missing = _missing(store, objects, concurrency)
     if missing is None:
         return
     place: dict[str, Any] = {"uri": store.uri, "object_name": name}
     try:
         data, info = store.get(name)
-        if _is_by(author, data, store.uri, name):
-            if previous is None:
-                store.delete([name])
-            else:
-                can = store.capabilities.conditional_update
-                store.put(name, previous.data, Update(info.version or "") if can else Overwrite())
+        if not _is_by(author, data, store.uri, name):
+            return
+        if previous is None:
+            store.delete([name])
+        else:
+            can = store.capabilities.conditional_update
+            store.put(name, previous.data, Update(info.version or "") if can else Overwrite())
     except (ObjectNotFoundError, PreconditionFailedError):
-        pass  # another save or a deletion came in between
+        return  # another save or a deletion came in between
     except CheckpointError as error:
         raise UncertainCommitError(
             f"gc removed {missing} while it was committed, and taking that back failed: {error.message}",
@@ -291,6 +295,26 @@ def ensure_whole(
         hint="It was taken back, and what was there before is there; give gc a longer silent_for, save again",
         **place,
     )
+
+
+def _missing(store: ObjectStore, objects: Sequence[ObjectInfo], concurrency: int) -> str | None:
+    """Return the name of an object that is gone; None where the store does not say so of any."""
+    if len(objects) > _ASKED_ONE_BY_ONE:
+        try:
+            listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
+        except StorageError as error:
+            _log.warning("the objects of a save could not be looked at after its commit: %s", error)
+            return None
+        objects = [info for info in objects if listed.get(info.name) != info.size]
+    found = outcomes_of([functools.partial(_is_gone, store, info) for info in objects], concurrency)
+    for info, gone in zip(objects, found, strict=True):
+        if gone is True:
+            return info.name
+        if isinstance(gone, StorageError):
+            _log.warning("an object could not be looked at after the commit: %s", gone)
+        elif isinstance(gone, BaseException):
+            raise gone
+    return None
 
 
 def _read_back(

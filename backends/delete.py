@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from cloudckpt.backends import background_log, commit
@@ -13,6 +14,7 @@ from cloudckpt.backends.marker import is_silent, silent_since
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, objects_of
+from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
@@ -96,11 +98,13 @@ def _committed(store: ObjectStore) -> tuple[list[str], list[str], tuple[ObjectIn
         CheckpointNotFoundError: nothing is committed here.
     """
     # Ranks that saved without each other have metadata of their own.
+    look = partial(commit.find_previous, store, md.METADATA_NAME)  # listed or not: a listing may lag behind
+    looking = begun(look, concurrent=True) if store.is_remote else None
     listed = store.list("", delimiter=True).objects
-    names = [info.name for info in listed if md.is_metadata(info.name)]
-    if md.METADATA_NAME not in names:  # a listing may lag behind
-        names.append(md.METADATA_NAME)
-    found = {name: commit.find_previous(store, name) for name in names}
+    found = {md.METADATA_NAME: look() if looking is None else looking.result()}
+    for name in (info.name for info in listed if md.is_metadata(info.name)):
+        if name != md.METADATA_NAME:
+            found[name] = commit.find_previous(store, name)
     there = sorted(name for name, previous in found.items() if previous is not None)
     if not there:
         raise CheckpointNotFoundError(

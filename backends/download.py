@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
-from cloudckpt.backends.lanes import lanes
+from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
@@ -19,7 +19,10 @@ from cloudckpt.backends.upload import Observer
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
+_MIB = 1 << 20
 LARGEST_READ = 32 << 20
+_SHORTEST_READ = 8 << 20
+"""Bytes of a request where there is little to read for each one in flight."""
 _LONGEST_READ = 128 << 20
 """Bytes of a request that go straight to where they stay. Each request costs the processor some 2 ms."""
 
@@ -52,10 +55,10 @@ class Downloader:
         self._store = store
         self._least_sizes = least_sizes
         self._concurrency = concurrency
-        self._lanes = lanes(store.uri, "down", concurrency)
+        self._lanes = transfer_lanes(store, "down", concurrency)
         self._scratch = Scratch(memory_limit)
         self.observe(None, None)
-        self._largest = max(1, min(largest_read, memory_limit // 2))
+        self._largest = self._shortest = max(1, min(largest_read, memory_limit // 2))
 
     def observe(self, observer: Observer | None, begun: Callable[[int], None] | None) -> None:
         """Have ``begun`` told how many bytes will be read, and ``observer`` of each range that was."""
@@ -63,8 +66,14 @@ class Downloader:
 
     @property
     def largest(self) -> int:
-        """Bytes that an extent without a destination of its own should have at most."""
+        """Bytes that an extent should have at most."""
         return self._largest
+
+    def expect(self, nbytes: int) -> None:
+        """Say how many bytes will be read, so that each request in flight gets some of them."""
+        if self._store.is_remote:
+            shared_out = max(_SHORTEST_READ, nbytes // self._lanes.limit // _MIB * _MIB)
+            self._largest = self._shortest = min(self._largest, shared_out)
 
     def read(
         self,
@@ -103,7 +112,7 @@ class Downloader:
         left = sum(extent.end - extent.begin for extents in wanted.values() for extent in extents)
 
         def longest() -> int:
-            return max(self._largest, min(_LONGEST_READ, left // self._concurrency))
+            return max(self._shortest, min(_LONGEST_READ, left // self._lanes.limit))
 
         for name, extents in wanted.items():
             for request in merge(extents, self._largest, longest=longest):

@@ -1,9 +1,13 @@
-"""How many transfers run side by side: as many as are allowed, or fewer where that is no slower.
+"""How many transfers run at once: an adaptive limit, by what is measured of them.
 
-Over a network, requests side by side hide each other's waiting. Where the processor is what limits them they
-have nothing to hide: they take turns at the interpreter's lock, and every turn costs. So while transfers keep
-a processor busy, half as many are tried, and kept to if as many bytes a second are moved at no more expense;
-and when they no longer do, twice as many.
+Over a network, requests at once hide each other's waiting. Where the processor limits them they have nothing
+to hide, and each costs more the more there are. So the limit climbs the hill that rate and cost make of it:
+
+- While transfers keep a processor busy, half as many are tried, and kept if they move as many bytes a second
+  at no more expense.
+- While transfers wait, twice as many are tried, up to a ceiling, and kept if they move more bytes a second.
+
+A trial that fails goes back to the limit before, and the next trial waits twice as long.
 """
 
 from __future__ import annotations
@@ -14,8 +18,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urlsplit
+
+from cloudckpt.backends.concurrency import at_first
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.http.rates import rates
 
 _LEAST: Final = 2
 """One transfers while the other ends or begins a request."""
@@ -25,8 +34,12 @@ _WAITING: Final = 0.4
 """Processors that transfers use below which there are more again."""
 _AS_FAST: Final = 0.9
 """What fewer must move of the bytes a second that there were before."""
+_FASTER: Final = 1.1
+"""What more must move of the bytes a second that there were before."""
 _ROUNDS: Final = 2
 """Transfers a lane that make a measurement."""
+_ENOUGH: Final = 16
+"""Transfers that make a measurement of many lanes."""
 _PATIENCE: Final = 1.0
 """Seconds that one waits for a lane: transfers that take longer wait for something else than a processor, and
 nothing must stand still because others do."""
@@ -39,7 +52,14 @@ Way = Literal["up", "down", "commit"]
 class Lanes:
     """The lanes of all transfers of one process in one direction, to or from one place.
 
-    A commit counts objects for bytes. ``start`` is how many there are at first, instead of ``most``.
+    A commit counts objects for bytes.
+
+    Args:
+        most: the ceiling.
+        start: how many there are at first, instead of ``most``.
+        clock: returns seconds.
+        cpu: returns the seconds of processor time that the calling thread has used.
+        busy: returns the processors that other threads are using for these transfers.
     """
 
     def __init__(
@@ -49,14 +69,15 @@ class Lanes:
         *,
         clock: Callable[[], float] = time.monotonic,
         cpu: Callable[[], float] = time.thread_time,
+        busy: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._most = most
         self._limit = most if start is None else min(most, start)
-        self._clock, self._cpu = clock, cpu
+        self._clock, self._cpu, self._busy = clock, cpu, busy
         self._taken = 0
         self._changed = threading.Condition()
         self._before: tuple[int, float, float] | None = None
-        """Lanes, bytes a second and processor time of a byte before fewer were tried."""
+        """Lanes, bytes a second and processor time of a byte before fewer or more were tried."""
         self._rest = 0
         self._next_rest = _REST
         self._changes = 0
@@ -102,9 +123,10 @@ class Lanes:
         self._bytes += nbytes
         self._elapsed += elapsed
         self._used += used
-        if self._ended >= _ROUNDS * self._limit and self._elapsed:
-            limit = self._limit
-            self._adapt(limit * self._bytes / self._elapsed, limit * self._used / self._elapsed)
+        limit = self._limit
+        if self._ended >= min(_ROUNDS * limit, max(_ENOUGH, limit)) and self._elapsed:
+            used = limit * self._used / self._elapsed + self._busy()
+            self._adapt(limit * self._bytes / self._elapsed, used)
             self._changes += limit != self._limit
             self._changed.notify_all()
             self._begin()
@@ -113,23 +135,46 @@ class Lanes:
         """Change the limit by how many bytes a second were moved and how many processors that took."""
         self._rest = max(0, self._rest - 1)
         before, self._before = self._before, None
-        if before is not None and (rate < _AS_FAST * before[1] or used > before[2] * rate):
+        if before is not None and self._was_in_vain(before, rate, used):
             self._limit = before[0]
             self._rest, self._next_rest = self._next_rest, 2 * self._next_rest
         elif used >= _BUSY and self._limit > _LEAST and not self._rest:
             self._before = (self._limit, rate, used / rate if rate else 0.0)
             self._limit = max(_LEAST, self._limit // 2)
-        elif used < _WAITING and self._limit < self._most:
+        elif used < _WAITING and self._limit < self._most and not self._rest:
+            self._before = (self._limit, rate, used / rate if rate else 0.0)
             self._limit = min(self._most, 2 * self._limit)
+
+    def _was_in_vain(self, before: tuple[int, float, float], rate: float, used: float) -> bool:
+        """Return True if a trial has not brought what it was for."""
+        if self._limit > before[0]:
+            return rate < _FASTER * before[1]
+        return rate < _AS_FAST * before[1] or used > before[2] * rate
 
 
 def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
     """Return the lanes to or from the bucket of a URI, which know what was found out before."""
     parts = urlsplit(uri)
-    return _lanes(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, most, start)
+    return _lanes(_Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way), most, start)
+
+
+def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> Lanes:
+    """Return the lanes of a store's parts or ranges, which know what was found out before."""
+    parts, start = urlsplit(store.uri), at_first(most) if store.is_remote else None
+    place = _Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, store.is_remote)
+    return _lanes(place, most, start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Whose transfers have lanes of their own. A forked process has none of its parent's transfers."""
+
+    process: int
+    bucket: str
+    way: Way
+    is_remote: bool = False
 
 
 @functools.lru_cache(maxsize=16)
-def _lanes(process: int, place: str, way: Way, most: int, start: int | None) -> Lanes:
-    del process, place, way  # a process that was forked has none of its parent's transfers
-    return Lanes(most, start)
+def _lanes(place: _Place, most: int, start: int | None) -> Lanes:
+    return Lanes(most, start, busy=lambda: rates().busy) if place.is_remote else Lanes(most, start)

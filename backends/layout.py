@@ -14,6 +14,7 @@ from cloudckpt.backends.store import PartLimits
 
 _MIB = 1 << 20
 _PART_SIZE = 32 * _MIB
+_SHORTEST_PART_SIZE = 8 * _MIB
 _LONGEST_PART_SIZE = 128 * _MIB
 _FRAMING = 2048
 """Bytes around a tensor's payload, at most; good for an estimate."""
@@ -71,18 +72,26 @@ def usual_part_size(options: Options) -> int:
     return min(options.part_size or _PART_SIZE, options.memory_limit)
 
 
-def longest_part_size(nbytes: int, options: Options, limits: PartLimits) -> int:
-    """The part size where a rank sends so many bytes, and the parts need no memory.
+def part_size_in_place(nbytes: int, at_once: int, options: Options, limits: PartLimits) -> int:
+    """Return the part size in bytes where parts are sent from the caller's memory.
 
-    A part costs the processor some 2 ms, whatever its size. But every request in flight should have two of
-    them to send at least, or the others would wait for it in the end. It is the usual size for a store that
-    copies a part, or takes them one after another, where a long one that fails is a long way back.
+    A part costs the processor some 2 ms, whatever its size, so parts are long; but every transfer that may
+    run should have one. It is the usual size for a store that copies a part, or takes parts one after
+    another, where a long one that fails is a long way back.
+
+    Args:
+        nbytes: what the rank sends.
+        at_once: transfers that may run now.
+        options: of the store.
+        limits: of the store.
     """
     usual = usual_part_size(options)
     if options.part_size is not None or not limits.in_place:
         return usual
-    shared_out = nbytes // (2 * options.concurrency) // _MIB * _MIB
-    return max(usual, min(shared_out, _LONGEST_PART_SIZE, options.memory_limit, limits.max_size))
+    shared_out = nbytes // at_once // _MIB * _MIB
+    # Half of the limit: what follows may have to be gathered after all, a part while another one is sent.
+    most = min(_LONGEST_PART_SIZE, options.memory_limit // 2, limits.max_size)
+    return max(limits.min_size, min(most, max(shared_out, _SHORTEST_PART_SIZE)))
 
 
 def check_part_size(options: Options, limits: PartLimits, uri: str) -> None:

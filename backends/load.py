@@ -85,6 +85,7 @@ class _Load:
     def run(self, items: Sequence[ReadItem]) -> None:
         infos = [self._info(item) for item in items]
         self._parts = Counter(item.dest_index for item in items)
+        self._downloader.expect(sum(info.length for info in infos))
         places = self._stored(items, infos)
         with no_collection():
             self._want(items, infos, places)

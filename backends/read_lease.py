@@ -1,9 +1,10 @@
 """Read leases: a hidden object beside a checkpoint, renewed while a process loads it.
 
-Retention deletes no checkpoint that has a live lease. The reader puts its lease before it reads
-``.metadata``. The deleter looks for leases before it deletes ``.metadata`` and again afterwards, and leaves
-the data objects where it finds one. Whichever order these steps take, a reader that has read ``.metadata``
-finds every object.
+Retention deletes no checkpoint that has a live lease. The reader puts its lease while it reads
+``.metadata``, and reads no data before it has both. The deleter looks for leases before it deletes
+``.metadata`` and again afterwards, and leaves the data objects where it finds one. So a reader finds every
+object, unless ``.metadata`` was deleted after it was read and before the lease was put. A load of such a step
+ends as if it had begun after the deletion: the step is not there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Final
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.marker import SaveMarker, is_silent
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 
@@ -34,29 +35,28 @@ def is_read(objects: Iterable[ObjectInfo], alive: datetime) -> bool:
     return any(READ_LEASE.fullmatch(info.name) and not is_silent(info, alive) for info in objects)
 
 
-@contextmanager
-def reading(target: Target, rank: int) -> Iterator[None]:
-    """Hold a read lease on a checkpoint.
-
-    A process that may not write there has none: its read goes on without.
+def put_lease(target: Target, rank: int) -> SaveMarker | None:
+    """Put a read lease on a checkpoint, and return it; None for a process that may not write there.
 
     Args:
         target: the checkpoint.
         rank: of this process, for people who look at the lease.
     """
-    with open_store(target) as store:
-        lease = _taken(store, rank)
-        try:
-            yield
-        finally:
-            if lease is not None:
-                lease.end()
-
-
-def _taken(store: ObjectStore, rank: int) -> SaveMarker | None:
     own_id = uuid.uuid4().hex
+    store = open_store(target)
     try:
         return SaveMarker(store, own_id, rank, name=f"{_PREFIX}{own_id}")
     except CheckpointError as error:
         _log.debug("reading %s without a lease, which could not be put: %s", store.uri, error)
         return None
+
+
+@contextmanager
+def reading(target: Target, rank: int) -> Iterator[None]:
+    """Hold a read lease on a checkpoint, as `put_lease` puts it."""
+    lease = put_lease(target, rank)
+    try:
+        yield
+    finally:
+        if lease is not None:
+            lease.end()

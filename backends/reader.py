@@ -17,6 +17,7 @@ from torch.futures import Future
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.checksum import CRC64NVME
+from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -237,7 +238,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
             else:
                 self._close_lobby()  # whoever would call must not wait
             with self._opened() as store:
-                downloader = Downloader(store, options.concurrency, memory_limit, sizes)
+                downloader = Downloader(store, transfers(store, options), memory_limit, sizes)
                 downloader.observe(self._observer, self._begun)
                 load(plan.items, planner, self._metadata, downloader, shared, trust=self._trust)
         except CheckpointError as error:

@@ -299,29 +299,53 @@ def _aligned(size: int) -> int:
     return -(-size // _ELEMENT) * _ELEMENT
 
 
-def windows(segments: Iterable[Segment], size: int) -> Iterator[Window]:
+_Piece = tuple[Segment, int, int]
+
+
+def windows(segments: Iterable[Segment], size: int, spare: int = 0) -> Iterator[Window]:
     """Cut a stream of segments into windows of ``size`` bytes; the last one may be shorter.
 
     Segments are taken from the iterable only when they are needed, so an object can be sent while its later
     items have not been made yet. An empty stream has no windows.
+
+    Args:
+        segments: the stream.
+        size: bytes of each window but the last.
+        spare: bytes by which the last window may be longer than ``size``, so that a short rest of the stream
+            is no window of its own. So many bytes of the stream are taken ahead.
     """
     offset = 0
-    pieces: list[tuple[Segment, int, int]] = []
+    pieces: list[_Piece] = []
     filled = 0
     for segment in segments:
         start = 0
         while start < segment.nbytes:
-            room = size - filled
-            stop = min(segment.nbytes, start + room)
+            if filled == size + spare:  # and more follows
+                first, pieces = _split(pieces, size)
+                yield Window(offset, first)
+                offset, filled = offset + size, spare
+            stop = min(segment.nbytes, start + size + spare - filled)
             pieces.append((segment, start, stop))
             filled += stop - start
             start = stop
-            if filled == size:
+            if filled == size and not spare:
                 yield Window(offset, tuple(pieces))
                 offset += filled
                 pieces, filled = [], 0
     if pieces:
         yield Window(offset, tuple(pieces))
+
+
+def _split(pieces: Sequence[_Piece], size: int) -> tuple[tuple[_Piece, ...], list[_Piece]]:
+    """Return the pieces of the first ``size`` bytes, and the others."""
+    first: list[_Piece] = []
+    for index, (segment, start, stop) in enumerate(pieces):
+        if stop - start >= size:
+            rest = [(segment, start + size, stop)] if stop - start > size else []
+            return (*first, (segment, start, start + size)), [*rest, *pieces[index + 1 :]]
+        first.append((segment, start, stop))
+        size -= stop - start
+    return tuple(first), []
 
 
 def part_size_of(segments: Iterable[Segment], usual: int, longest: int) -> tuple[Iterable[Segment], int]:

@@ -5,14 +5,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system_limits import Workers, in_thread
 
 _T = TypeVar("_T")
 
 Task = Callable[[], _T]
+
+
+def begun(task: Task[_T], *, concurrent: bool) -> Future[_T]:
+    """Begin a task on a thread of its own if ``concurrent``, and else run it here.
+
+    Raises:
+        BaseException: what the task raised here; on its own thread that is the result.
+    """
+    if concurrent:
+        return in_thread(task, "cloudckpt-request")
+    done: Future[_T] = Future()
+    done.set_result(task())
+    return done
 
 
 def run_all(tasks: Sequence[Task[_T]], most: int, limit: Callable[[], int] | None = None) -> list[_T]:

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from cloudckpt.backends import layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
+from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.devices import await_caller
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment, part_size_of
 from cloudckpt.backends.state import tensors
@@ -44,7 +46,7 @@ class PlannedObject:
     name: str
     part_size: int
     """Bytes."""
-    longest_part_size: int
+    part_size_in_place: int
     """Bytes, where parts need no memory."""
     _items: Sequence[WriteItem]
     _planner: SavePlanner
@@ -56,7 +58,7 @@ class PlannedObject:
         Raises:
             ConfigurationError: one of the first items can't be saved; taking segments raises it for others.
         """
-        return part_size_of(self.segments(), self.part_size, self.longest_part_size)
+        return part_size_of(self.segments(), self.part_size, self.part_size_in_place)
 
     def segments(self) -> Iterator[Segment]:
         """The bytes of all items, end to end.
@@ -95,12 +97,14 @@ def laid_out(
     most = options.concurrency if store.wants_several_objects else 1
     buckets = layout.distribute(items, layout.usual_part_size(options), most)
     sizes = [sum(map(layout.estimated_size, bucket)) for bucket in buckets]
-    longest = layout.longest_part_size(sum(sizes), options, store.part_limits)
+    limits, at_once = store.part_limits, transfer_lanes(store, "up", transfers(store, options)).limit
+    in_place = layout.part_size_in_place(sum(sizes), at_once, options, limits)
+    usual = layout.usual_part_size(options)
     return [
         PlannedObject(
             f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",
-            usual := layout.part_size_for(size, options, store.part_limits),
-            max(usual, longest),
+            needed := layout.part_size_for(size, options, limits),
+            in_place if needed == usual else max(needed, in_place),
             bucket,
             planner,
         )

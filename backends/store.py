@@ -151,6 +151,14 @@ class ObjectStore(abc.ABC):
         """The root, without a trailing slash and without credentials."""
 
     @property
+    def is_remote(self) -> bool:
+        """True if a request takes a round trip, so that several at once are worth their threads.
+
+        Known without a request.
+        """
+        return False
+
+    @property
     def part_limits(self) -> PartLimits:
         """What this store takes as a part; known without asking it."""
         return PartLimits()
@@ -176,6 +184,11 @@ class ObjectStore(abc.ABC):
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
         """What this store can honour; finding out may take a few requests, once."""
+
+    @property
+    def is_probed(self) -> bool:
+        """True if ``capabilities`` are known without a request."""
+        return True
 
     def features(self) -> str | None:
         """Name the optional features of the server that were probed, for a person to read.
@@ -266,8 +279,9 @@ class ObjectStore(abc.ABC):
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
         """Make the object visible from all of its parts, durably; its ``size`` is what the store reports.
 
-        Without ``confirm`` it may be what was sent, where asking would take another request: for a caller
-        who completes many uploads, and then looks at all sizes by a listing.
+        A store that reports no size is asked for it, unless its answer proves that the object is made of
+        these parts. Without ``confirm`` the size may be what was sent, where asking would take another
+        request: for a caller who completes many uploads, and then looks at all sizes by a listing.
 
         Raises:
             IntegrityError: what the store holds is not what the parts add up to; nothing is visible.
@@ -301,6 +315,9 @@ class ObjectStore(abc.ABC):
         """
         del source, info
         return None
+
+    def hold(self) -> None:  # noqa: B027 - most stores hold nothing
+        """Keep the connections of stores with the same options open while this store lives."""
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing
         """Let connections go. The store may be used again afterwards."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
@@ -131,10 +132,15 @@ def start(thread: threading.Thread) -> None:
         raise no_thread(thread.name, error) from error
 
 
-def in_thread(ask: Callable[[], _T], name: str) -> Future[_T]:
-    """Return the answer to come of a daemon thread, for a caller that waits for so long and no longer.
+def in_thread(ask: Callable[[], _T], name: str, *, daemon: bool = True) -> Future[_T]:
+    """Return the answer to come of a thread, for a caller that waits for so long and no longer.
 
     Where no thread can be started, ``ask`` is called here, and its own timeouts have to do.
+
+    Args:
+        ask: returns the answer.
+        name: of the thread.
+        daemon: False if the interpreter should wait for the thread before it exits.
     """
     answer: Future[_T] = Future()
 
@@ -145,7 +151,7 @@ def in_thread(ask: Callable[[], _T], name: str) -> Future[_T]:
             answer.set_exception(error)
 
     try:
-        threading.Thread(target=run, name=name, daemon=True).start()
+        threading.Thread(target=run, name=name, daemon=daemon).start()
     except RuntimeError:
         run()
     return answer
@@ -188,6 +194,19 @@ def explained(what: str, uri: str | None = None) -> Iterator[None]:
         raise ExecutorError(
             f"could not {what}: {error.strerror or error}", uri=uri, hint=cure(error)
         ) from error
+
+
+def local_ranks() -> int:
+    """Return how many ranks share this host, as torchrun and most launchers say; 1 where nobody does."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(given)) if given.isdecimal() else 1
+
+
+def processors_a_rank() -> float:
+    """Return how many processors of this host each of its ranks may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    usable = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return float(usable) / local_ranks()
 
 
 class Workers(ThreadPoolExecutor):

@@ -12,15 +12,19 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from typing import Final
 
 from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
-from cloudckpt.backends.lanes import lanes
+from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.system_limits import Workers
 from cloudckpt.backends.tally import Tally
+
+_SPARE: Final = 8
+"""Share of a part by which the last one may be longer."""
 
 Observer = Callable[[str, int], None]
 """Told of an object's name and how many more of its bytes are stored."""
@@ -93,8 +97,9 @@ class Uploader:
         self._limits = store.part_limits
         self._in_advance = store.part_checksum is not None
         self._concurrency = concurrency
-        self._lanes = lanes(store.uri, "up", concurrency)
+        self._lanes = transfer_lanes(store, "up", concurrency)
         self._observer = observer
+        self._memory_limit = memory_limit
         self._budget = Budget(memory_limit)
         self._scratch = Scratch(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
@@ -105,17 +110,27 @@ class Uploader:
         self.unconfirmed: set[str] = set()
         """Objects whose upload may have been begun without an answer."""
 
-    def send(self, objects: Mapping[str, tuple[Iterable[Segment], int]]) -> list[Sent]:
+    def send(
+        self,
+        objects: Mapping[str, tuple[Iterable[Segment], int]],
+        cleared: Callable[[], None] | None = None,
+    ) -> list[Sent]:
         """Upload every object; ``objects`` maps a name to its segments and its part size in bytes.
 
+        Args:
+            objects: the segments and the part size in bytes, by name.
+            cleared: called once the uploads are being begun; no byte of a part is sent before it returns.
+
         Raises:
-            Exception: the first failure of a request or of a segment iterator, once no request is in
-                flight any more. Uploads are left open for the caller to abort.
+            Exception: of ``cleared``, or the first failure of a request or of a segment iterator, once no
+                request is in flight any more. Uploads are left open for the caller to abort.
         """
         sending: list[_Sending] = []
         with Workers(self._concurrency, thread_name_prefix="cloudckpt-upload") as pool:
             try:
                 sending += [_Sending(pool.submit(self._begin, name), []) for name in objects]
+                if cleared is not None:
+                    cleared()
                 self._send_parts(pool, sending, list(objects.values()))
             except BaseException:
                 self._failed.set()
@@ -137,7 +152,10 @@ class Uploader:
         objects: Sequence[tuple[Iterable[Segment], int]],
     ) -> None:
         """Hand out the parts of all objects by turns: those of one may have to go one after another."""
-        cut = [windows(_padded(segments, self._multiple), part_size) for segments, part_size in objects]
+        cut = [
+            windows(_padded(segments, self._multiple), part_size, self._spare(part_size))
+            for segments, part_size in objects
+        ]
         under_way = list(zip(sending, cut, strict=True))
         while under_way:
             under_way = [(one, rest) for one, rest in under_way if self._send_next(pool, one, rest)]
@@ -147,6 +165,17 @@ class Uploader:
             if not one.parts:
                 self._room.acquire()
                 one.parts.append(pool.submit(self._send_part, one.upload, 1, Window(0, ()), 0, None))
+
+    def _spare(self, part_size: int) -> int:
+        """Return by how much the last part may be longer, where a short one more is one more round trip.
+
+        Where parts go concurrently, it costs no time.
+        """
+        if not self._limits.in_order:
+            return 0
+        multiple = self._limits.multiple
+        room = min(self._memory_limit, self._limits.max_size) - part_size
+        return max(0, min(max(part_size // _SPARE, multiple), room)) // multiple * multiple
 
     def _send_next(self, pool: Workers, one: _Sending, rest: Iterator[Window]) -> bool:
         """Hand out an object's next part; False where there is none, or no use in it."""

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Chunk, Chunks, Expected
 from cloudckpt.backends.committed import chosen_metadata, committed
+from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.ranges import Extent, nothing
@@ -128,7 +129,7 @@ def _verified(
     if (missing := md.missing_item(metadata, metadata.storage_data)) is not None:
         damages.append(Damage(name, "the metadata does not say where it is stored", missing.fqn))
     least = md.least_sizes(metadata)
-    downloader = Downloader(store, options.concurrency, options.memory_limit, least, _LARGEST_READ)
+    downloader = Downloader(store, transfers(store, options), options.memory_limit, least, _LARGEST_READ)
     sizes = md.sizes_of(metadata)
     for wrong in downloader.each(
         lambda one: _size_damage(store, one, least[one], sizes.get(one)), sorted(least)

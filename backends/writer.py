@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -23,17 +24,15 @@ from torch.futures import Future
 from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, uri_hints, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.collection import no_collection
+from cloudckpt.backends.concurrency import transfers
+from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CommitError,
     ConfigurationError,
     StorageError,
     UncertainCommitError,
-    note_others,
 )
-from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
@@ -91,7 +90,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         self._coordinator = True
         self._previous: commit.Previous | None = None
         self._uploader: Uploader | None = None
-        self._marker: SaveMarker | None = None
+        self._requests: Coordinator | None = None
         self._observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -119,9 +118,11 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     ) -> None:
         """Begin a save on this rank.
 
+        With a remote store the coordinator's requests are only begun here: their errors reach `finish`.
+
         Raises:
             CheckpointExistsError: on the coordinator, where one is committed and ``overwrite`` is off.
-            ConfigurationError: the store can't honour an option.
+            ConfigurationError: the store does not support an option.
         """
         self._rank = kwargs.get("rank") or 0
         self._use_collectives = kwargs.get("use_collectives", True)
@@ -134,27 +135,59 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             layout.check_part_size(self._target.options, store.part_limits, store.uri)
             if self._coordinator:
                 uri_hints.warn_of_new_folder(self._target.typed)
-                self._previous = commit.find_previous(store, self._metadata_name)
-                if self._previous is None or self._overwrite:
-                    _ = store.capabilities  # found out now, not when all bytes are sent
+                self._requests = Coordinator(store)
+                for look in self._looks(store):
+                    self._requests.look(look)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
             raise
-        if self._previous is not None and not self._overwrite:
-            raise CheckpointExistsError(
-                "a checkpoint is committed here already",
-                uri=self._target.uri,
-                rank=self._rank,
-                hint="Save to another URI, or pass overwrite=True to replace it",
-            )
+
+    def _looks(self, store: ObjectStore) -> list[Callable[[], None]]:
+        """Return the looks that may refuse the save on its coordinator."""
+        return [functools.partial(self._find_previous, store)]
+
+    def _find_previous(self, store: ObjectStore) -> None:
+        """Find the checkpoint that this save replaces.
+
+        Raises:
+            CheckpointExistsError: there is one, and ``overwrite`` is off.
+        """
+        previous = commit.find_previous(store, self._metadata_name)
+        if previous is not None and not self._overwrite:
+            raise self._exists()
+        _ = store.capabilities  # found out now, not when all bytes are sent
+        self._previous = previous
+
+    def _refuse_existing(self, store: ObjectStore) -> None:
+        """Refuse the save on a rank that is not its coordinator, which learns as much at the same time.
+
+        Raises:
+            CheckpointExistsError: a checkpoint is committed here.
+        """
+        try:
+            found = store.holds(self._metadata_name)
+        except StorageError as error:
+            _log.debug("rank %d leaves the look at .metadata to the coordinator: %s", self._rank, error)
+            return
+        if found:
+            raise self._exists()
+
+    def _exists(self) -> CheckpointExistsError:
+        return CheckpointExistsError(
+            "a checkpoint is committed here already",
+            uri=self._target.uri,
+            rank=self._rank,
+            hint="Save to another URI, or pass overwrite=True to replace it",
+        )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to add: a rank names its objects itself."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Mark the save as in progress, before any rank begins an upload.
+        """Mark the save as in progress.
 
+        The marker is there before a byte is sent. With a remote store its put is only begun here.
         To the plans there is nothing to add: names carry an id of their own, so that even a cached plan
         never reuses one.
 
@@ -162,7 +195,9 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             StorageError: the store could not be written to.
         """
         try:
-            self._marker = SaveMarker(self._opened(), self._save_id, self._rank)
+            if self._requests is None:
+                self._requests = Coordinator(self._opened())
+            self._requests.mark(self._save_id, self._rank)
         except CheckpointError as error:
             error.located(uri=self._target.uri, rank=self._rank)
             raise
@@ -201,21 +236,28 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         reports = written.reports_in(results)
         staged = [one for report in reports for one in report.staged]
         self._uploader = None
+        at_once = commit.at_once(self._target.options, len(reports))
         with self._opened() as store:
+            requests = self._requests = self._requests or Coordinator(store)
             try:
-                _raise_failures(reports)
-                stored = _stored(metadata, results, store.uri)
-                objects = commit.publish(store, staged, commit.at_once(self._target.options, len(reports)))
+                written.raise_failures(reports)
+                stored = written.stored(metadata, results, store.uri)
+                requests.settle()
+                requests.begin_check()
+                objects = commit.publish(store, staged, at_once)
                 data = self._described(metadata, stored, objects)
-                if self._marker is not None:
-                    self._marker.check()
+                requests.check()
             except BaseException as error:
                 self._withdraw(store, staged, error)
                 raise
             try:
                 commit.put_metadata(store, self._metadata_name, data, self._save_id, self._previous)
-                if self._marker is not None and self._marker.is_gone():
-                    self._ensure_whole(store, objects)
+                requests.conclude(
+                    functools.partial(self._ensure_whole, store, objects, at_once),
+                    functools.partial(self._remove_previous, store, objects.keys())
+                    if self._previous is not None
+                    else None,
+                )
             except UncertainCommitError as error:
                 error.located(rank=self._rank)
                 self._leave_marker()
@@ -227,8 +269,6 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
                 self._leave_marker()
                 raise
             # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
-            self._remove_previous(store, objects.keys())
-            self._end_marker()
 
     def abort(self) -> None:
         """Give up a save that was begun and whose ``finish`` will not come, on this rank.
@@ -282,12 +322,19 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
-        self._uploader = Uploader(store, options.concurrency, options.memory_limit, self._observer)
+        self._uploader = Uploader(store, transfers(store, options), options.memory_limit, self._observer)
         objects = stage.laid_out(plan.items, planner, self._rank, options, store)
-        sent = self._uploader.send({one.name: one.to_send() for one in objects})
+        sent = self._uploader.send({one.name: one.to_send() for one in objects}, self._cleared(store))
         for one, its in zip(objects, sent, strict=True):
             results += one.results(self._uploader.algorithm, its.fragments)
         return [its.staged for its in sent]
+
+    def _cleared(self, store: ObjectStore) -> Callable[[], None] | None:
+        """Return what has to succeed before this rank sends a byte, while its uploads are begun."""
+        if self._requests is not None:
+            return self._requests.settle
+        looks = store.is_remote and not self._overwrite
+        return functools.partial(self._refuse_existing, store) if looks else None
 
     def _explained(self, error: BaseException) -> BaseException:
         """The error as the other ranks should see it."""
@@ -317,20 +364,20 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         md.add_extras(metadata, self._save_id, __version__, objects, self._notes)
         return md.dump(metadata)
 
-    def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo]) -> None:
-        name, save_id = self._metadata_name, self._save_id
-        commit.ensure_whole(store, name, save_id, objects.values(), self._previous)
+    def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo], at_once: int) -> None:
+        name, its = self._metadata_name, list(objects.values())
+        commit.ensure_whole(store, name, self._save_id, its, self._previous, concurrency=at_once)
 
     def _end_marker(self) -> None:
-        if self._marker is not None:
-            self._marker.end()
-            self._marker = None
+        if self._requests is not None:
+            self._requests.end()
+            self._requests = None
 
     def _leave_marker(self) -> None:
         """Leave the marker to fall silent: a commit that may still come needs its objects."""
-        if self._marker is not None:
-            self._marker.leave()
-            self._marker = None
+        if self._requests is not None:
+            self._requests.leave()
+            self._requests = None
 
     def _withdraw(self, store: ObjectStore, staged: list[StagedObject], error: BaseException) -> None:
         commit.withdraw(store, staged, self._target.options.concurrency)
@@ -351,27 +398,3 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
 
 _REPORT = MetadataIndex("cloudckpt.report")
 """The index of the write result that carries a rank's report; ``finish`` takes it out again."""
-
-
-def _raise_failures(reports: list[commit.RankReport]) -> None:
-    failures = [(report.rank, report.failure) for report in reports if report.failure is not None]
-    if failures:
-        _, first = failures[0]
-        note_others(first, dict(failures[1:]))
-        raise first
-
-
-def _stored(
-    metadata: Metadata, results: list[list[WriteResult]], uri: str
-) -> dict[MetadataIndex, StorageInfo]:
-    """Every item of the plan has a result; a checkpoint without it would list and not load."""
-    try:
-        with no_collection():
-            return written.shared(metadata, results)
-    except written.MissingItemError as missing:
-        fqn, offsets = missing.index.fqn, missing.index.offset
-        raise CommitError(
-            f"no rank wrote {fqn!r}" + (f" at {tuple(offsets)}" if offsets is not None else ""),
-            uri=uri,
-            hint="The save planner planned an item that no rank was given; nothing was committed",
-        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
 
 import torch
@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.commit import RankReport
+from cloudckpt.backends.errors import CommitError, note_others
 from cloudckpt.backends.torch_private import StorageInfo
 
 _Offsets: TypeAlias = Mapping[torch.Size | None, torch.Size | None]
@@ -39,6 +41,35 @@ def reports_in(results: Iterable[Iterable[WriteResult]]) -> list[RankReport]:
     """The reports of the ranks, which stand among their items."""
     everything = map(_DATA, itertools.chain.from_iterable(results))
     return [data for data in everything if isinstance(data, RankReport)]
+
+
+def raise_failures(reports: Sequence[RankReport]) -> None:
+    """Raise what failed on the lowest rank, with notes on what failed on others."""
+    failures = [(report.rank, report.failure) for report in reports if report.failure is not None]
+    if failures:
+        _, first = failures[0]
+        note_others(first, dict(failures[1:]))
+        raise first
+
+
+def stored(
+    metadata: Metadata, results: Iterable[Iterable[WriteResult]], uri: str
+) -> dict[MetadataIndex, StorageInfo]:
+    """Return where each item of the plan was written, as `shared`.
+
+    Raises:
+        CommitError: an item has no result; a checkpoint without it would list and not load.
+    """
+    try:
+        with no_collection():
+            return shared(metadata, results)
+    except MissingItemError as missing:
+        fqn, offsets = missing.index.fqn, missing.index.offset
+        raise CommitError(
+            f"no rank wrote {fqn!r}" + (f" at {tuple(offsets)}" if offsets is not None else ""),
+            uri=uri,
+            hint="The save planner planned an item that no rank was given; nothing was committed",
+        ) from None
 
 
 def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict[MetadataIndex, StorageInfo]:

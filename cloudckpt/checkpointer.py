@@ -13,11 +13,9 @@ from typing import Any, Literal, NoReturn, Self
 import torch.distributed as dist
 
 from cloudckpt.backends import background_log
-from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.target import Target
-from cloudckpt.backends.uri_hints import advice
 from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
@@ -30,7 +28,8 @@ from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import RankZeroDisplay
-from cloudckpt.ranks import agreed, group_size, own_rank, together
+from cloudckpt.ranks import agreed, group_size, own_rank
+from cloudckpt.read_ahead import ReadAhead
 from cloudckpt.retention import Retention
 from cloudckpt.run import Run
 from cloudckpt.saves import OnFailure, Saves
@@ -138,6 +137,7 @@ class Checkpointer(Unpicklable):
         story = Story(self.uri, partial(group_size, process_group), rank, retention.rules, shown=progress)
         self._watch = Watch(on_event, rank, self._display, story)
         self._state = partial(AppState, group=process_group, trust=self._trust)
+        self._ahead = ReadAhead(self._run, rank, self._trust)
         self._preemption = Preemption(preemption_grace, rank)
         self._saving = Saving(
             self._run,
@@ -252,15 +252,9 @@ class Checkpointer(Unpicklable):
             return state
 
         self._calls.meet("load()")  # the step is compared with rank 0's choice
-        state, (first, is_newest) = together(begin, lambda: self._run.choice(step), self._group)
+        loading = Loading(self._run, self._group, self._rank(), self._trust, self._display(), self._ahead)
+        state, first = loading.begin(begin, step, self._saving.last)
         chosen = first
-        if chosen is None:
-            raise CheckpointNotFoundError(
-                "no step of this run is committed yet",
-                uri=self.uri,
-                hint=advice(self.uri, "Check the URI, or begin at step 0"),
-            )
-        loading = Loading(self._run, self._group, self._rank(), self._trust, self._display())
         began = time.monotonic()
         if step is None:
             chosen, uri = loading.load_newest(state, chosen, fallback=fallback)
@@ -269,7 +263,7 @@ class Checkpointer(Unpicklable):
         took, instead_of = time.monotonic() - began, first if first != chosen else None
         if discard_newer:
             agreed(lambda: self._run.roll_back(chosen), self._group)
-        self._saving.loaded, self._saving.resumed = chosen, is_newest or discard_newer
+        self._saving.loaded, self._saving.resumed = chosen, loading.is_newest or discard_newer
         self._watch.tell(Loaded(chosen, uri, self._rank(), took, loading.size, instead_of))
         return chosen
 
@@ -367,6 +361,7 @@ class Checkpointer(Unpicklable):
             return  # a forked child: the saves are its parent's
         self._executor.close(self._preemption.remaining)
         self._watch.finish()
+        self._ahead.close()
         try:
             self._saves.raise_own()
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -21,14 +20,15 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
 )
-from cloudckpt.backends.read_lease import reading
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.tracebacks import trimmed, trimming
+from cloudckpt.backends.uri_hints import advice
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
 from cloudckpt.ranks import agreed, gathered, together
+from cloudckpt.read_ahead import ReadAhead
 from cloudckpt.run import Run
 from cloudckpt.state.app_state import AppState
 
@@ -53,8 +53,40 @@ class Loading:
     rank: int
     trust: bool
     shown: Display | None
+    ahead: ReadAhead
     size: int = 0
     """Bytes of the checkpoint that was loaded last."""
+    is_newest: bool = True
+    """True if no step was committed above the one that was asked for."""
+
+    def begin(
+        self, prepare: Callable[[], AppState], step: int | None, last: int | None
+    ) -> tuple[AppState, int]:
+        """Prepare a state on every rank, and choose the step to load on the first. A collective of the group.
+
+        Args:
+            prepare: returns the state.
+            step: the step that was asked for; None for the newest.
+            last: the step that this process saved or loaded last, if any.
+
+        Raises:
+            CheckpointNotFoundError: no step is committed.
+            BaseException: what failed on any rank.
+        """
+        try:
+            state, chosen = together(prepare, lambda: self.ahead.choose(step, last), self.group)
+        except BaseException:
+            self.ahead.release()
+            raise
+        if chosen is None:
+            self.ahead.release()
+            uri = self.run.target.uri
+            raise CheckpointNotFoundError(
+                "no step of this run is committed yet",
+                uri=uri,
+                hint=advice(uri, "Check the URI, or begin at step 0"),
+            )
+        return state, chosen
 
     @trimming
     def load_newest(self, state: AppState, newest: int, *, fallback: bool) -> tuple[int, str]:
@@ -145,14 +177,21 @@ class Loading:
             state.prepare()
             return StorageReader(self.run.at(step), trust=self.trust)
 
-        def fetch() -> bytes:  # once, for all ranks
-            leased.enter_context(reading(self.run.at(step), self.rank))
-            return StorageReader(self.run.at(step), trust=self.trust).fetch_metadata()
-
-        with contextlib.ExitStack() as leased:
-            reader, metadata = together(begin, fetch, self.group)
+        try:
+            # Once, for all ranks.
+            reader, metadata = together(begin, lambda: self.ahead.metadata(step), self.group)
             reader.take_metadata(metadata)
             self._load(reader, state, step)
+        except IntegrityError as error:
+            if agreed(lambda: self.run.is_committed(step), self.group):
+                raise
+            raise CheckpointNotFoundError(
+                f"step {step} was deleted while it was loaded",
+                uri=self.run.at(step).uri,
+                hint="Load another step; parts of this one may be in the state",
+            ) from error
+        finally:
+            self.ahead.release()
         return reader.checkpoint_id
 
     def _load(self, reader: StorageReader, state: AppState, step: int) -> None:
@@ -170,7 +209,7 @@ class Loading:
             self._end(name)
             state.take(loaded)
 
-        together(finish, lambda: None, self.group)
+        _, self.is_newest = together(finish, self.ahead.is_newest, self.group)
         self.size = reader.size
         self._report(step, gathered(state.unasked, self.group))
 

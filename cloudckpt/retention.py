@@ -19,6 +19,7 @@ from cloudckpt.backends import attempts, background_log
 from cloudckpt.backends.delete import delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
@@ -183,10 +184,9 @@ class PruningWriter(StorageWriter):
         for name in _OF_RUN:
             setattr(self, name, state[name])
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        if self._coordinator and not self._overwrite:
-            self._check_newest()
+    def _looks(self, store: ObjectStore) -> list[Callable[[], None]]:
+        looks = super()._looks(store)
+        return looks if self._overwrite else [*looks, self._check_newest]
 
     def _check_newest(self) -> None:
         """Refuse a step below the newest: the next load would return to that one.

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal
 
 from cloudckpt.backends import metadata as md
@@ -27,6 +28,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, set_aside
+from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
@@ -158,18 +160,19 @@ class Run:
             StorageError: the store could not be read.
         """
         with open_store(self.target) as store:
-            return [one for one in _folders(store) if one > step and self._is_committed(store, one)]
+            above = [one for one in _folders(store) if one > step]
+            looks = [partial(self._is_committed, store, one) for one in above]
+            committed = run_all(looks, self.target.options.concurrency)
+            return [one for one, there in zip(above, committed, strict=True) if there]
 
-    def choice(self, step: int | None) -> tuple[int | None, bool]:
-        """Return the step to load, by default the newest, and True if no newer one is committed.
+    def folders(self) -> list[int]:
+        """Return the steps that have a folder, committed or not, in order; a request for a thousand.
 
         Raises:
-            ConfigurationError: no step has this number.
             StorageError: the store could not be read.
         """
-        if step is None:
-            return self.newest(), True
-        return (number := self.number(step)), not self.newer(number)
+        with open_store(self.target) as store:
+            return _folders(store)
 
     def set_aside(self, step: int) -> bool:
         """Withdraw a committed step from readers, keep its objects, and free its number.

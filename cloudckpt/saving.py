@@ -59,6 +59,11 @@ class Saving:
     _saved: set[int] = field(default_factory=set)
     """Steps that this Checkpointer has begun to save."""
 
+    @property
+    def last(self) -> int | None:
+        """The highest step that this Checkpointer has begun to save, or has loaded; None before."""
+        return max((*self._saved, *(() if self.loaded is None else (self.loaded,))), default=None)
+
     def begin(
         self, step: int, state_dict: Mapping[str, Any], metric: float | None, *, blocking: bool = False
     ) -> SaveHandle[CheckpointInfo]:

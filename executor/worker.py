@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
@@ -26,6 +27,7 @@ from cloudckpt.backends import background_log, descriptors, system_limits
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import failures, quiet, snapshot, unpickle
 from cloudckpt.executor.arena import Arena
@@ -161,6 +163,8 @@ class Worker:
         self._plans = PlanCache()
         self._check: RankCheck | None = None
         self._writer: StorageWriter | None = None
+        self._held: ObjectStore | None = None
+        """Keeps the connections of the last save open for the next one."""
         self._giving_up = threading.Lock()
 
     def serve(self) -> None:
@@ -219,6 +223,9 @@ class Worker:
 
     def _saved(self, request: SaveRequest, prepared: _Prepared, fingerprints: list[bytes]) -> Metadata:
         self._writer = prepared.writer
+        if isinstance(prepared.writer, OurWriter):
+            with contextlib.suppress(Exception):  # the save itself says what is wrong
+                self._held = prepared.writer.held()
         planner = prepared.planner or self._plans.planner_for(
             prepared.writer,
             fingerprints,

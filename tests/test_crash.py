@@ -94,12 +94,9 @@ def collect(place: Place, silent_for: timedelta | None = None) -> Garbage:
 
 
 def assert_exact(place: Place) -> None:
-    """Assert that nothing is there but what the checkpoint consists of.
-
-    On GCS nobody can list the sessions of a save that was killed: Google gives them up after a week.
-    """
+    """Assert that nothing is there but what the checkpoint consists of."""
     assert place.visible() == committed(place)
-    assert place.is_gcs or place.pending() == set()
+    assert place.pending() == set()
 
 
 def assert_died(ended: list[Ended], job: Job) -> None:

@@ -102,17 +102,20 @@ def test_a_value_serialised_by_the_planner_is_taken_as_it_is() -> None:
 @given(
     lengths=st.lists(st.integers(0, 50), max_size=20),
     size=st.integers(1, 60),
+    spare=st.integers(0, 20),
 )
-def test_windows_cover_every_byte_once_in_order(lengths: list[int], size: int) -> None:
+def test_windows_cover_every_byte_once_in_order(lengths: list[int], size: int, spare: int) -> None:
     whole = bytes(i % 251 for i in range(sum(lengths)))
     segments, at = [], 0
     for length in lengths:
         segments.append(View(memoryview(whole[at : at + length])))
         at += length
-    cut = list(windows(segments, size))
+    cut = list(windows(segments, size, spare))
     assert b"".join(bytes(b) for w in cut for b in w.buffers(memoryview(b""))) == whole
-    assert [w.offset for w in cut] == list(range(0, len(whole), size))
+    assert [w.offset for w in cut] == [size * index for index in range(len(cut))]
     assert all(w.nbytes == size for w in cut[:-1])
+    # The last one is longer only where the rest would be a window of its own otherwise.
+    assert len(cut) == max(bool(whole), -(-(len(whole) - spare) // size))
 
 
 @given(

@@ -18,10 +18,10 @@ from cloudckpt.backends.target import Target
 from support import roles
 from support.interleave import Explored, Violation, explore
 from support.roles import clearer, collector, creator, deleter, overwriter, reader
-from support.scenario import FIRST, IgnorantStore, Limit, LyingStore, Part, Role, Scenario
+from support.scenario import FIRST, IgnorantStore, Limit, LyingStore, Part, RemoteStore, Role, Scenario
 from support.turnstile import METADATA, Kind, Step
 from support.verdicts import judge
-from support.world import World, many_worlds, open_here
+from support.world import World, in_flight_together, many_worlds, open_here
 
 URI = "memory://protocol"
 
@@ -149,6 +149,47 @@ def test_whatever_fails_the_promises_hold(
     assert explored.states > 1000 and explored.ends > 100
 
 
+in_every_order = pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+UNMARKED = frozenset({Limit.UNMARKED})
+
+
+@in_every_order
+@pytest.mark.parametrize(
+    "meeting", [pytest.param(one, marks=() if one in OF_TWO else pytest.mark.soak) for one in EVERYONE]
+)
+def test_requests_that_are_in_flight_together_keep_the_promises(
+    meeting: str, late: bool, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    with in_flight_together(late=late):
+        case = scenario(meeting, faults=0, store=RemoteStore, limits=UNMARKED)
+        search(case, capsys, record_property)
+
+
+@in_every_order
+@pytest.mark.parametrize(
+    "meeting",
+    [pytest.param(one, marks=() if one == "two jobs create" else pytest.mark.soak) for one in OF_TWO],
+)
+def test_whichever_request_of_those_in_flight_together_fails_the_promises_hold(
+    meeting: str, late: bool, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    with in_flight_together(late=late):
+        case = scenario(meeting, faults=1, store=RemoteStore, limits=LIMITS | UNMARKED)
+        search(case, capsys, record_property)
+
+
+@in_every_order
+@pytest.mark.parametrize("writer", [CREATORS[0], OVERWRITERS[0]], ids=["creates", "overwrites"])
+def test_a_save_with_requests_in_flight_together_that_is_taken_for_dead_commits_whole_or_not_at_all(
+    writer: Role, late: bool, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    first = first_checkpoint() if writer in OVERWRITERS else {}
+    limits = UNMARKED | {Limit.UNNOTICED}
+    case = Scenario((writer, CLEARER), URI, 0, first, store=RemoteStore, limits=limits)
+    with in_flight_together(late=late):
+        search(case, capsys, record_property)
+
+
 @pytest.mark.parametrize("writer", [CREATORS[0], OVERWRITERS[0]], ids=["creates", "overwrites"])
 def test_a_save_that_is_taken_for_dead_commits_whole_or_not_at_all(
     writer: Role, capsys: pytest.CaptureFixture[str], record_property: Record
@@ -170,6 +211,12 @@ def fails(case: Scenario, message: str) -> None:
 
 def test_a_save_taken_for_dead_right_at_its_commit_lacks_its_objects_until_it_looks_again() -> None:
     fails(Scenario((CREATORS[0], CLEARER), URI, 0), "A#1 is there, and its object .* is not")
+
+
+def test_a_marker_that_comes_after_its_upload_lets_gc_without_an_age_abort_that() -> None:
+    with in_flight_together(late=True):
+        case = scenario("one job creates and garbage is collected", 0, store=RemoteStore)
+        fails(case, "A met no fault and reported ObjectNotFoundError")
 
 
 def test_a_commit_that_is_replaced_before_it_is_read_back_is_known_to_be_called_lost() -> None:

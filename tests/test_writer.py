@@ -20,7 +20,7 @@ import cloudckpt
 from cloudckpt.backends import download, layout
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError
-from cloudckpt.backends.layout import distribute, estimated_size, longest_part_size, part_size_for
+from cloudckpt.backends.layout import distribute, estimated_size, part_size_for, part_size_in_place
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
@@ -303,10 +303,10 @@ _IN_PLACE = PartLimits(in_place=True)
 @pytest.mark.parametrize(
     ("nbytes", "options", "limits", "mib"),
     [
-        (1 << 28, {}, _IN_PLACE, 32),
-        (1 << 30, {}, _IN_PLACE, 64),  # of 8 requests in flight, each has two
+        (1 << 20, {}, _IN_PLACE, 8),
+        (1 << 28, {}, _IN_PLACE, 32),  # of 8 requests in flight, each has one
         (1 << 40, {}, _IN_PLACE, 128),
-        (1 << 40, {"memory_limit": "48MiB"}, _IN_PLACE, 48),
+        (1 << 40, {"memory_limit": "48MiB"}, _IN_PLACE, 24),
         (1 << 40, {"part_size": "8MiB"}, _IN_PLACE, 8),
         (1 << 40, {}, PartLimits(max_size=100 << 20, in_place=True), 100),
         (1 << 40, {}, PartLimits(), 32),
@@ -316,14 +316,15 @@ def test_parts_that_need_no_memory_grow_with_what_there_is_to_send(
     nbytes: int, options: dict[str, Any], limits: PartLimits, mib: int
 ) -> None:
     given = Target.parse("memory://x", **options).options
-    assert longest_part_size(nbytes, given, limits) == mib << 20
+    assert part_size_in_place(nbytes, 8, given, limits) == mib << 20
 
 
 def test_a_large_save_has_long_parts_of_one_size_and_a_load_long_ranges_first(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In kibibytes here: what counts is the ratio of what there is to send to what is in flight."""
-    for name, size in (("_MIB", 1 << 10), ("_PART_SIZE", 32 << 10), ("_LONGEST_PART_SIZE", 128 << 10)):
+    sizes = ("_SHORTEST_PART_SIZE", 8), ("_PART_SIZE", 32), ("_LONGEST_PART_SIZE", 128)
+    for name, size in (("_MIB", 1 << 10), *((name, kib << 10) for name, kib in sizes)):
         monkeypatch.setattr(layout, name, size)
     monkeypatch.setattr(download, "_LONGEST_READ", 128 << 10)
     monkeypatch.setattr(Downloader.__init__, "__defaults__", (32 << 10,))

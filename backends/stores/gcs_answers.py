@@ -16,7 +16,7 @@ from cloudckpt.backends.store import ObjectInfo
 
 FIELDS: Final = "name,size,generation,updated,crc32c"
 """Fields of an object's resource that a store asks for."""
-_HINT: Final = "Use a server that speaks GCS's JSON API, or check endpoint_url and STORAGE_EMULATOR_HOST"
+_HINT: Final = "Use a server that speaks GCS's {} API, or check endpoint_url and STORAGE_EMULATOR_HOST"
 
 
 def document(answer: urllib3.BaseHTTPResponse, endpoint: str) -> dict[str, Any]:
@@ -43,12 +43,19 @@ def parsed(data: bytes, endpoint: str) -> dict[str, Any]:
     return found
 
 
-def lacking(what: str, endpoint: str) -> StorageError:
-    """Return the error for an answer without something that GCS's answers have."""
+def lacking(what: str, endpoint: str, api: str = "JSON") -> StorageError:
+    """Return the error for an answer without something that answers of GCS's API have."""
     return StorageError(
-        f"the endpoint {endpoint} answered without {what}: it does not support GCS's JSON API in full",
-        hint=_HINT,
+        f"the endpoint {endpoint} answered without {what}: it does not support GCS's {api} API in full",
+        hint=_HINT.format(api),
     )
+
+
+def crc32c_of(headers: Mapping[str, str]) -> str | None:
+    """Return ``crc32c:<base64>`` of the bytes that an answer is about, None where its headers have none."""
+    hashes = headers.get("x-goog-hash", "").replace(" ", "").split(",")
+    crc = next((one.partition("=")[2] for one in hashes if one.startswith("crc32c=")), None)
+    return f"{CRC32C.name}:{crc}" if crc else None
 
 
 def object_info(resource: Mapping[str, Any], prefix: str, endpoint: str) -> ObjectInfo:
@@ -73,14 +80,13 @@ def object_info(resource: Mapping[str, Any], prefix: str, endpoint: str) -> Obje
 
 def downloaded_info(name: str, size: int, headers: Mapping[str, str]) -> ObjectInfo:
     """Return an object as the headers of its download describe it; without a version if they have none."""
-    modified, hashes = headers.get("Last-Modified"), headers.get("x-goog-hash", "")
-    crc = next((one[7:] for one in hashes.replace(" ", "").split(",") if one.startswith("crc32c=")), None)
+    modified = headers.get("Last-Modified")
     return ObjectInfo(
         name,
         size,
         headers.get("x-goog-generation"),
         parsedate_to_datetime(modified) if modified else None,
-        f"{CRC32C.name}:{crc}" if crc else None,
+        crc32c_of(headers),
     )
 
 

@@ -20,8 +20,10 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from cloudckpt.backends import background_log
+from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.store import ObjectInfo, Upload
+from cloudckpt.backends.stores import gcs_multipart
 from cloudckpt.backends.stores.gcs_answers import document
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import CANCELLED, status_of
@@ -41,6 +43,7 @@ _REFUSED: Final = (
     HTTPStatus.PRECONDITION_FAILED,
     HTTPStatus.NOT_IMPLEMENTED,
 )
+_PROBE: Final = b"probe"
 _NO_SESSION: Final = (*_REFUSED, HTTPStatus.NOT_FOUND, HTTPStatus.GONE, CANCELLED)
 
 
@@ -63,6 +66,8 @@ class GCSCapabilities:
     """``ifSourceGenerationMatch`` on a rewrite."""
     upload_status: bool
     """A session says how many bytes it holds, and stays open."""
+    multipart: bool
+    """Multipart uploads of the XML API, which can be listed and aborted."""
 
 
 _GOOGLE: Final = PutSupport(create=True, update=True)
@@ -75,6 +80,8 @@ class Server:
         self._lock = threading.Lock()
         self._put: PutSupport | None = None
         self._copy: bool | None = None
+        self.known_multipart: bool | None = None
+        """The last answer of ``multipart``, None before the first. It may be read within an attempt."""
         self.known_upload_status: bool | None = None
         """The last answer of ``upload_status``, None before the first. It may be read within an attempt."""
         self.deletes_in_batches = True
@@ -89,6 +96,11 @@ class Server:
                 with _Probe(requests).cleaned_up() as probe:
                     self._put = probe.put_support()
             return self._put
+
+    @property
+    def is_probed(self) -> bool:
+        """True if `put` answers without a request."""
+        return self._put is not None
 
     def copy_source(self, requests: Requests) -> bool:
         """Return True if a rewrite supports ``ifSourceGenerationMatch``; probing takes six requests."""
@@ -114,9 +126,24 @@ class Server:
                     self.known_upload_status = probe.upload_status()
             return self.known_upload_status
 
+    def multipart(self, requests: Requests) -> bool:
+        """Return True if the server has the multipart uploads of the XML API; probing takes four requests."""
+        if requests.client.serves_xml:
+            return True
+        with self._lock:
+            if self.known_multipart is None:
+                with _Probe(requests).cleaned_up() as probe:
+                    self.known_multipart = probe.multipart()
+            return self.known_multipart
+
     def all(self, requests: Requests) -> GCSCapabilities:
         """Return all of the above."""
-        return GCSCapabilities(self.put(requests), self.copy_source(requests), self.upload_status(requests))
+        return GCSCapabilities(
+            self.put(requests),
+            self.copy_source(requests),
+            self.upload_status(requests),
+            self.multipart(requests),
+        )
 
 
 _servers: dict[tuple[int, str, str], Server] = {}
@@ -191,6 +218,32 @@ class _Probe:
             self._names.remove(name)  # it never was an object
             self._requests.outcome(lambda client: _cancel(url, client)).result()
         return status == _MORE and not held
+
+    def multipart(self) -> bool:
+        """Begin an upload, send it a part, find it in a listing, and abort it."""
+        requests, name = self._requests, probe_name()
+        begun = requests.outcome(lambda client: gcs_multipart.begin(requests, client, name))
+        if begun.error is not None:
+            self._names.append(name)  # a server that knows no uploads may have put an object
+            return not gcs_multipart.is_unsupported(begun.error)
+        upload, checksum = Upload(name, begun.result()), CRC32C.text(CRC32C.of(_PROBE))
+        sent = requests.outcome(
+            lambda client: gcs_multipart.put_part(
+                requests, client, upload, 1, [memoryview(_PROBE)], checksum=checksum, departed=None
+            )
+        )
+        found = requests.outcome(lambda client: gcs_multipart.listed(requests, client, name, {}))
+        # More than one where the answer to the first begin was lost.
+        listed = [one.upload for one in found.value.uploads] if found.value is not None else []
+        ended = [self._aborted(one) for one in {upload, *listed}]
+        for error in (sent.error, found.error, *(one.error for one in ended)):
+            if error is not None and gcs_multipart.is_unsupported(error):
+                self._names.append(name)
+                return False
+        return upload in listed
+
+    def _aborted(self, upload: Upload) -> Outcome[bool]:
+        return self._requests.outcome(lambda client: gcs_multipart.abort(self._requests, client, upload))
 
     def _created(self) -> tuple[str, bool]:
         """Return the name of an object that exists now, and whether the server supports its creation."""

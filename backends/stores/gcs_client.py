@@ -21,12 +21,16 @@ import requests
 import urllib3
 from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
+from urllib3.util.ssl_ import create_urllib3_context
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google
+from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google, serves_xml
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.http.connections import POOLS
+from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
@@ -39,6 +43,7 @@ _ASKED: Final = 1 << 17
 _OF_OTHERS: Final = (301, 302, 303, 307, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 """Statuses that GCS does not answer with."""
 _ERROR_BYTES: Final = 1 << 16
+_PAYER: Final = "x-goog-user-project"
 _OF_FSSPEC: Final = frozenset(
     {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "batch_size"}
 )
@@ -54,17 +59,28 @@ class Client:
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
         self.route = Route(self.endpoint, SETTINGS, proxy_of(self.endpoint))
         """For errors and doctor."""
-        self.paces = Paces.of(options.concurrency)
+        self.paces = Paces.of(connections(options))
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays
         self._always = {"userProject": self.fs.project if payer is True else str(payer)} if payer else {}
-        self._pool = _pool(os.getpid(), self.route.proxy, self.endpoint, options.concurrency, options.timeout)
+        self.payer: Mapping[str, str] = (
+            {_PAYER: self._always["userProject"]} if "userProject" in self._always else {}
+        )
+        """The header of a request of the XML API that says who pays."""
+        self._pool = _pool(
+            os.getpid(), self.route.proxy, self.endpoint, connections(options), options.timeout
+        )
 
     @property
     def is_google(self) -> bool:
         """True if the endpoint is Google's own."""
         return is_google(self.endpoint)
+
+    @property
+    def serves_xml(self) -> bool:
+        """True if the endpoint is known to serve the XML API."""
+        return serves_xml(self.endpoint)
 
     @property
     def always(self) -> str:
@@ -101,11 +117,12 @@ class Client:
             RefusedError: it was answered with another status.
             PageError: a web page was the answer.
         """
+        use(self._pool, self)
         sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
         if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
             self.fs.credentials.apply(sent)
-        query = {**self._always, **(parameters or {})}
+        query = {**({} if _PAYER in sent else self._always), **(parameters or {})}
         if query:
             url += ("&" if "?" in url else "?") + urlencode(query, quote_via=quote)
         if body is not None:
@@ -135,9 +152,14 @@ class Client:
                 return False
         return True
 
+    def hold(self) -> None:
+        """Keep connections open while this client lives, and is not closed."""
+        use(self._pool, self)
+
     def close(self) -> None:
-        """Let idle connections go."""
-        self._pool.clear()
+        """Close idle connections, unless another client uses them."""
+        if release(self._pool, self):
+            self._pool.clear()
 
 
 def _file_system(options: Options) -> GCSFileSystem:
@@ -178,14 +200,20 @@ def _pool(
     process: int, proxy: Proxy | None, endpoint: str, concurrency: int, timeout: float
 ) -> urllib3.PoolManager:
     """Connections to one server, kept from one save or load to the next."""
-    del process, endpoint  # a process that was forked must not use its parent's, nor one server another's
+    del process  # one that was forked must not use its parent's, nor one server another's
     settings: dict[str, Any] = {
         "maxsize": max(concurrency, ON_BEHALF) + 2,
         "blocksize": _ASKED,
         "retries": False,
         "timeout": urllib3.Timeout(connect=min(_CONNECT_SECONDS, timeout), read=timeout),
     }
+    if endpoint.startswith("https:"):
+        settings["ssl_context"] = context = create_urllib3_context()  # one for all: its sessions are resumed
+        context.load_default_certs()
     if proxy is None:
-        return urllib3.PoolManager(**settings)
-    told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-    return urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+        manager = urllib3.PoolManager(**settings)
+    else:
+        told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+    manager.pool_classes_by_scheme = POOLS
+    return manager

@@ -15,7 +15,7 @@ from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge, status_of
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_write import delete
-from cloudckpt.backends.stores.response_body import BrokenOffError
+from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.retry import Verdict
 
 _NO_BATCHES: Final = (

@@ -50,6 +50,16 @@ def is_google(endpoint: str) -> bool:
     return host == _DOMAIN or host.endswith(f".{_DOMAIN}")
 
 
+def serves_xml(endpoint: str) -> bool:
+    """Return True for an endpoint of Google's own that is known to serve the XML API.
+
+    These are storage.googleapis.com, its mutual TLS and regional variants, and the names of Private Service
+    Connect. Others, such as www.googleapis.com, serve the JSON API alone, or are not documented.
+    """
+    first = (urlsplit(endpoint).hostname or "").partition(".")[0]
+    return is_google(endpoint) and (first == "storage" or first.startswith("storage-"))
+
+
 def _is_endpoint(url: str) -> bool:
     try:
         parts = parse_url(url)

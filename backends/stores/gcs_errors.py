@@ -27,6 +27,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.options import where_credentials_belong
+from cloudckpt.backends.stores import gcs_xml
 from cloudckpt.backends.stores.causes import (
     USER_OF_PROXY,
     Route,
@@ -39,8 +40,8 @@ from cloudckpt.backends.stores.causes import (
     words,
 )
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.proxies import proxy_of
-from cloudckpt.backends.stores.response_body import BrokenOffError
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3_codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system_limits import open_files_cure
@@ -52,6 +53,7 @@ _TOKENS: Final = "https://oauth2.googleapis.com"
 """The server that gives out most tokens."""
 CANCELLED: Final = 499
 """What GCS answers to a session that is cancelled."""
+_MULTIPART: Final = "storage.multipartUploads.create"
 _PERMISSIONS: Mapping[str, str] = {
     "put": "storage.objects.create, and storage.objects.delete to replace an object",
     "begin an upload": "storage.objects.create",
@@ -63,11 +65,25 @@ _PERMISSIONS: Mapping[str, str] = {
     "list": "storage.objects.list",
     "delete": "storage.objects.delete",
     "look at the bucket": "storage.buckets.get",
+    "begin a multipart upload": f"{_MULTIPART} and storage.objects.create",
+    "upload a part": f"{_MULTIPART} and storage.objects.create",
+    "complete a multipart upload": (
+        f"{_MULTIPART} and storage.objects.create, and storage.objects.delete to replace an object"
+    ),
+    "abort a multipart upload": "storage.multipartUploads.abort",
+    "list multipart uploads": "storage.multipartUploads.list",
 }
-_OF_BUCKETS: Final = frozenset({"put", "begin an upload", "list", "look at the bucket"})
+_OF_BUCKETS: Final = frozenset(
+    {"put", "begin an upload", "list", "look at the bucket"}
+    | {"begin a multipart upload", "list multipart uploads"}
+)
 """Requests that name no object which could be missing."""
 _SKEWED: Final = 300.0
 """Seconds by which a clock may be off before Google refuses the tokens that are signed with it."""
+_OTHER_BYTES: Final = frozenset({"BadDigest", "CrcMismatch"})
+"""Codes of the XML API for bytes that are not those of the checksum that was sent."""
+_OTHER_PARTS: Final = frozenset({"InvalidPart", "InvalidPartOrder"})
+"""Codes of the XML API for parts that are not those that the upload holds."""
 _BAD_BYTES = ("crc32c", "md5", "checksum", "hash")
 _LOGIN_HINT = where_credentials_belong("gs")
 _LOST = (HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT)
@@ -100,8 +116,14 @@ class PageError(RefusedError):
         """Its ``Location``."""
 
 
+class GoneError(StorageError):
+    """The upload was completed or aborted, or its session has expired."""
+
+
 def _reason_of(body: bytes) -> tuple[str, str]:
-    """The reason and the text of Google's JSON error document, as far as there is one."""
+    """Return reason and text of Google's error document, which is JSON or XML, as far as there is one."""
+    if (in_xml := gcs_xml.error_of(body)) is not None:
+        return in_xml
     try:
         error: Any = json.loads(body)["error"]
         reasons = [one.get("reason", "") for one in error.get("errors", ())]
@@ -183,7 +205,7 @@ def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointE
             hint = f"The account needs {needed} on the bucket {target.bucket!r}"
             hint += foreign(answer, route)
             return AccessDeniedError(f"GCS denied to {answer.doing}: {answer.message}", hint=hint)
-        case HTTPStatus.NOT_FOUND if answer.doing in _OF_BUCKETS:
+        case HTTPStatus.NOT_FOUND if answer.doing in _OF_BUCKETS or answer.reason == "NoSuchBucket":
             message = f"the bucket {target.bucket!r} does not exist"
             return ObjectNotFoundError(message, hint="Create it, or check its name and the endpoint")
         case HTTPStatus.NOT_FOUND:
@@ -192,16 +214,25 @@ def _error_of(answer: RefusedError, target: Target, route: Route) -> CheckpointE
             return PreconditionFailedError("the object is there already, or is not the version expected")
         case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return IntegrityError("the object ends before the bytes asked for")
-        case HTTPStatus.BAD_REQUEST if answer.reason in ("required", "UserProjectMissing"):
-            hint = "Give storage_options={'requester_pays': 'PROJECT'}, the project that is to pay"
-            return ConfigurationError(f"the bucket {target.bucket!r} is requester-pays", hint=hint)
-        case HTTPStatus.BAD_REQUEST if any(word in answer.message.lower() for word in _BAD_BYTES):
-            return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
+        case HTTPStatus.BAD_REQUEST if (error := _error_of_bad_request(answer, target)) is not None:
+            return error
         case _:
             if route.proxy is not None and not answer.reason:  # which may be the proxy's answer
                 message = f"{said}, through the proxy {route.proxy}"
                 return StorageError(message, hint=route.proxy.cure(route.host))
             return StorageError(f"{said}: {answer.message}")
+
+
+def _error_of_bad_request(answer: RefusedError, target: Target) -> CheckpointError | None:
+    """Return the error for an answer of status 400, None where none is of its own."""
+    if answer.reason in ("required", "UserProjectMissing"):
+        hint = "Give storage_options={'requester_pays': 'PROJECT'}, the project that is to pay"
+        return ConfigurationError(f"the bucket {target.bucket!r} is requester-pays", hint=hint)
+    if answer.reason in _OTHER_PARTS:
+        return IntegrityError(f"the parts are not those that the upload holds: {answer.message}")
+    if answer.reason in _OTHER_BYTES or any(word in answer.message.lower() for word in _BAD_BYTES):
+        return IntegrityError(f"the bytes that arrived are not those that were sent: {answer.message}")
+    return None
 
 
 def _error_of_credentials(answer: RefusedError, route: Route) -> AccessDeniedError:

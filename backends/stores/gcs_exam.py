@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator, Iterator, Mapping
 from datetime import UTC
@@ -31,9 +30,17 @@ _PERMISSIONS: Final = {
     "abort": "storage.objects.create",
     "delete": "storage.objects.delete",
 }
+_OF_MULTIPART: Final = {
+    "upload": "storage.multipartUploads.create and storage.objects.create",
+    "pending": "storage.multipartUploads.list",
+    "abort": "storage.multipartUploads.abort",
+}
+"""Permissions where uploads are multipart uploads."""
 _SECONDS: Final = 30.0
 _DAY: Final = 86400
 _DENIED: Final = 403
+_ABORTS: Final = "AbortIncompleteMultipartUpload"
+"""Action of a rule that aborts multipart uploads of an age."""
 
 
 class GCSExam:
@@ -42,6 +49,7 @@ class GCSExam:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._held: Client | None = None
+        self._requests = Requests(target)
 
     def reach(self) -> Generator[Finding, None, bool]:
         try:
@@ -82,25 +90,40 @@ class GCSExam:
         if outcome.error is not None:
             yield self._failure(outcome.error, "settings")
             return
-        yield from settings_of(outcome.result()[0], self._target.options.kms_key_name)
+        bucket = outcome.result()[0]
+        yield from settings_of(bucket, self._target.options.kms_key_name)
+        yield from self._lifecycle(bucket)
+
+    def _lifecycle(self, bucket: Mapping[str, Any]) -> Iterator[Finding]:
+        """Report when the bucket aborts the uploads that a killed job leaves."""
+        assert self._held is not None  # noqa: S101 - the place was reached before
+        try:
+            with explained(self._target, self._held.route):
+                multipart = server_of(self._requests).multipart(self._requests)
+                yield lifecycle_of(bucket, multipart=multipart)
+        except CheckpointError as error:
+            yield Finding("lifecycle", "unknown", error.message, error.hint or "")
 
     def _features(self) -> Iterator[Finding]:
         """Report the features of a server other than Google's own."""
         assert self._held is not None  # noqa: S101 - the place was reached before
         if self._held.is_google:
             return
-        with contextlib.closing(Requests(self._target)) as requests:
-            try:
-                with explained(self._target, self._held.route):
-                    yield reported(server_of(requests).all(requests))
-            except CheckpointError as error:
-                yield Finding("features", "unknown", error.message, error.hint or "")
+        try:
+            with explained(self._target, self._held.route):
+                yield reported(server_of(self._requests).all(self._requests))
+        except CheckpointError as error:
+            yield Finding("features", "unknown", error.message, error.hint or "")
 
     def action(self, operation: str, error: Exception | None = None) -> str:
         del error
-        return f"{_PERMISSIONS.get(operation, operation)} on the bucket {self._target.bucket}"
+        client = self._held
+        in_parts = client is not None and (client.serves_xml or server_of(self._requests).known_multipart)
+        known = {**_PERMISSIONS, **_OF_MULTIPART} if in_parts else _PERMISSIONS
+        return f"{known.get(operation, operation)} on the bucket {self._target.bucket}"
 
     def close(self) -> None:
+        self._requests.close()
         if self._held is not None:
             self._held.close()
 
@@ -162,11 +185,27 @@ def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]
         yield Finding(
             "versions", "warning", what, "Turn versions off, or add a rule with daysSinceNoncurrentTime"
         )
-    yield Finding(
-        "lifecycle", "ok", "none is needed: uploads that a killed job leaves are forgotten in a week"
-    )
     named = key or bucket.get("encryption", {}).get("defaultKmsKeyName")
     yield Finding("encryption", "ok", f"with the key {named}" if named else "with Google's own keys")
+
+
+def lifecycle_of(bucket: Mapping[str, Any], *, multipart: bool) -> Finding:
+    """Return what becomes of uploads that a killed job leaves, by the resource of a bucket."""
+    if not multipart:
+        return Finding(
+            "lifecycle", "ok", "none is needed: sessions that a killed job leaves expire in a week"
+        )
+    rules = bucket.get("lifecycle", {}).get("rule", ())
+    days = [
+        int(rule.get("condition", {}).get("age", 0))
+        for rule in rules
+        if rule.get("action", {}).get("type") == _ABORTS
+    ]
+    if days:
+        return Finding("lifecycle", "ok", f"uploads that a killed job leaves are aborted after {min(days)} d")
+    what = "no lifecycle rule here aborts uploads that a killed job leaves: unseen, they cost money"
+    advice = f"Add a lifecycle rule with {_ABORTS}, or run cloudckpt gc now and then"
+    return Finding("lifecycle", "warning", what, advice)
 
 
 def reported(found: GCSCapabilities) -> Finding:
@@ -180,7 +219,11 @@ def reported(found: GCSCapabilities) -> Finding:
         "ifSourceGenerationMatch": (found.copy_source, "cp compares generations before and after each copy"),
         "the status of an upload": (
             found.upload_status,
-            "an upload fails where the answer to a part is lost, and a copy that was cut off begins anew",
+            "a session fails where the answer to a part is lost, and a copy that was cut off begins anew",
+        ),
+        "multipart uploads of the XML API": (
+            found.multipart,
+            "the parts of an object are sent one after another, and gc finds no uploads of killed jobs",
         ),
     }
     able = [name for name, (is_able, _) in supported.items() if is_able]

@@ -20,7 +20,7 @@ from cloudckpt.backends.stores.gcs_answers import (
 )
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.response_body import fill
+from cloudckpt.backends.stores.http.connections import fill
 
 _READS: Final = 5
 """Downloads of an object that changes while its generation is looked up."""

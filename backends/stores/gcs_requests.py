@@ -117,6 +117,16 @@ class Requests:
         key = self.target.options.kms_key_name
         return {"kmsKeyName": key} if key else {}
 
+    @property
+    def writing_headers(self) -> dict[str, str]:
+        """The headers of a request of the XML API that begins an object."""
+        options = self.target.options
+        given = {
+            "x-goog-storage-class": options.storage_class,
+            "x-goog-encryption-kms-key-name": options.kms_key_name,
+        }
+        return {name: value for name, value in given.items() if value}
+
     def close(self) -> None:
         """Let connections go; the next request makes new ones."""
         with self._lock:

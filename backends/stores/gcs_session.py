@@ -20,7 +20,7 @@ from cloudckpt.backends.store import Departed, Part
 from cloudckpt.backends.stores.causes import words
 from cloudckpt.backends.stores.gcs_answers import lacking, parsed
 from cloudckpt.backends.stores.gcs_capabilities import Server
-from cloudckpt.backends.stores.gcs_errors import CANCELLED, RefusedError, judge
+from cloudckpt.backends.stores.gcs_errors import CANCELLED, GoneError, RefusedError, judge
 from cloudckpt.backends.stores.retry import Reply
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
@@ -37,10 +37,6 @@ _NO_CANCEL = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 def belongs(url: str, endpoint: str, bucket: str) -> bool:
     """Return True for the URL of a session of this bucket and server."""
     return url.startswith(f"{endpoint}/upload/storage/v1/b/{quote(bucket, safe='')}/o?")
-
-
-class GoneError(StorageError):
-    """The session was completed or cancelled, or has expired."""
 
 
 class WrongSizeError(IntegrityError):

@@ -37,7 +37,7 @@ from cloudckpt.backends.store import (
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_capabilities import PutSupport, server_of
-from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters
+from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters, proves
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_copy import Copying, Original
 from cloudckpt.backends.stores.s3_delete import Deleter
@@ -90,6 +90,10 @@ class S3Store(ObjectStore):
         return self._target.uri
 
     @property
+    def is_remote(self) -> bool:
+        return True
+
+    @property
     def part_limits(self) -> PartLimits:
         return PartLimits(_MIN_PART, _MAX_PART, _MAX_PARTS, in_place=True)
 
@@ -114,6 +118,11 @@ class S3Store(ObjectStore):
     def _put_support(self) -> PutSupport:
         with self._requests.explained():
             return server_of(self._requests, self._bucket).put(self._requests, self._bucket, self._prefix)
+
+    @property
+    def is_probed(self) -> bool:
+        with self._requests.explained():
+            return self._requests.clients.is_aws or server_of(self._requests, self._bucket).is_probed
 
     def features(self) -> str | None:
         with self._requests.explained():
@@ -263,7 +272,7 @@ class S3Store(ObjectStore):
             if not ended or not self._has_size(upload.name, size):
                 answer = outcome.result()
                 self._check(upload.name, contradicted(answer, parts))
-                if not confirm:
+                if not confirm or proves(answer, parts):
                     return ObjectInfo(upload.name, size, str(answer.get("ETag", "")).strip('"') or None)
         info = self.stat(upload.name)
         if info.size != size:
@@ -320,6 +329,9 @@ class S3Store(ObjectStore):
                 self.delete([info.name])  # of another version, which the server did not refuse
                 return None
             return copied
+
+    def hold(self) -> None:
+        _ = self._requests.clients
 
     def close(self) -> None:
         self._requests.close()

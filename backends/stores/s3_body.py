@@ -6,6 +6,8 @@ import bisect
 import io
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from cloudckpt.backends.store import Departed
 
@@ -16,6 +18,16 @@ _ASKED = 1 << 17
 """What urllib3 asks for, as botocore sets it up."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """All bytes of a body that are left, for a connection that sends them by itself."""
+
+    body: BuffersBody
+
+    def __len__(self) -> int:
+        return len(self.body) - self.body.tell()
+
+
 class BuffersBody(io.RawIOBase):
     """A seekable file over buffers laid end to end, for botocore to read, sign and send again.
 
@@ -23,7 +35,11 @@ class BuffersBody(io.RawIOBase):
     another it joins as many. So it may return less than was asked for, like any raw file. To urllib3, which
     asks for 128 KiB at a time and sends whatever it gets, it returns more: each piece costs a turn at the
     interpreter's lock. Buffers are one-dimensional, of unsigned bytes.
+
+    A connection that sets ``hand_over`` gets one :class:`Rest` instead when urllib3 reads.
     """
+
+    hand_over = False
 
     def __init__(self, buffers: Sequence[memoryview], departed: Departed | None = None) -> None:
         self._departed = departed
@@ -31,15 +47,21 @@ class BuffersBody(io.RawIOBase):
         self._ends = list(itertools.accumulate(buffer.nbytes for buffer in self._buffers))
         self._size = self._ends[-1] if self._ends else 0
         self._position = 0
+        self._is_handed_over = False
 
     def __len__(self) -> int:
         return self._size
 
-    def read(self, size: int = -1, /) -> memoryview:
+    def read(self, size: int = -1, /) -> Any:
         """Return the next bytes, at least one unless the end is reached.
 
         Whoever asks for more has sent what there was before: ``departed`` is told so.
         """
+        if self.hand_over and size == _ASKED:
+            if self._is_handed_over:
+                return memoryview(b"")
+            self._is_handed_over = True
+            return Rest(self)
         if self._departed is not None:
             self._departed(self._position)
         if self._position >= self._size or size == 0:
@@ -90,4 +112,5 @@ class BuffersBody(io.RawIOBase):
         if base + offset < 0:
             raise ValueError("negative position")
         self._position = base + offset
+        self._is_handed_over = False
         return self._position

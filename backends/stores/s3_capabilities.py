@@ -121,6 +121,11 @@ class Server:
                     self._put = probe.put_support()
             return self._put
 
+    @property
+    def is_probed(self) -> bool:
+        """True if `put` answers without a request."""
+        return self._put is not None
+
     def copy_source(self, requests: Requests, bucket: str, prefix: str) -> TagForm | None:
         """Return the form in which CopyObject takes the source's entity tag, None where it ignores it."""
         if requests.clients.is_aws:

@@ -77,6 +77,26 @@ def contradicted(answer: Mapping[str, Any], parts: Sequence[Part]) -> str | None
     return f"the store has {algorithm} {said} of the whole object where its parts make {value}"
 
 
+def proves(answer: Mapping[str, Any], parts: Sequence[Part]) -> bool:
+    """Return True if an answer to CompleteMultipartUpload shows that the object is made of these parts.
+
+    It has the checksum of the whole object, or the entity tag that S3 makes of the parts' own: the MD5 of
+    their MD5 digests, and how many there are. Neither is there with encryption by KMS and ``checksum=none``.
+    """
+    expected = combined(parts)
+    if expected is not None and answer.get("ChecksumType") == "FULL_OBJECT":
+        algorithm, _, value = expected.partition(":")
+        if answer.get(f"Checksum{algorithm.upper()}") == value:
+            return True
+    try:
+        ordered = sorted(parts, key=lambda part: part.number)
+        digests = b"".join(bytes.fromhex(part.etag.strip('"')) for part in ordered)
+    except ValueError:
+        return False
+    of_parts = hashlib.md5(digests, usedforsecurity=False).hexdigest()
+    return str(answer.get("ETag", "")).strip('"') == f"{of_parts}-{len(parts)}"
+
+
 def _is_plain(said: object, size: int) -> bool:
     """Say whether this is a checksum of so many bytes, and not one of checksums (``<base64>-<parts>``)."""
     try:

@@ -28,10 +28,12 @@ from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.s3_checksum import content_md5
@@ -226,7 +228,7 @@ def _config(options: Options, given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "connect_timeout": min(options.timeout, _CONNECT_SECONDS),
         "read_timeout": options.timeout,
-        "max_pool_connections": options.concurrency,
+        "max_pool_connections": connections(options),
         "retries": _ONE_ATTEMPT,
         # No checksum that was not asked for: several servers refuse, or store, the trailer that carries it.
         "request_checksum_calculation": "when_required",
@@ -256,6 +258,7 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
     client = session.create_client("s3", config=Config(**named), **arguments)
+    use_connections(client)
     if not is_aws(str(client.meta.endpoint_url)):
         client.meta.events.register("before-call.s3.DeleteObjects", _add_content_md5)
     return client

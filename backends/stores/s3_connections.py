@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import ssl
 import weakref
 from collections import defaultdict, deque
@@ -19,11 +20,14 @@ from urllib.parse import urlsplit
 from botocore import exceptions as boto
 from urllib3.util import wait_for_read
 
+from cloudckpt.backends.stores.http import tls_sessions
+from cloudckpt.backends.stores.http.addresses import addresses_of
 from cloudckpt.backends.stores.proxies import Proxy
 from cloudckpt.backends.stores.tls import context as tls_context
 
 _Idle: TypeAlias = "defaultdict[tuple[str, str], deque[_Connection]]"
 """By scheme and network location."""
+_OPTIONS: Final = ((socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),)
 _LEFT_TO_BOTOCORE: Final = ("proxies", "client_cert", "tcp_keepalive")
 """Settings of a client that these connections do without."""
 
@@ -53,9 +57,20 @@ class _Connection(http.client.HTTPConnection):
         self._held.clear()
         super().send(whole)
 
+    def connect(self) -> None:
+        self.sock = addresses_of(self.host, self.port).connect(self.timeout, options=_OPTIONS)
 
-class _TLSConnection(_Connection, http.client.HTTPSConnection):
-    pass
+
+class _TLSConnection(_Connection):
+    default_port = http.client.HTTPS_PORT
+
+    def __init__(self, *args: Any, context: ssl.SSLContext, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._tls = context
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self.host)
 
 
 class Connections:
@@ -93,10 +108,12 @@ class Connections:
         whole = False
         try:
             with _as_botocores(url):
+                sock = connection.sock
                 connection.request("POST", f"{parts.path}?{parts.query}", body, headers)
                 connection.flush()
                 response = connection.getresponse()
                 answer = Answer(response.status, response.headers, response.read())
+            tls_sessions.keep(sock)
             whole = not response.will_close
         finally:
             self._give_back((parts.scheme, parts.netloc), connection, whole=whole)
@@ -122,6 +139,7 @@ class Connections:
         try:
             if scheme == "https":
                 self._tls = self._tls or tls_context(self._verify)
+                tls_sessions.resume(self._tls)
                 connection: _Connection = _TLSConnection(netloc, timeout=seconds, context=self._tls)
             else:
                 connection = _Connection(netloc, timeout=seconds)

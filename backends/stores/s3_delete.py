@@ -81,7 +81,10 @@ class Deleter:
                 functools.partial(self._delete_object, key), key.removeprefix(self._prefix)
             )
 
-        run_all([deletion(key) for key in keys], self._concurrency)
+        if len(keys) == 1:  # without a pool of threads, which an interpreter that exits starts no more
+            deletion(keys[0])()
+        else:
+            run_all([deletion(key) for key in keys], self._concurrency)
 
     def _delete_object(self, key: str, clients: Clients) -> None:
         try:

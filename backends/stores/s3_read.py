@@ -16,7 +16,7 @@ from botocore.response import StreamingBody
 from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.causes import Route, words
-from cloudckpt.backends.stores.response_body import BrokenOffError, fill
+from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.target import Target
@@ -76,7 +78,7 @@ def _shared(target: Target, instead_of: Clients | None = None) -> Clients:
             if one.options == target.options and one.surroundings == surroundings:
                 _kept.append(_kept.pop(place))
                 return one.clients
-        paces = instead_of.paces if instead_of is not None else Paces.of(target.options.concurrency)
+        paces = instead_of.paces if instead_of is not None else Paces.of(connections(target.options))
         clients = Clients(target, paces)
         _kept.append(_Kept(target.options, surroundings, clients))
         del _kept[:-_KEPT]
@@ -90,6 +92,8 @@ class SharedClients:
         self._target = target
         self._lock = threading.Lock()
         self._held: tuple[int, Clients] | None = None
+        self._uses = False
+        """True while the connections of the clients are noted as used by this store."""
 
     def get(self) -> Clients:
         """Return this process's clients."""
@@ -99,6 +103,9 @@ class SharedClients:
                 held = self._held
                 if held is None or held[0] != os.getpid():
                     self._held = held = (os.getpid(), _shared(self._target))
+        if not self._uses:
+            self._uses = True
+            use(held[1], self)
         return held[1]
 
     def renew(self, expired: Clients) -> bool:
@@ -111,12 +118,13 @@ class SharedClients:
         with self._lock:
             if self._held is not None and self._held[1] is expired:
                 self._held = (os.getpid(), _shared(self._target, instead_of=expired))
+                self._uses = False
                 expired.close()
         return True
 
     def close(self) -> None:
-        """Let idle connections go; the clients make new ones when they are asked again."""
+        """Close idle connections, unless another store uses them. The clients open new ones when needed."""
         with self._lock:
-            held = self._held
-        if held is not None and held[0] == os.getpid():
+            held, self._uses = self._held, False
+        if held is not None and held[0] == os.getpid() and release(held[1], self):
             held[1].close()

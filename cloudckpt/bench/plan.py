@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.download import LARGEST_READ
-from cloudckpt.backends.layout import longest_part_size
+from cloudckpt.backends.layout import part_size_in_place
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import PartLimits
 from cloudckpt.bench.advice import Setting
@@ -38,7 +38,8 @@ class Plan:
 
 def plan_for(options: Options, limits: PartLimits, size: int) -> Plan:
     """Plan to try the present options, and others near them, by moving ``size`` bytes at a time."""
-    part, many = longest_part_size(size, options, limits), options.concurrency
+    many = options.concurrency
+    part = part_size_in_place(size, many, options, limits)
     present = Setting(_rounded(part, limits), many)
     requests = sorted({1, max(1, many // 2), many, *(min(_MOST_REQUESTS, times * many) for times in (2, 4))})
     up = [present]

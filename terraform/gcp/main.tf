@@ -35,7 +35,7 @@ resource "google_storage_bucket" "this" {
     }
   }
 
-  # Uploads of the XML interface, as other tools make them. Ours are resumable sessions: Google forgets those after a week.
+  # Uploads that a killed job leaves, which cost what objects do. `cloudckpt gc` aborts them as well.
   lifecycle_rule {
     action {
       type = "AbortIncompleteMultipartUpload"

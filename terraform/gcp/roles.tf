@@ -11,9 +11,15 @@ locals {
   name      = var.name == null ? "ckpt-${local.beginning}-${substr(sha256(var.bucket), 0, 8)}" : var.name
 
   permissions = {
-    trainer = ["storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete"]
-    reader  = ["storage.objects.get", "storage.objects.list"]
-    janitor = ["storage.objects.get", "storage.objects.list", "storage.objects.delete"]
+    trainer = [
+      "storage.multipartUploads.abort", "storage.multipartUploads.create", "storage.multipartUploads.list",
+      "storage.objects.create", "storage.objects.get", "storage.objects.list", "storage.objects.delete",
+    ]
+    reader = ["storage.objects.get", "storage.objects.list"]
+    janitor = [
+      "storage.multipartUploads.abort", "storage.multipartUploads.list",
+      "storage.objects.get", "storage.objects.list", "storage.objects.delete",
+    ]
   }
 
   # An object is known by its name, a listing by the prefix that it asks for.

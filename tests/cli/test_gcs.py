@@ -63,7 +63,9 @@ def test_doctor_reports_the_features_of_a_server(gcs: GCSServer, fake_gcs: FakeG
     assert found["conditions"]["state"] == "ok"
     assert found["features"]["state"] == "warning"
     supported, _, lacking = found["features"]["what"].partition(", and not ")
-    assert "ifGenerationMatch" in supported and lacking == "ifSourceGenerationMatch, the status of an upload"
+    assert "ifGenerationMatch" in supported and lacking == (
+        "ifSourceGenerationMatch, the status of an upload, multipart uploads of the XML API"
+    )
     assert "cp compares generations" in found["features"]["advice"]
     assert place.visible() == set()
 

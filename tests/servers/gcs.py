@@ -1,4 +1,4 @@
-"""Questions for GCS servers about the JSON API, with the answers that Google documents."""
+"""Questions for GCS servers about the JSON and XML APIs, with the answers that Google documents."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from awscrt import checksums
 from servers.questions import NotAskedError, Question, Topic, outcome_of_race, yes_or_no
 
 _CHUNK = 256 << 10
+_LEAST = 5 << 20
+"""Bytes of every part of a multipart upload but the last."""
 _RACERS = 16
 _OTHER = 1234567890
 """A generation that no object has."""
@@ -127,6 +129,26 @@ class GCSBucket:
     def chunk(self, session: str, first: int, body: bytes, total: str = "*") -> Answer:
         last = f"{first}-{first + len(body) - 1}" if body else "*"
         return self.ask("PUT", session, body, {"Content-Range": f"bytes {last}/{total}"})
+
+    def xml(
+        self,
+        method: str,
+        name: str,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        **query: str | int,
+    ) -> Answer:
+        """Make a request of the XML API, on the bucket where there is no name."""
+        path = f"{self.name}/{quote(name)}" if name else self.name
+        return self.ask(method, f"{self.endpoint}/{path}?{urlencode(query)}", body, headers)
+
+    def begin_xml(self, name: str) -> str:
+        """Begin a multipart upload and return its ID."""
+        begun = self.xml("POST", name, headers={"Content-Type": "application/octet-stream"}, uploads="")
+        found = re.search(rb"<UploadId>([^<]+)</UploadId>", begun.needed().body)
+        if found is None:
+            raise NotAskedError(begun.status)
+        return found[1].decode()
 
     def exists(self, name: str) -> bool:
         return self.ask("GET", self.object(name)).status == 200
@@ -331,6 +353,68 @@ def _after_cancel(bucket: GCSBucket) -> str:
     return "refused" if answer.status in range(400, 500) else answer.said
 
 
+def _begin_xml(bucket: GCSBucket) -> str:
+    return bucket.xml("POST", fresh_name(), headers={"Content-Type": "text/plain"}, uploads="").said
+
+
+def _part_xml(
+    bucket: GCSBucket, name: str, identity: str, body: bytes, *, number: int = 1, crc32c: str = ""
+) -> Answer:
+    given = {"x-goog-hash": f"crc32c={crc32c}"} if crc32c else {}
+    return bucket.xml("PUT", name, body, given, partNumber=number, uploadId=identity)
+
+
+def _part_checksum(bucket: GCSBucket, *, right: bool) -> str:
+    name, crc32c = fresh_name(), _crc32c(b"body" if right else b"tidy")
+    return _part_xml(bucket, name, bucket.begin_xml(name), b"body", crc32c=crc32c).said
+
+
+def _part_names(bucket: GCSBucket) -> str:
+    name = fresh_name()
+    answer = _part_xml(bucket, name, bucket.begin_xml(name), b"body").needed()
+    return yes_or_no(f"crc32c={_crc32c(b'body')}" in answer.headers.get("x-goog-hash", ""))
+
+
+def _completed(bucket: GCSBucket, sizes: Mapping[int, int]) -> tuple[str, bytes, Answer]:
+    """Complete an upload of parts of these sizes, sent in this order; its name, its bytes and the answer."""
+    name, sent = fresh_name(), dict[int, tuple[str, bytes]]()
+    identity = bucket.begin_xml(name)
+    for number, size in sizes.items():
+        body = bytes([number]) * size
+        answer = _part_xml(bucket, name, identity, body, number=number).needed()
+        sent[number] = answer.headers["ETag"], body
+    told = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>{sent[number][0]}</ETag></Part>"
+        for number in sorted(sent)
+    )
+    document = f"<CompleteMultipartUpload>{told}</CompleteMultipartUpload>".encode()
+    answer = bucket.xml("POST", name, document, uploadId=identity)
+    return name, b"".join(sent[number][1] for number in sorted(sent)), answer
+
+
+def _complete_xml(bucket: GCSBucket, sizes: Mapping[int, int]) -> str:
+    name, data, answer = _completed(bucket, sizes)
+    return answer.said if not answer.ok or bucket.read(name).body == data else f"{answer.said}, other bytes"
+
+
+def _completion_names(bucket: GCSBucket) -> str:
+    _, data, answer = _completed(bucket, {1: 4})
+    return yes_or_no(answer.needed().headers.get("x-goog-hash", "") == f"crc32c={_crc32c(data)}")
+
+
+def _listed_xml(bucket: GCSBucket) -> str:
+    name = fresh_name()
+    identity = bucket.begin_xml(name)
+    return yes_or_no(identity.encode() in bucket.xml("GET", "", uploads="", prefix=name).needed().body)
+
+
+def _aborted_xml(bucket: GCSBucket, *, then: bool) -> str:
+    name = fresh_name()
+    identity = bucket.begin_xml(name)
+    answer = bucket.xml("DELETE", name, uploadId=identity)
+    return _part_xml(bucket, name, identity, b"body").said if then else answer.said
+
+
 def _crc32c(body: bytes) -> str:
     return base64.b64encode(checksums.crc32c(body).to_bytes(4, "big")).decode()
 
@@ -432,6 +516,21 @@ SESSIONS = Topic(
         Question("bytes for a cancelled session", "refused", _after_cancel),
     ),
 )
+MULTIPART = Topic(
+    "Multipart uploads",
+    (
+        Question("begin", "200", _begin_xml),
+        Question("a part, right crc32c in `x-goog-hash`", "200", partial(_part_checksum, right=True)),
+        Question("a part, wrong crc32c in `x-goog-hash`", "400", partial(_part_checksum, right=False)),
+        Question("the answer to a part names the crc32c", "yes", _part_names),
+        Question("parts 7 and 2, sent in this order", "200", partial(_complete_xml, sizes={7: 4, 2: _LEAST})),
+        Question("a part below 5 MiB, not the last", "400", partial(_complete_xml, sizes={1: 4, 2: 4})),
+        Question("the answer to a completion names the crc32c", "yes", _completion_names),
+        Question("listed by a whole name as prefix", "yes", _listed_xml),
+        Question("abort", "204", partial(_aborted_xml, then=False)),
+        Question("part of a gone upload", "404", partial(_aborted_xml, then=True)),
+    ),
+)
 OBJECTS = Topic(
     "Deletes, checksums, reads and listings",
     (
@@ -453,4 +552,4 @@ OBJECTS = Topic(
         Question("read of a missing object", "404", _missing),
     ),
 )
-TOPICS = (CONDITIONS, SESSIONS, OBJECTS)
+TOPICS = (CONDITIONS, MULTIPART, SESSIONS, OBJECTS)

@@ -32,11 +32,14 @@ _DATA = os.urandom(8 * _GRANULE + 100)
 
 Opened = Callable[..., GCSStore]
 
+_on_sessions = pytest.mark.parametrize("opened", [False], ids=["sessions"], indirect=True)
+_on_both = pytest.mark.parametrize("opened", [True, False], ids=["multipart", "sessions"], indirect=True)
+
 
 @pytest.fixture
-def opened(gcs: GCSServer) -> Iterator[Opened]:
-    """Open stores on one new bucket."""
-    bucket = gcs.new_bucket()
+def opened(request: pytest.FixtureRequest, gcs: GCSServer) -> Iterator[Opened]:
+    """Open stores on one new bucket, which has the XML API unless the parameter is False."""
+    bucket = gcs.new_bucket(xml=getattr(request, "param", True))
     gcs.reset()
     with ExitStack() as stack:
         yield lambda **options: stack.enter_context(
@@ -50,11 +53,13 @@ def _send(store: GCSStore, departed: Callable[[int], None] | None = None) -> tup
     return upload, [store.upload_part(upload, 1, 0, [memoryview(_DATA)], departed=departed)]
 
 
+@_on_sessions
 @pytest.mark.parametrize("kept", [0, 100, _GRANULE, 3 * _GRANULE + 5])
 def test_a_chunk_that_broke_off_is_gone_on_with_from_what_is_held(
     gcs: GCSServer, opened: Opened, kept: int
 ) -> None:
     store, said = opened(), list[int]()
+    store.probe()
     gcs.spoil({"method": "PUT", "path": "upload_id", "do": f"keep {kept}"})
     upload, parts = _send(store, said.append)
     store.complete_upload(upload, parts)
@@ -63,15 +68,18 @@ def test_a_chunk_that_broke_off_is_gone_on_with_from_what_is_held(
     assert gcs.faults_to_come() == 0
 
 
+@_on_both
 @pytest.mark.parametrize("do", ["status 503", "status 429", "status 500", "reset before", "reset after"])
 @pytest.mark.parametrize("skip", range(3))
 def test_any_request_of_an_upload_may_fail_once(gcs: GCSServer, opened: Opened, do: str, skip: int) -> None:
     store = opened()
+    store.probe()
     gcs.spoil({"method": "P(OST|UT)", "path": "upload", "do": do, "skip": skip})
     upload, parts = _send(store)
     assert store.complete_upload(upload, parts).size == len(_DATA)
     assert store.get("name")[0] == _DATA
     assert gcs.faults_to_come() == 0
+    assert list(store.pending_uploads()) == []
 
 
 @pytest.mark.parametrize("do", ["status 503", "reset before", "reset after"])
@@ -113,6 +121,7 @@ def test_a_commit_whose_answer_was_lost_is_a_commit(gcs: GCSServer) -> None:
     gcs.reset()
 
 
+@_on_sessions
 def test_parts_go_in_order(opened: Opened) -> None:
     store = opened()
     upload = store.begin_upload("name")
@@ -120,6 +129,7 @@ def test_parts_go_in_order(opened: Opened) -> None:
         store.upload_part(upload, 2, _GRANULE, [memoryview(_DATA)[_GRANULE : 2 * _GRANULE]])
 
 
+@_on_sessions
 def test_a_cancelled_session_is_gone(gcs: GCSServer, opened: Opened) -> None:
     store = opened()
     upload, parts = _send(store)
@@ -135,6 +145,7 @@ def test_a_cancelled_session_is_gone(gcs: GCSServer, opened: Opened) -> None:
         store.complete_upload(upload, parts)
 
 
+@_on_both
 def test_parts_that_do_not_add_up_are_an_integrity_error(opened: Opened) -> None:
     store = opened()
     upload, (part,) = _send(store)
@@ -152,11 +163,14 @@ def test_a_bucket_that_is_not_there_is_named(gcs: GCSServer) -> None:
             store.begin_upload("name")
 
 
-def test_who_pays_is_asked_and_told(gcs: GCSServer) -> None:
-    bucket = gcs.new_bucket(billing={"requesterPays": True})
+@pytest.mark.parametrize("xml", [True, False])
+def test_who_pays_is_asked_and_told(gcs: GCSServer, xml: bool) -> None:
+    bucket = gcs.new_bucket(xml=xml, billing={"requesterPays": True})
     store = GCSStore(Target.parse(f"gs://{bucket}/run", endpoint_url=gcs.endpoint))
     with store, pytest.raises(ConfigurationError, match="requester-pays"):
         store.put("name", b"data", Create())
+    with store, pytest.raises(ConfigurationError, match="requester-pays"):
+        store.begin_upload("name")
     paying = {"requester_pays": "my-project"}
     target = Target.parse(f"gs://{bucket}/run", endpoint_url=gcs.endpoint, storage_options=paying)
     with GCSStore(target) as store:
@@ -167,6 +181,7 @@ def test_who_pays_is_asked_and_told(gcs: GCSServer) -> None:
         assert store.list().objects == ()
 
 
+@_on_both
 def test_the_storage_class_is_that_of_the_option(gcs: GCSServer, opened: Opened) -> None:
     store = opened(storage_class="NEARLINE")
     store.put("small", b"data", Create())
@@ -177,6 +192,7 @@ def test_the_storage_class_is_that_of_the_option(gcs: GCSServer, opened: Opened)
         assert gcs.resource(bucket, f"run/{name}")["storageClass"] == "NEARLINE"
 
 
+@_on_both
 def test_the_key_is_that_of_the_option(gcs: GCSServer, opened: Opened) -> None:
     key = "projects/p/locations/eu/keyRings/r/cryptoKeys/k"
     store = opened(kms_key_name=key)
@@ -188,6 +204,8 @@ def test_the_key_is_that_of_the_option(gcs: GCSServer, opened: Opened) -> None:
         assert gcs.resource(bucket, f"run/{name}")["kmsKeyName"] == f"{key}/cryptoKeyVersions/1"
     with pytest.raises(StorageError, match="Not the name of a key"):
         opened(kms_key_name="k").put("other", b"data", Create())
+    with pytest.raises(StorageError, match="Not the name of a key"):
+        opened(kms_key_name="k").begin_upload("other")
 
 
 def test_the_environment_names_an_emulator(gcs: GCSServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,25 +255,26 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[GCSServe
         yield server, tokens
 
 
-def test_a_token_that_expires_during_an_upload_is_renewed_and_the_session_goes_on(
-    guarded: tuple[GCSServer, Path], tmp_path: Path
+@pytest.mark.parametrize("xml", [True, False])
+def test_a_token_that_expires_during_an_upload_is_renewed_and_the_upload_goes_on(
+    guarded: tuple[GCSServer, Path], tmp_path: Path, xml: bool
 ) -> None:
     server, let_in = guarded
     given = tmp_path / "given"
     let_in.write_text("first\n")
     given.write_text("first\n")
-    bucket = server.new_bucket(let_in.read_text().strip())
+    bucket, data = server.new_bucket(let_in.read_text().strip(), xml=xml), bytes(5 << 20) + _DATA
     credentials = {"token": _FromFile(given)}
     with GCSStore(
         Target.parse(f"gs://{bucket}/run", endpoint_url=server.endpoint, storage_options=credentials)
     ) as store:
         upload = store.begin_upload("name")
-        first = store.upload_part(upload, 1, 0, [memoryview(_DATA)[:_GRANULE]])
+        first = store.upload_part(upload, 1, 0, [memoryview(data)[: 5 << 20]])
         let_in.write_text("second\n")
         given.write_text("second\n")
-        last = store.upload_part(upload, 2, _GRANULE, [memoryview(_DATA)[_GRANULE:]])
+        last = store.upload_part(upload, 2, 5 << 20, [memoryview(data)[5 << 20 :]])
         store.complete_upload(upload, [first, last])
-        assert store.get("name")[0] == _DATA
+        assert store.get("name")[0] == data
         let_in.write_text("third\n")
         with pytest.raises(AccessDeniedError):
             store.get("name")

@@ -26,9 +26,15 @@ from support.gcs import GCSServer
 from support.proxy import Request, Spoiling, proxied
 
 _GRANULE = 256 << 10
-_ALL = GCSCapabilities(PutSupport(create=True, update=True), copy_source=True, upload_status=True)
-_FAKE = GCSCapabilities(PutSupport(create=True, update=True), copy_source=False, upload_status=False)
-_NONE = GCSCapabilities(PutSupport(create=False, update=False), copy_source=False, upload_status=False)
+_ALL = GCSCapabilities(
+    PutSupport(create=True, update=True), copy_source=True, upload_status=True, multipart=True
+)
+_FAKE = GCSCapabilities(
+    PutSupport(create=True, update=True), copy_source=False, upload_status=False, multipart=False
+)
+_NONE = GCSCapabilities(
+    PutSupport(create=False, update=False), copy_source=False, upload_status=False, multipart=False
+)
 
 Opened = Callable[..., GCSStore]
 
@@ -44,6 +50,7 @@ def _as_google_again(gcs: GCSServer) -> Iterator[None]:
 def google(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take every endpoint for Google's own."""
     monkeypatch.setattr(gcs_client, "is_google", lambda _: True)
+    monkeypatch.setattr(gcs_client, "serves_xml", lambda _: True)
 
 
 # Probing
@@ -133,12 +140,12 @@ def test_googles_own_endpoint_is_sent_no_probe(gcs: GCSServer, open_gcs: Opened)
     assert requests(lambda: (store.capabilities, store.probe())) == 0
     assert requests(save) == 9
     assert requests(save) == 10
-    assert requests(lambda: collect_garbage(uri, older_than=timedelta(0), endpoint_url=endpoint)) == 3
-    assert requests(lambda: examine(Target.parse(uri, endpoint_url=endpoint))) == 22
+    assert requests(lambda: collect_garbage(uri, older_than=timedelta(0), endpoint_url=endpoint)) == 4
+    assert requests(lambda: examine(Target.parse(uri, endpoint_url=endpoint))) == 30
     assert requests(lambda: store.put("name", b"data", Create())) == 1
     assert requests(lambda: beside.copy_from(store, store.stat("name"))) == 2
     assert requests(lambda: store.delete(f"name-{number}" for number in range(150))) == 2
-    assert requests(lambda: upload(100)) == 2
+    assert requests(lambda: upload(100)) == 3
     assert requests(lambda: upload(2 * _GRANULE + 100)) == 3
 
 

@@ -83,7 +83,7 @@ def test_the_emulator_deletes_by_batches(emulator: GCSServer, open_gcs: Opened) 
 
 @pytest.mark.parametrize("field", ["generation", "size"])
 def test_an_answer_without_a_field_is_named(gcs: GCSServer, open_gcs: Opened, field: str) -> None:
-    store = open_gcs(gcs.endpoint, gcs.new_bucket())
+    store = open_gcs(gcs.endpoint, gcs.new_bucket(xml=False))
     store.put("name", b"data", Overwrite())
     upload = store.begin_upload("name")
     parts = [store.upload_part(upload, 1, 0, [memoryview(b"data")])]

@@ -1,4 +1,4 @@
-"""Requests that a save, a load, a retention, a gc and a doctor run make on S3 itself: what they cost.
+"""Requests that a save, a load, a retention, a gc and a doctor run make on S3 itself, and a save on GCS.
 
 The server is taken for S3 itself, so that nothing is probed. The counts are those of the release before the
 probes of other servers were added; each may grow by two.
@@ -14,16 +14,19 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.stores import s3_client
 from cloudckpt.backends.target import Target
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run
+from support.gcs import GCSServer
 from support.places import Place
 from support.proxy import Proxy, proxied
 from support.servers import S3Server
 
+_MIB = 1 << 20
 BEFORE = {"save": 10, "overwrite": 11, "load": 2, "retention": 9, "gc": 6, "doctor": 33}
 MORE = 2
 
@@ -67,3 +70,29 @@ def test_no_operation_makes_more_than_two_requests_more_than_before(place: tuple
         counts[name] = proxy.count
     print(counts)  # noqa: T201 - for the note of a release
     assert all(counts[name] <= BEFORE[name] + MORE for name in BEFORE), counts
+
+
+@pytest.mark.parametrize(
+    ("xml", "nbytes", "parts"),
+    [
+        (True, 4000, 1),
+        (False, 4000, 1),
+        (True, 32 * _MIB, 5),  # the last, of the framing, goes beside the others
+        (False, 32 * _MIB, 4),  # the last one has the framing
+        (False, 30 * _MIB, 4),
+    ],
+    ids=["small", "small, session", "large", "large, session", "large and odd, session"],
+)
+def test_an_object_of_gcs_takes_a_request_for_each_part_and_two_more(
+    gcs: GCSServer, xml: bool, nbytes: int, parts: int
+) -> None:
+    bucket = gcs.new_bucket(xml=xml)
+    gcs.reset()
+    writer = cloudckpt.StorageWriter(f"gs://{bucket}/run", endpoint_url=gcs.endpoint, part_size=8 * _MIB)
+    dcp.save({"w": torch.ones(nbytes // 4)}, storage_writer=writer, no_dist=True)
+    made = [
+        method
+        for method, path, kind in gcs.requests()
+        if kind == "resumable" or f"/{bucket}/run/__0_0." in path
+    ]
+    assert made == ["POST", *["PUT"] * parts, "POST" if xml else "PUT"]

@@ -40,6 +40,8 @@ from support.proxy import (
 )
 from support.servers import S3Server
 
+_OTHER_TAG = EditAnswer(b"-1", b"-9")
+"""Have the entity tag in the answer to a completion say nothing of the one part."""
 _CONFLICT = Answer(409, "ConditionalRequestConflict")
 
 
@@ -118,10 +120,21 @@ def test_a_completed_object_of_another_size_is_deleted_and_an_integrity_error(
 ) -> None:
     upload = store.begin_upload("name")
     part = store.upload_part(upload, 1, 0, [memoryview(b"data")])
+    proxy.spoil("CompleteMultipartUpload", [_OTHER_TAG])
     proxy.spoil("HeadObject", [Answer(200, "", {"ETag": '"etag"', "x-amz-request-id": "1"})])
     with pytest.raises(IntegrityError, match="0 bytes where its parts have 4"):
         store.complete_upload(upload, [part])
     assert bucket.found() is None
+
+
+@pytest.mark.parametrize("proven", [True, False])
+def test_a_completed_object_is_asked_for_its_size_unless_the_entity_tag_is_that_of_the_parts(
+    store: S3Store, proxy: Proxy, bucket: Bucket, proven: bool
+) -> None:
+    proxy.spoil("CompleteMultipartUpload", [None if proven else _OTHER_TAG])
+    send(store, b"data")
+    assert bucket.found() == b"data"
+    assert len(proxy.seen("HeadObject")) == (0 if proven else 1)
 
 
 def test_a_completion_that_may_have_been_carried_out_is_unanswered(

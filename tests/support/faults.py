@@ -102,6 +102,10 @@ class FaultyStore(ObjectStore):
         return self._store.uri
 
     @property
+    def is_remote(self) -> bool:
+        return self._store.is_remote
+
+    @property
     def part_limits(self) -> PartLimits:
         return self._store.part_limits
 

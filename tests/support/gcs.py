@@ -29,11 +29,13 @@ class GCSServer:
     """URL without a trailing slash."""
     pid: int
 
-    def new_bucket(self, token: str | None = None, **settings: Any) -> str:
-        """Create an empty bucket with a fresh name and return the name."""
+    def new_bucket(self, token: str | None = None, *, xml: bool = True, **settings: Any) -> str:
+        """Create an empty bucket with a fresh name and return the name; without the XML API if need be."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
         body = json.dumps({"name": name, **settings}).encode()
         self._ask("POST", "/storage/v1/b?project=tests", body, token)
+        if not xml:
+            self._ask("POST", "/_gcs/json-only", json.dumps({"bucket": name}).encode())
         return name
 
     def resource(self, bucket: str, name: str) -> dict[str, Any]:
@@ -74,7 +76,7 @@ class GCSServer:
                 return found
 
     def sessions(self) -> list[dict[str, Any]]:
-        """Sessions that are open: bucket, name, bytes held."""
+        """Sessions and multipart uploads that are open: bucket, name, bytes held."""
         found: list[dict[str, Any]] = json.loads(self._ask("GET", "/_gcs/sessions"))["open"]
         return found
 

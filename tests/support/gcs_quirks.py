@@ -28,6 +28,8 @@ class Quirks:
 
     def __init__(self) -> None:
         self._set: Json = {}
+        self.json_only: set[str] = set()
+        """Buckets without the XML API."""
 
     def set(self, quirks: Json) -> None:
         """Take the place of those before."""

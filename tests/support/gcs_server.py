@@ -1,4 +1,4 @@
-"""A small and strict Google Cloud Storage: its JSON API over objects in memory.
+"""A small and strict Google Cloud Storage in memory: its JSON API, and multipart uploads by its XML API.
 
 Run as `python -m support.gcs_server --port N`; with port 0 it takes a free one and prints its URL. What it
 can't do it refuses. `/_gcs/` is the door for tests: the requests so far, open sessions, faults to come.
@@ -25,6 +25,7 @@ from support.gcs_objects import Conditions, Content, Json, Refusal, Stored, inva
 from support.gcs_permissions import Permissions
 from support.gcs_quirks import Quirks
 from support.gcs_state import Cloud, Session
+from support.gcs_uploads import MultipartUploads
 from support.gcs_wire import (
     Answer,
     Request,
@@ -39,6 +40,7 @@ from support.gcs_wire import (
     related,
     sums,
 )
+from support.gcs_xml import XmlApi, is_xml, refused_in_xml
 
 _ADMIN = "/_gcs/"
 _KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
@@ -56,8 +58,11 @@ class Door:
     Faults that are told take the place of those before.
     """
 
-    def __init__(self, cloud: Cloud, permissions: Permissions, quirks: Quirks) -> None:
+    def __init__(
+        self, cloud: Cloud, uploads: MultipartUploads, permissions: Permissions, quirks: Quirks
+    ) -> None:
         self._cloud = cloud
+        self._uploads = uploads
         self._permissions = permissions
         self._quirks = quirks
         self._lock = threading.Lock()
@@ -83,9 +88,11 @@ class Door:
     def answer(self, request: Request) -> Answer:
         match request.method, request.target.removeprefix(_ADMIN):
             case "GET", "sessions":
-                found = self._cloud.open_sessions()
-                told = [{"bucket": each.bucket, "name": each.name, "held": each.held} for each in found]
-                return in_json({"open": told})
+                sessions, uploads = self._cloud.open_sessions(), self._uploads.pending()
+                found = [(each.bucket, each.name, each.held) for each in sessions]
+                found += [(each.bucket, each.name, each.held) for each in uploads]
+                fields = ("bucket", "name", "held")
+                return in_json({"open": [dict(zip(fields, each, strict=True)) for each in found]})
             case "GET", "requests":
                 with self._lock:
                     return in_json(self._log)
@@ -98,6 +105,9 @@ class Door:
                 return in_json({})
             case "POST", "quirks":
                 self._quirks.set(request.json())
+                return in_json({})
+            case "POST", "json-only":
+                self._quirks.json_only.add(str(request.json()["bucket"]))
                 return in_json({})
             case "POST", "denials":
                 self._permissions.deny(request.json())
@@ -117,15 +127,25 @@ class Door:
 
 
 class Api:
-    """The requests of the JSON API, and what they do."""
+    """The requests of the JSON API, and what they do; those of the XML API are handed on."""
 
-    def __init__(self, cloud: Cloud, permissions: Permissions, quirks: Quirks, tokens: Path | None) -> None:
+    def __init__(
+        self,
+        cloud: Cloud,
+        uploads: MultipartUploads | None,
+        permissions: Permissions,
+        quirks: Quirks,
+        tokens: Path | None,
+    ) -> None:
         self._cloud = cloud
+        self._xml = XmlApi(cloud, uploads, permissions) if uploads else None
         self._permissions = permissions
         self._quirks = quirks
         self._tokens = tokens
 
     def answer(self, request: Request) -> Answer:
+        if self.serves_xml(request):
+            return self._answer_in_xml(request)
         try:
             self._authorize(request)
             for name in _UNSERVED:
@@ -136,6 +156,19 @@ class Api:
             return self._quirks.changed(self._route(request))
         except Refusal as refusal:
             return refused(refusal, {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None)
+
+    def serves_xml(self, request: Request) -> bool:
+        """Return True for a request of the XML API, where that is on for the bucket."""
+        return self._xml is not None and is_xml(request) and request.segments[0] not in self._quirks.json_only
+
+    def _answer_in_xml(self, request: Request) -> Answer:
+        assert self._xml is not None
+        try:
+            self._authorize(request)
+            self._quirks.check(request)
+            return self._quirks.changed(self._xml.answer(request))
+        except Refusal as refusal:
+            return refused_in_xml(refusal, {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None)
 
     def _authorize(self, request: Request) -> None:
         if self._tokens is None:
@@ -327,11 +360,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, address: tuple[str, int], cloud: Cloud, tokens: Path | None) -> None:
+    def __init__(self, address: tuple[str, int], cloud: Cloud, tokens: Path | None, *, xml: bool) -> None:
         super().__init__(address, _Handler)
-        permissions, quirks = Permissions(), Quirks()
-        self.api = Api(cloud, permissions, quirks, tokens)
-        self.door = Door(cloud, permissions, quirks)
+        permissions, quirks, uploads = Permissions(), Quirks(), MultipartUploads(cloud)
+        self.api = Api(cloud, uploads if xml else None, permissions, quirks, tokens)
+        self.door = Door(cloud, uploads, permissions, quirks)
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception()
@@ -363,7 +396,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = Request(self.command, self.path, self.headers, body, length)
         broken = len(body) < length
         if fault and do == "status":
-            answer = _failed(int(number), fault)
+            answer = _failed(int(number), fault, in_xml=self.server.api.serves_xml(request))
         elif broken and "upload_id=" not in self.path:
             answer = None
         else:
@@ -400,9 +433,10 @@ def _not_found() -> Refusal:
     return Refusal(404, "notFound", "Not Found")
 
 
-def _failed(status: int, fault: Fault) -> Answer:
+def _failed(status: int, fault: Fault, *, in_xml: bool) -> Answer:
     reason = "rateLimitExceeded" if status == 429 else "backendError"
-    return refused(Refusal(status, reason, "A fault"), {"Retry-After": "0"} if fault.retry_after else None)
+    answer = refused_in_xml if in_xml else refused
+    return answer(Refusal(status, reason, "A fault"), {"Retry-After": "0"} if fault.retry_after else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -413,9 +447,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--page-size", type=int, default=_MOST_LISTED, help="the most in a listing's page")
     parser.add_argument("--tokens", type=Path, help="a file of the tokens that are let in, one a line")
     parser.add_argument("--no-md5", action="store_true", help="give objects an MD5 only when the client does")
+    parser.add_argument("--no-xml", action="store_true", help="have no multipart uploads of the XML API")
     options = parser.parse_args(arguments)
     cloud = Cloud(min(options.page_size, _MOST_LISTED), md5=not options.no_md5)
-    with Server((options.host, options.port), cloud, options.tokens) as server:
+    with Server((options.host, options.port), cloud, options.tokens, xml=not options.no_xml) as server:
         print(f"http://{options.host}:{server.server_address[1]}", flush=True)  # noqa: T201 - told to its starter
         server.serve_forever()
 

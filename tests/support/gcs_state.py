@@ -135,8 +135,9 @@ class Cloud:
         self._buckets: dict[str, Bucket] = {}
         self._sessions: dict[str, Session] = {}
         self._generation = 0
-        self._page_size = page_size
-        self._md5 = md5
+        self.page_size = page_size
+        self.md5 = md5
+        """True if objects and parts have an MD5 also where the client sent none."""
 
     def create_bucket(self, resource: Json) -> Bucket:
         name, billing = resource.get("name"), resource.get("billing")
@@ -177,10 +178,12 @@ class Cloud:
         sums: Sums = (),
         conditions: Conditions,
         components: int = 0,
+        in_parts: bool = False,
     ) -> Stored:
         check_name(name)
         content.verify(sums)
-        has_md5 = not components and (self._md5 or any(kind == "md5" for kind, _ in sums))
+        wanted = self.md5 or any(kind == "md5" for kind, _ in sums)
+        has_md5 = wanted and not components and not in_parts
         with self._lock:
             place = self.bucket(bucket)
             conditions.check_write(self._live(place, name))
@@ -206,7 +209,7 @@ class Cloud:
     def list(self, bucket: str, query: Mapping[str, str]) -> Page:
         """Return one page, at most `maxResults` long; objects and common prefixes count alike."""
         asked = integer(query, "maxResults")
-        limit = self._page_size if asked is None else min(asked, self._page_size)
+        limit = self.page_size if asked is None else min(asked, self.page_size)
         if limit < 1:
             raise invalid(f"Invalid value for maxResults: {asked}")
         prefix, delimiter, end = (query.get(name, "") for name in ("prefix", "delimiter", "endOffset"))

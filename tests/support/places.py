@@ -29,9 +29,9 @@ USUAL = (LIVE,) if live.uri() else (FOLDER, "moto", GCS)
 SOAKED = () if live.uri() else (FAKE_GCS,)
 """Kinds of place that `make soak` alone tries beside the others."""
 S3_PART_SIZE = 5 << 20
-"""Bytes; the least that S3 allows, so that small states make several parts."""
+"""Bytes; the least that S3 and GCS allow, so that small states make several parts."""
 FOLDER_PART_SIZE = 256 << 10
-"""Bytes; of GCS, too."""
+"""Bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class Place:
 
     @classmethod
     def on_gcs(cls, server: GCSServer, bucket: str) -> Self:
-        options = {"endpoint_url": server.endpoint, "part_size": FOLDER_PART_SIZE}
+        options = {"endpoint_url": server.endpoint, "part_size": S3_PART_SIZE}
         return cls(server.name, f"gs://{bucket}", server, options)
 
     @classmethod
@@ -70,7 +70,7 @@ class Place:
         store, uri = LiveStore.of(named)
         if store.protocol == "file":
             return replace(cls.in_folder(Path(uri.removeprefix("file://"))), name=LIVE)
-        part_size = S3_PART_SIZE if store.is_s3 else FOLDER_PART_SIZE
+        part_size = FOLDER_PART_SIZE if store.protocol == "file" else S3_PART_SIZE
         return cls(LIVE, uri.rstrip("/"), store, {**dict(store.options), "part_size": part_size})
 
     @property

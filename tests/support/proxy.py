@@ -203,6 +203,17 @@ def _gcs_operation(method: str, path: str, query: Mapping[str, Sequence[str]]) -
     return {"GET": "GetObject", "DELETE": "DeleteObject"}[method]
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request and the times between which the client waited for its answer, by the monotonic clock."""
+
+    request: Request
+    began: float
+    """When its head had arrived."""
+    ended: float
+    """When its answer was about to be sent."""
+
+
 Rule = Callable[[Request], Spoiling]
 """Decides over a request before its body is read; called from several threads."""
 
@@ -219,9 +230,21 @@ class Proxy:
         self.released = threading.Event()
         self._lock = threading.Lock()
         self._seen: list[Request] = []
+        self._exchanges: list[Exchange] = []
         self._spoilings: dict[str, Iterator[Spoiling]] = {}
         self._rule: Rule | None = None
         self._in_flight = 0
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """Requests that were answered, in the order of their answers."""
+        with self._lock:
+            return list(self._exchanges)
+
+    def answered(self, exchange: Exchange) -> None:
+        """Note that a request is answered now."""
+        with self._lock:
+            self._exchanges.append(exchange)
 
     @property
     def in_flight(self) -> int:
@@ -259,6 +282,7 @@ class Proxy:
         """Forget what was seen and what was to be spoilt."""
         with self._lock:
             self._seen.clear()
+            self._exchanges.clear()
             self._spoilings.clear()
             self._rule = None
             self.clock = 0.0
@@ -319,6 +343,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to acknowledge the headers
 
     def setup(self) -> None:
         super().setup()
@@ -330,12 +355,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer()
 
     def _answer(self) -> None:
+        self._began = time.monotonic()
         headers = {name.lower(): value for name, value in self.headers.items()}
         length = int(headers.get("content-length", 0))
         spoiling = self.proxy.next_for(Request(self.command, self.path, headers, b""))
         wanted = min(length, spoiling.after) if isinstance(spoiling, CutRequest) else length
         request = Request(self.command, self.path, headers, self.rfile.read(wanted))
         self.proxy.keep(request)
+        self._request = request
         match spoiling:
             case Answer():
                 self._send(spoiling.status, dict(spoiling.headers), _document(spoiling))
@@ -392,6 +419,7 @@ class _Handler(BaseHTTPRequestHandler):
             return answer.status, headers, answer.read()
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, after: int | None = None) -> None:
+        self.proxy.answered(Exchange(self._request, self._began, time.monotonic()))
         self.send_response(status)
         told = next((value for name, value in headers.items() if name.lower() == "content-length"), "")
         for name, value in headers.items():

@@ -29,6 +29,7 @@ class Limit(enum.Enum):
     """Where the promises are known to end; a scenario without them finds each of them."""
 
     OVERTAKEN = "committed, told otherwise, and replaced or deleted before it looked: reports that it lost"
+    UNMARKED = "its upload was begun before its marker was there, and gc took it for as old as can be: fails"
     UNNOTICED = "taken for dead by gc right before its commit: lacks its objects until it looks again"
 
 
@@ -57,6 +58,14 @@ class IgnorantStore(MemoryStore):
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         return super().put(name, data, Overwrite())
+
+
+class RemoteStore(MemoryStore):
+    """A store whose requests take a round trip, so that those that don't depend on each other go together."""
+
+    @property
+    def is_remote(self) -> bool:
+        return True
 
 
 class LyingStore(IgnorantStore):

@@ -202,6 +202,10 @@ class Turnstile(ObjectStore):
         return self._store.uri
 
     @property
+    def is_remote(self) -> bool:
+        return self._store.is_remote
+
+    @property
     def capabilities(self) -> Capabilities:
         return self._store.capabilities
 

@@ -12,6 +12,7 @@ from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
     CommitError,
     IntegrityError,
+    ObjectNotFoundError,
     UncertainCommitError,
 )
 from support import roles
@@ -68,6 +69,9 @@ def _is_overtaken(world: World, actor: Actor) -> bool:
 def _is_expected(world: World, outcome: CheckpointError) -> bool:
     """Whether a save may end like this although no fault was its own."""
     bereft = world.scenario.has(Part.DELETES, Part.CLEARS)
+    collected = world.scenario.has(Part.COLLECTS, Part.CLEARS) and Limit.UNMARKED in world.scenario.limits
+    if collected and isinstance(outcome, ObjectNotFoundError | CommitError):
+        return True
     return isinstance(outcome, CheckpointExistsError) or (bereft and type(outcome) is CommitError)
 
 

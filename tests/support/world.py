@@ -7,7 +7,7 @@ import itertools
 import logging
 import pickle
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -303,6 +303,52 @@ class InlinePool(Executor):
         except BaseException as error:  # noqa: BLE001 - as a pool hands it on
             future.set_exception(error)
         return future
+
+
+class Arriving(Future[T]):
+    """The result of a request that arrives at the latest moment: when somebody waits for its answer."""
+
+    def __init__(self, request: Callable[[], T]) -> None:
+        super().__init__()
+        self._request: Callable[[], T] | None = request
+
+    def result(self, timeout: float | None = None) -> T:
+        self.arrive()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self.arrive()
+        return super().exception(timeout)
+
+    def arrive(self) -> None:
+        request, self._request = self._request, None
+        if request is None:
+            return
+        try:
+            self.set_result(request())
+        except BaseException as error:  # noqa: BLE001 - as a thread hands it on
+            self.set_exception(error)
+
+
+@contextlib.contextmanager
+def in_flight_together(*, late: bool) -> Iterator[None]:
+    """Have requests that are in flight together arrive as early as can be, or as late, the last one first."""
+
+    def begun(request: Callable[[], T], _: str) -> Future[T]:
+        future = Arriving(request)
+        if not late:
+            future.arrive()
+        return future
+
+    def wait(futures: Iterable[Future[Any]]) -> None:
+        for future in reversed(list(futures)):
+            future.exception()
+
+    with (
+        mock.patch("cloudckpt.backends.side_by_side.in_thread", begun),
+        mock.patch("cloudckpt.backends.coordinator.wait", wait),
+    ):
+        yield
 
 
 def open_here(target: Target) -> ObjectStore:

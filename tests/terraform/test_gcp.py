@@ -25,21 +25,23 @@ ROLE_OF_THE_KEY = "roles/cloudkms.cryptoKeyEncrypterDecrypter"
 PERMISSIONS: Final[Mapping[str, frozenset[str]]] = {
     # What takes the place of another object deletes that.
     "PutObject": frozenset({"storage.objects.create", "storage.objects.delete"}),
-    "CreateMultipartUpload": frozenset({"storage.objects.create"}),
-    "UploadPart": frozenset({"storage.objects.create"}),
-    "AbortMultipartUpload": frozenset({"storage.objects.create"}),
+    "CreateMultipartUpload": frozenset({"storage.multipartUploads.create", "storage.objects.create"}),
+    "UploadPart": frozenset({"storage.multipartUploads.create", "storage.objects.create"}),
+    "CompleteMultipartUpload": frozenset({"storage.multipartUploads.create", "storage.objects.create"}),
+    "AbortMultipartUpload": frozenset({"storage.multipartUploads.abort"}),
+    "ListMultipartUploads": frozenset({"storage.multipartUploads.list"}),
     "CopyObject": frozenset({"storage.objects.create", "storage.objects.get"}),
     "GetObject": frozenset({"storage.objects.get"}),
     "ListObjectsV2": frozenset({"storage.objects.list"}),
     "DeleteObject": frozenset({"storage.objects.delete"}),
     "DeleteObjects": frozenset({"storage.objects.delete"}),
 }
-"""By the proxy's names: Cloud Storage documentation, "IAM permissions for JSON methods"."""
+"""By the proxy's names, as Cloud Storage documents them for methods of the JSON and of the XML API."""
 
 DUTIES: Mapping[str, Callable[[Place, Proxy], None]] = {
     "trainer": duties.train,
     "reader": lambda place, _: duties.read(place),
-    "janitor": lambda place, _: duties.tidy(place, lists_uploads=False),
+    "janitor": lambda place, _: duties.tidy(place),
 }
 
 
@@ -103,8 +105,8 @@ def is_of_lease(request: Request) -> bool:
 def names(request: Request) -> Iterator[str]:
     """The names that a request is about, or the prefix of those that it lists."""
     split = urlsplit(request.target)
-    query = parse_qs(split.query)
-    if request.operation == "ListObjectsV2":
+    query = parse_qs(split.query, keep_blank_values=True)
+    if request.operation in ("ListObjectsV2", "ListMultipartUploads"):
         yield query.get("prefix", [""])[0]
     elif request.operation == "DeleteObjects":
         for found in re.findall(rb"^DELETE \S+/o/(\S+?)(?:\?\S*)? HTTP", request.body, re.MULTILINE):
@@ -112,10 +114,12 @@ def names(request: Request) -> Iterator[str]:
     elif request.operation == "CopyObject":
         source, _, copy = split.path.partition("/rewriteTo/")
         yield from (unquote(path.rpartition("/o/")[2]) for path in (source, copy))
-    elif request.operation in ("PutObject", "CreateMultipartUpload"):
+    elif request.operation == "PutObject":
         (found,) = re.findall(rb'"name": "([^"]+)"', request.body)
         yield found.decode()
-    elif "upload_id" not in query:  # a session has its name
+    elif "uploads" in query or "uploadId" in query:
+        yield unquote(split.path.lstrip("/").partition("/")[2])
+    else:
         yield unquote(split.path.rpartition("/o/")[2])
 
 

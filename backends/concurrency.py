@@ -1,0 +1,48 @@
+"""How many parts and ranges of a rank may be in flight: the option, or a share of the host's connections."""
+
+from __future__ import annotations
+
+import resource
+from typing import Final
+
+from cloudckpt.backends.options import Options
+from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.http.rates import rates
+from cloudckpt.backends.system_limits import local_ranks
+
+_OF_HOST: Final = 256
+"""Connections in one direction that the ranks of a host share. At 90 MB/s each, they fill 180 Gbit/s."""
+_MOST: Final = 64
+"""Connections of one rank."""
+_LEAST: Final = 8
+_AT_FIRST: Final = 32
+"""Connections of one rank to a distant server, before their rate has been measured."""
+_NEAR: Final = 0.004
+"""Seconds in which a server in the same room answers. S3 takes 10 to 30 milliseconds from next door."""
+_AT_FIRST_NEAR: Final = 4
+_OF_DESCRIPTORS: Final = 8
+"""A rank's connections take one in so many of the descriptors that its process may have."""
+
+
+def connections(options: Options) -> int:
+    """Return how many requests to a distant server a rank may have in flight in one direction."""
+    if "concurrency" in options.model_fields_set:
+        return options.concurrency
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST if soft == resource.RLIM_INFINITY else soft // _OF_DESCRIPTORS
+    return min(_MOST, max(_LEAST, _OF_HOST // local_ranks()), max(_LEAST, allowed))
+
+
+def at_first(most: int) -> int:
+    """Return how many of ``most`` connections to use before their rate has been measured.
+
+    Each waits for as long as an answer takes to begin, and a distant one also carries less: it grows by what
+    is acknowledged in a round trip.
+    """
+    latency = rates().latency
+    return min(most, _AT_FIRST_NEAR if latency is not None and latency < _NEAR else _AT_FIRST)
+
+
+def transfers(store: ObjectStore, options: Options) -> int:
+    """Return how many parts or ranges a rank may have in flight."""
+    return connections(options) if store.is_remote else options.concurrency

@@ -1,0 +1,169 @@
+"""Measured rates of the bodies that a process moves: what is usual, and which connection is far below it."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import statistics
+import termios
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, Literal, Protocol
+
+Direction = Literal["up", "down"]
+
+_KEPT: Final = 32
+"""Ended bodies whose rates are remembered in each direction."""
+_RECENT: Final = 10.0
+"""Seconds for which a rate is worth a comparison."""
+_LEAST_AGE: Final = 0.3
+"""Seconds that a body is watched before its rate is compared: a new connection begins slowly."""
+_LEAST_SIZE: Final = 1 << 20
+"""Bytes of a body that is worth a second request."""
+_LEAST_COMPARED: Final = 3
+"""Rates without which nothing is known to be usual."""
+_SLOWER: Final = 4.0
+"""How many times slower than usual a slow connection is."""
+_WORTH: Final = 2.0
+"""How many times longer than a new request what is left must take."""
+_NEW_REQUEST: Final = 0.1
+"""Seconds that a new request takes beside its body, by estimate."""
+_CUTS: Final = 3.0
+"""Slow connections that may be cut at once."""
+_CUTS_A_BODY: Final = 0.125
+"""How many more may be cut for each body that ends: a request in eight is repeated at most."""
+_BOUND: Final = 0.85
+"""Processors of a loop in use from which a slow connection says nothing: the loop itself may be late."""
+_SMOOTHING: Final = 0.3
+"""Weight of the newest measurement of how busy the loops are."""
+
+
+class SlowConnectionError(ConnectionError):
+    """A connection was cut because a new request is expected to end sooner."""
+
+
+class Moving(Protocol):
+    """A body that is being moved."""
+
+    direction: Direction
+    nbytes: int
+    moved: int
+    began: float
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of ``moved`` that the kernel has not sent yet."""
+        ...
+
+
+class Rates:
+    """The rates of one process. Loops report to it; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended: dict[Direction, deque[tuple[float, float]]] = {
+            "up": deque(maxlen=_KEPT),
+            "down": deque(maxlen=_KEPT),
+        }
+        """When a body ended, and its bytes a second."""
+        self._usual: dict[Direction, float | None] = {"up": None, "down": None}
+        self._cuts = _CUTS
+        self._busy = 0.0
+        self._answers: deque[float] = deque(maxlen=_KEPT)
+        """Seconds from the end of a request to the head of its answer."""
+
+    @property
+    def busy(self) -> float:
+        """Processors that the loops keep busy, as of the last moments in which they had bodies to move."""
+        return self._busy
+
+    @property
+    def latency(self) -> float | None:
+        """The median of the seconds that the last answers took to begin; None before the first."""
+        with self._lock:
+            return statistics.median(self._answers) if self._answers else None
+
+    def answered(self, seconds: float) -> None:
+        """Take in how long an answer took to begin."""
+        with self._lock:
+            self._answers.append(seconds)
+
+    def usual(self, direction: Direction) -> float | None:
+        """Return the usual bytes a second of one connection; None where too few are known."""
+        return self._usual[direction]
+
+    def tick(self, bodies: Iterable[Moving], elapsed: float, cpu: float) -> None:
+        """Take in what a loop has done since it last called.
+
+        Args:
+            bodies: those that it is moving.
+            elapsed: seconds since.
+            cpu: seconds of processor that its thread used.
+        """
+        now = time.monotonic()
+        live: dict[Direction, list[float]] = {"up": [], "down": []}
+        count = 0
+        for body in bodies:
+            count += 1
+            if now - body.began >= _LEAST_AGE and body.nbytes >= _LEAST_SIZE:
+                live[body.direction].append((body.moved - body.unsent) / (now - body.began))
+        with self._lock:
+            if count:
+                self._busy += _SMOOTHING * (cpu / elapsed - self._busy)
+            for direction, ended in self._ended.items():
+                rates = live[direction] + [rate for when, rate in ended if now - when < _RECENT]
+                # The lower quartile: where rates differ widely by themselves, none of them stands out.
+                enough = len(rates) >= _LEAST_COMPARED
+                self._usual[direction] = statistics.quantiles(rates, n=4)[0] if enough else None
+
+    def ended(self, direction: Direction, nbytes: int, seconds: float) -> None:
+        """Take in a body that has been moved whole."""
+        with self._lock:
+            self._cuts = min(_CUTS, self._cuts + _CUTS_A_BODY)
+            if nbytes >= _LEAST_SIZE and seconds > 0:
+                self._ended[direction].append((time.monotonic(), nbytes / seconds))
+
+    def is_slow(self, body: Moving) -> bool:
+        """Return True for a body that a new request would move sooner. It counts as cut then."""
+        age = time.monotonic() - body.began
+        usual = self._usual[body.direction]
+        if usual is None or age < _LEAST_AGE or body.nbytes < _LEAST_SIZE or self._busy > _BOUND:
+            return False
+        moved = body.moved - body.unsent
+        rate = max(moved, 1) / age
+        if rate * _SLOWER > usual:
+            return False
+        if (body.nbytes - moved) / rate < _WORTH * (body.nbytes / usual + _NEW_REQUEST):
+            return False
+        with self._lock:
+            if self._cuts < 1:
+                return False
+            self._cuts -= 1
+        return True
+
+
+def unsent_bytes(descriptor: int) -> int:
+    """Return how many bytes of a socket the kernel has not sent, or that the peer has not acknowledged."""
+    count = array.array("i", [0])
+    with contextlib.suppress(OSError):  # not every system answers for a socket
+        fcntl.ioctl(descriptor, termios.TIOCOUTQ, count)
+    return count[0]
+
+
+_rates: dict[int, Rates] = {}
+_lock = threading.Lock()
+
+
+def rates() -> Rates:
+    """Return the rates of this process; a forked child begins anew."""
+    process = os.getpid()
+    found = _rates.get(process)
+    if found is None:
+        with _lock:
+            _rates.clear()
+            found = _rates.setdefault(process, Rates())
+    return found

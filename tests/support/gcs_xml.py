@@ -1,0 +1,174 @@
+"""The XML API of the tests' Google Cloud Storage, as far as multipart uploads go: `/BUCKET/OBJECT`."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
+from xml.sax.saxutils import escape
+
+from support.gcs_objects import Json, Refusal
+from support.gcs_permissions import Permissions
+from support.gcs_state import Cloud
+from support.gcs_uploads import MultipartUpload, MultipartUploads
+from support.gcs_wire import Answer, Request, sums
+
+_OTHER_APIS = frozenset({"storage", "upload", "download", "batch", "_gcs", ""})
+_CODES: Mapping[tuple[int, str], str] = {
+    (400, "invalid"): "InvalidArgument",
+    (401, "authError"): "AuthenticationRequired",
+    (403, "forbidden"): "AccessDenied",
+    (404, "notFound"): "NoSuchBucket",
+    (429, "rateLimitExceeded"): "SlowDown",
+    (500, "backendError"): "InternalError",
+    (503, "backendError"): "ServiceUnavailable",
+}
+"""Codes for what the JSON API gives a status and a reason."""
+_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_MOST_LISTED = "1000"
+_CREATE = ("storage.multipartUploads.create", "storage.objects.create")
+_DECLARATION = "<?xml version='1.0' encoding='UTF-8'?>"
+_NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
+_HEADERS: Mapping[str, str] = {"X-GUploader-UploadID": "tests"}
+
+
+def is_xml(request: Request) -> bool:
+    """Return True for a request of the XML API."""
+    return request.segments[0] not in _OTHER_APIS
+
+
+def refused_in_xml(refusal: Refusal, headers: Mapping[str, str] | None = None) -> Answer:
+    """Return Google's XML for an error."""
+    code = _CODES.get((refusal.status, refusal.reason), refusal.reason)
+    page = f"{_DECLARATION}<Error>{_elements(Code=code, Message=refusal.message)}</Error>"
+    return _document(page, headers or {}, refusal.status)
+
+
+class XmlApi:
+    """Requests of the XML API, and what they do."""
+
+    def __init__(self, cloud: Cloud, uploads: MultipartUploads, permissions: Permissions) -> None:
+        self._cloud = cloud
+        self._uploads = uploads
+        self._permissions = permissions
+
+    def answer(self, request: Request) -> Answer:
+        """Answer a request.
+
+        Raises:
+            Refusal: as of the JSON API, or with a code of the XML API for a reason.
+        """
+        bucket, name = request.segments[0], "/".join(request.segments[1:])
+        self._charge(request, bucket)
+        query = request.query
+        if not name and request.method == "GET" and "uploads" in query:
+            return self._list(bucket, query)
+        if name and request.method == "POST" and "uploads" in query:
+            return self._begin(request, bucket, name)
+        if name and "uploadId" in query:
+            match request.method:
+                case "PUT" if "partNumber" in query:
+                    return self._put(request, bucket, name)
+                case "POST":
+                    return self._complete(request, bucket, name)
+                case "DELETE":
+                    self._require(bucket, "storage.multipartUploads.abort")
+                    self._uploads.abort(bucket, name, query["uploadId"])
+                    return Answer(204, _HEADERS)
+                case _:
+                    pass
+        raise Refusal(405, "MethodNotAllowed", "The specified method is not allowed against this resource.")
+
+    def _charge(self, request: Request, bucket: str) -> None:
+        payer = request.headers.get("x-goog-user-project") or request.query.get("userProject")
+        if self._cloud.bucket(bucket).requester_pays and not payer:
+            message = "Bucket is a requester pays bucket but no user project provided."
+            raise Refusal(400, "UserProjectMissing", message)
+
+    def _begin(self, request: Request, bucket: str, name: str) -> Answer:
+        self._require(bucket, *_CREATE)
+        fields = {
+            "contentType": request.headers.get("Content-Type", ""),
+            "storageClass": request.headers.get("x-goog-storage-class", ""),
+        }
+        if key := request.headers.get("x-goog-encryption-kms-key-name"):
+            if not _KEY.fullmatch(key):
+                raise Refusal(400, "InvalidArgument", f"Not the name of a key: {key}")
+            fields["kmsKeyName"] = f"{key}/cryptoKeyVersions/1"
+        kept: Json = {field: value for field, value in fields.items() if value}
+        identity = self._uploads.begin(MultipartUpload(bucket, name, kept))
+        return _told("InitiateMultipartUploadResult", _elements(Bucket=bucket, Key=name, UploadId=identity))
+
+    def _put(self, request: Request, bucket: str, name: str) -> Answer:
+        self._require(bucket, *_CREATE)
+        query = request.query
+        if not _NUMBER.fullmatch(query["partNumber"]):
+            raise Refusal(400, "InvalidArgument", f"Not the number of a part: {query['partNumber']}")
+        number, given = int(query["partNumber"]), sums(request.headers, {})
+        part = self._uploads.put_part(bucket, name, query["uploadId"], number, request.body, sums=given)
+        md5 = [f"md5={part.content.md5}"] if self._cloud.md5 else []
+        hashes = ",".join([f"crc32c={part.content.crc32c}", *md5])
+        return Answer(200, {**_HEADERS, "ETag": part.etag, "x-goog-hash": hashes})
+
+    def _complete(self, request: Request, bucket: str, name: str) -> Answer:
+        self._require(bucket, *_CREATE)
+        if name in self._cloud.bucket(bucket).objects:
+            self._require(bucket, "storage.objects.delete")
+        stored = self._uploads.complete(bucket, name, request.query["uploadId"], _parts(bytes(request.body)))
+        headers = {
+            "x-goog-generation": str(stored.generation),
+            "x-goog-metageneration": "1",
+            "x-goog-hash": f"crc32c={stored.content.crc32c}",
+        }
+        where = f"http://{request.headers['Host']}/{bucket}/{quote(name)}"
+        told = _elements(Location=where, Bucket=bucket, Key=name, ETag=f'"{stored.etag}"')
+        return _told("CompleteMultipartUploadResult", told, headers)
+
+    def _list(self, bucket: str, query: Mapping[str, str]) -> Answer:
+        self._require(bucket, "storage.multipartUploads.list")
+        if "delimiter" in query or "encoding-type" in query:
+            raise Refusal(501, "NotImplemented", "Neither delimiter nor encoding-type is served here")
+        prefix, most = query.get("prefix", ""), query.get("max-uploads", _MOST_LISTED)
+        if not _NUMBER.fullmatch(most) or int(most) < 1:
+            raise Refusal(400, "InvalidArgument", f"Not a number of uploads: {most}")
+        key_marker, id_marker = query.get("key-marker", ""), query.get("upload-id-marker", "")
+        page = self._uploads.list(bucket, prefix, key_marker, id_marker, int(most))
+        told = _elements(Bucket=bucket, Prefix=prefix, KeyMarker=key_marker, UploadIdMarker=id_marker)
+        told += _elements(MaxUploads=most, IsTruncated=str(page.truncated).lower())
+        if page.truncated:
+            last = page.uploads[-1]
+            told += _elements(NextKeyMarker=last.name, NextUploadIdMarker=last.identity)
+        for one in page.uploads:
+            started = one.started.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            inner = _elements(Key=one.name, UploadId=one.identity, StorageClass="STANDARD", Initiated=started)
+            told += f"<Upload>{inner}</Upload>"
+        return _told("ListMultipartUploadsResult", told)
+
+    def _require(self, bucket: str, *permissions: str) -> None:
+        for permission in permissions:
+            self._permissions.require(bucket, permission)
+
+
+def _parts(body: bytes) -> Sequence[tuple[int, str]]:
+    """Return number and entity tag of the parts that a completion names."""
+    try:
+        root = ET.fromstring(body)  # noqa: S314 - of a client of the tests
+        return [(int(part.findtext("{*}PartNumber", "")), part.findtext("{*}ETag", "")) for part in root]
+    except (ET.ParseError, ValueError):
+        raise Refusal(400, "MalformedXML", "The XML you provided was not well-formed.") from None
+
+
+def _told(root: str, body: str, headers: Mapping[str, str] | None = None) -> Answer:
+    page = f"{_DECLARATION}<{root} xmlns='{_NAMESPACE}'>{body}</{root}>"
+    return _document(page, headers or {}, 200)
+
+
+def _document(page: str, headers: Mapping[str, str], status: int) -> Answer:
+    kind = {"Content-Type": "application/xml; charset=UTF-8"}
+    return Answer(status, {**_HEADERS, **kind, **headers}, [memoryview(page.encode())])
+
+
+def _elements(**texts: str) -> str:
+    return "".join(f"<{name}>{escape(value)}</{name}>" for name, value in texts.items())
