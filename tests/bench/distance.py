@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,15 +47,49 @@ class Distance:
     """Requests a second above which the server answers 503 Slow Down."""
 
 
+    @property
+    def title(self) -> str:
+        """The distance as a table names it: "30 ms, 90 MB/s, TLS"."""
+        parts = ["near"]
+        if self.link is not None:
+            parts = [f"{self.link.rtt * 1e3:g} ms", *_rates(self.link)]
+        if self.refuse_above is not None:
+            parts.append(f"503 above {self.refuse_above}/s")
+        return ", ".join([*parts, "TLS" if self.tls else "HTTP"])
+
+
+def _rates(link: Link) -> Iterator[str]:
+    if link.rate is not None:
+        yield f"{link.rate / 1e6:g} MB/s"
+    if link.slow_one_in:
+        yield f"1 in {link.slow_one_in} at 1/{link.slow_factor:g} of it"
+    if link.host_rate is not None:
+        yield f"host {link.host_rate / 1e6:g} MB/s"
+
+
+NAMED: Mapping[str, Link | None] = {
+    "near": None,
+    "metro": Link(rtt=0.005, rate=200e6),
+    "far": Link(rtt=0.030, rate=90e6),
+    "intercontinental": Link(rtt=0.100, rate=25e6),
+}
+"""The distances that benchmarks know by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reached:
     """A server at a distance, as a client reaches it."""
 
     endpoint: str
-    prefix: tuple[str, ...]
-    """Before a command line, runs it on the client's host."""
+    namespace: str | None
+    """The network namespace that is the client's host; None: this machine."""
     authority: Path | None
     """The certificate that a client must trust."""
+
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """The words that run a command line on the client's host."""
+        return () if self.namespace is None else ("ip", "netns", "exec", self.namespace)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -77,21 +111,21 @@ def distant(server: Endpoint | GCSServer, distance: Distance) -> Iterator[Reache
     """
     nearby = server.server.endpoint if isinstance(server, Endpoint) else server.endpoint
     if distance == Distance():
-        yield Reached(nearby, (), None)
+        yield Reached(nearby, None, None)
         return
     port = int(nearby.rpartition(":")[2])
     with ExitStack() as stack:
         family = stack.enter_context(daemons("distance"))
         authority: Path | None = None
-        prefix: tuple[str, ...] = ()
+        namespace: str | None = None
         address, listen, suffix = HOST, unused_port(), ""
         if distance.link is not None:
             client, host = stack.enter_context(_far_hosts(distance.link, family, slow_start=distance.slow_start))
-            prefix, address, listen = client.prefix, host.address, 443 if distance.tls else 80
+            namespace, address, listen = client.namespace, host.address, 443 if distance.tls else 80
             suffix = f" namespace {host.namespace}"
             if isinstance(server, Endpoint) and not distance.tls and distance.refuse_above is None:
                 server.listen(host.namespace, host.address, listen)  # a proxy would only cost CPU
-                yield Reached(f"http://{address}:{listen}", prefix, None)
+                yield Reached(f"http://{address}:{listen}", namespace, None)
                 return
         if distance.tls:
             _, authority = self_signed(family.folder, address=address)
@@ -103,8 +137,9 @@ def distant(server: Endpoint | GCSServer, distance: Distance) -> Iterator[Reache
         configuration = family.folder / "haproxy.cfg"
         configuration.write_text(_configuration(f"{address}:{listen}{suffix}", port, distance.refuse_above))
         family.start(haproxy, "-db", "-f", configuration)
-        family.wait_until(lambda: _accepts(prefix, address, listen))
-        yield Reached(f"{'https' if distance.tls else 'http'}://{address}:{listen}", prefix, authority)
+        reached = Reached(f"{'https' if distance.tls else 'http'}://{address}:{listen}", namespace, authority)
+        family.wait_until(lambda: _accepts(reached.prefix, address, listen))
+        yield reached
 
 
 def _configuration(bind: str, port: int, refuse_above: int | None) -> str:
@@ -267,7 +302,7 @@ def from_options(options: argparse.Namespace) -> Distance:
             slow_one_in=options.slow_one_in,
             slow_factor=options.slow_factor,
         )
-    return Distance(link, options.tls, options.slow_start, options.refuse_above)
+    return Distance(link, tls=options.tls, slow_start=options.slow_start, refuse_above=options.refuse_above)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,25 +6,22 @@ Run as `python -m bench.endpoint_server --port N`, it needs nothing but the stan
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
-import os
 import socket
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from bench.endpoint_http import Answer, Reader, Request, parse, send
 from bench.endpoint_s3 import S3
 from bench.endpoint_store import Pool
+from support.hosts import inside
 
 _ADMIN = "_endpoint"
 """No bucket can have this name."""
-_CLONE_NEWNET = 0x40000000
 
 
 class Meter:
@@ -115,28 +112,11 @@ class Server:
             self._meter.reset()
         elif what == "listen":
             namespace, address, port = rest.split("/")
-            listening = _listening_in(namespace, address, int(port))
+            with inside(namespace):
+                listening = socket.create_server((address, int(port)), backlog=1024)
             threading.Thread(target=self.serve, args=[listening], name=f"listen in {namespace}", daemon=True).start()
         page = json.dumps(self._meter.counts()).encode()
         return Answer(200, {"Content-Type": "application/json"}, len(page), [memoryview(page)])
-
-
-def _listening_in(namespace: str, address: str, port: int) -> socket.socket:
-    """Return a socket that listens in a network namespace of ``ip netns``."""
-    setns = ctypes.CDLL(None, use_errno=True).setns  # os.setns: Python 3.12
-
-    def enter(file: str) -> None:
-        with Path(file).open() as opened:
-            if setns(opened.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), file)
-
-    with Path("/proc/thread-self/ns/net").open() as own:
-        enter(f"/run/netns/{namespace}")
-        try:
-            return socket.create_server((address, port), backlog=1024)
-        finally:
-            if setns(own.fileno(), _CLONE_NEWNET):
-                os._exit(1)  # a server in a wrong network answers nobody
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
