@@ -135,20 +135,26 @@ def distant(server: Endpoint | GCSServer, distance: Distance) -> Iterator[Reache
             suffix += f" ssl crt {both}"
         haproxy = script("haproxy", "haproxy (Debian: apt-get install haproxy)", root=True)
         configuration = family.folder / "haproxy.cfg"
-        configuration.write_text(_configuration(f"{address}:{listen}{suffix}", port, distance.refuse_above))
+        requests = distance.refuse_above is not None or isinstance(server, GCSServer)
+        bind = f"{address}:{listen}{suffix}"
+        configuration.write_text(_configuration(bind, port, distance.refuse_above, requests=requests))
         family.start(haproxy, "-db", "-f", configuration)
         reached = Reached(f"{'https' if distance.tls else 'http'}://{address}:{listen}", namespace, authority)
         family.wait_until(lambda: _accepts(reached.prefix, address, listen))
         yield reached
 
 
-def _configuration(bind: str, port: int, refuse_above: int | None) -> str:
-    """Return haproxy's configuration: bytes as they come, or requests if it must count them."""
+def _configuration(bind: str, port: int, refuse_above: int | None, *, requests: bool) -> str:
+    """Return haproxy's configuration, which hands on bytes as they come, or requests.
+
+    With requests it can refuse some, and says of each by which scheme it came: GCS has URLs in its answers.
+    """
     refusal = "" if refuse_above is None else f"""
     stick-table type ip size 1k expire 10s store http_req_rate(1s)
     http-request track-sc0 src
     http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{ sc_http_req_rate(0) gt {refuse_above} }}
 """  # noqa: E501 - a line of haproxy's
+    forwarded = "\n    http-request set-header X-Forwarded-Proto https if { ssl_fc }" if requests else ""
     return f"""
 global
     nbthread {min(os.cpu_count() or 1, 4)}
@@ -157,13 +163,13 @@ global
     maxconn 4000
     ssl-default-bind-ciphersuites TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256
 defaults
-    mode {"tcp" if refuse_above is None else "http"}
+    mode {"http" if requests else "tcp"}
     option splice-auto
     timeout connect 10s
     timeout client 600s
     timeout server 600s
 frontend distance
-    bind {bind}{refusal}
+    bind {bind}{refusal}{forwarded}
     default_backend endpoint
 backend endpoint
     server endpoint {HOST}:{port}

@@ -79,10 +79,10 @@ class Peer:
 Opened = Callable[[Place], AbstractContextManager[Peer]]
 
 
-def _through_dcp(
+def through_dcp(
     writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
 ) -> Peer:
-    """Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
+    """Return a peer of DCP's own. Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
     return Peer(
         save=lambda state, name: dcp.save(state, storage_writer=writer(name), no_dist=True),
         load=lambda state, name: dcp.load(state, storage_reader=reader(name), no_dist=True),
@@ -93,7 +93,7 @@ def _cloudckpt_with(place: Place, **options: Any) -> Peer:
     server = place.s3
     options |= {"endpoint_url": server.endpoint, "region": "us-east-1"}
     options |= {"storage_options": server.storage_options}
-    return _through_dcp(
+    return through_dcp(
         lambda name: cloudckpt.StorageWriter(place.uri(name), **options),
         lambda name: cloudckpt.StorageReader(place.uri(name), **options),
     )
@@ -117,14 +117,15 @@ def s3torchconnector(place: Place) -> Iterator[Peer]:
     from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
 
     config = S3ClientConfig(force_path_style=True)
-    yield _through_dcp(
+    yield through_dcp(
         lambda name: S3StorageWriter("us-east-1", place.uri(name), s3client_config=config),
         lambda name: S3StorageReader("us-east-1", place.uri(name), s3client_config=config),
     )
 
 
-def _fsspec(place: Place, **options: Any) -> Peer:
-    return _through_dcp(
+def through_fsspec(place: Place, **options: Any) -> Peer:
+    """Return a peer through the file system that fsspec has under the URI's name."""
+    return through_dcp(
         lambda name: FsspecWriter(place.uri(name), sync_files=False, **options),
         lambda name: FsspecReader(place.uri(name), **options),
     )
@@ -142,7 +143,7 @@ def obstore(place: Place) -> Iterator[Peer]:
 
     register("s3")
     server = place.s3
-    yield _fsspec(
+    yield through_fsspec(
         place,
         endpoint=server.endpoint,
         region="us-east-1",
@@ -155,13 +156,13 @@ def obstore(place: Place) -> Iterator[Peer]:
 
 @contextmanager
 def s3fs(place: Place) -> Iterator[Peer]:
-    yield _fsspec(place, endpoint_url=place.s3.endpoint, **place.s3.storage_options)
+    yield through_fsspec(place, endpoint_url=place.s3.endpoint, **place.s3.storage_options)
 
 
 @contextmanager
 def folder(place: Place) -> Iterator[Peer]:
     """DCP's own files. There is no wire, and no server that would need a core."""
-    yield _through_dcp(
+    yield through_dcp(
         lambda name: dcp.FileSystemWriter(place.folder / name),
         lambda name: dcp.FileSystemReader(place.folder / name),
     )
