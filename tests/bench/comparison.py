@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.peers import FLOOR, FOLDER, OURS
+from bench.peers import CURL, FLOOR, FOLDER, OURS
 from bench.worker import Spent, What
 
 _GIB = 1 << 30
@@ -46,6 +46,8 @@ class Result:
     failure: str | None = None
     sound: bool = True
     """Whether all that the peer saved was loaded again, bit for bit."""
+    setting: str = "near, HTTP"
+    """How far away the server was, and how it was spoken to."""
 
     @property
     def wrong(self) -> list[str]:
@@ -87,7 +89,7 @@ class Result:
         return {
             **{
                 name: getattr(self, name)
-                for name in ("state", "title", "nbytes", "what", "peer", "failure", "sound")
+                for name in ("state", "title", "nbytes", "what", "peer", "failure", "sound", "setting")
             },
             "wrong": self.wrong,
             "figures": self.figures(ours),
@@ -102,18 +104,23 @@ def paired_ratio(values: Sequence[float], ours: Sequence[float]) -> float:
 
 def ours_beside(result: Result, results: Sequence[Result]) -> Result | None:
     """cloudckpt's own result of the same state and direction."""
-    same = (OURS, result.state, result.what)
-    return next((other for other in results if (other.peer, other.state, other.what) == same), None)
+    same = (OURS, result.state, result.what, result.setting)
+    return next(
+        (other for other in results if (other.peer, other.state, other.what, other.setting) == same), None
+    )
 
 
 def best_peer(results: Sequence[Result], what: What, state: str) -> Result | None:
-    """The fastest that used the server and whose figures count, cloudckpt itself and the floor aside."""
+    """The fastest that used the server and whose figures count, cloudckpt itself and the yardsticks aside.
+
+    The results are those of one setting.
+    """
     able = [
         result
         for result in results
         if (result.what, result.state) == (what, state)
         and result.verdict is None
-        and result.peer not in {FLOOR, FOLDER}
+        and result.peer not in {CURL, FLOOR, FOLDER}
         and not result.peer.startswith(OURS)
     ]
     return min(able, key=lambda result: result.figures(None)["seconds"], default=None)
@@ -152,12 +159,12 @@ def show(results: Sequence[Result], facts: Mapping[str, Any], console: Console) 
             mark = "" if result.verdict is None else " (!)"
             table.add_row(result.peer + mark, *cells(result.figures(ours_beside(result, results))))
         console.print(table)
-        best = best_peer(results, rows[0].what, rows[0].state)
+        best = best_peer(rows, rows[0].what, rows[0].state)
         if best is not None:
             console.print(f"  fastest peer on the server that does it correctly: {best.peer}\n", markup=False)
     for result in results:
         if result.verdict is not None:
-            told = f"(!) {result.peer}, {result.what} of {result.title}: {result.verdict}"
+            told = f"(!) {_named(result)}: {result.verdict}"
             console.print(told, markup=False, soft_wrap=True)
 
 
@@ -167,11 +174,15 @@ def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     for title, rows in _tables(results).items():
         parts += [f"**{title}**", "\n".join(_markdown_table(rows, results))]
     wrongs = [
-        f"- {result.peer}, {result.what} of {result.title}: {result.verdict}"
+        f"- {_named(result)}: {result.verdict}"
         for result in results
         if result.verdict is not None
     ]
     return "\n\n".join([*parts, *(["\n".join(wrongs)] if wrongs else [])]) + "\n"
+
+
+def _named(result: Result) -> str:
+    return f"{result.peer}, {result.what} of {result.title}, {result.setting}"
 
 
 def _markdown_table(rows: Sequence[Result], results: Sequence[Result]) -> list[str]:
@@ -189,7 +200,7 @@ def _markdown_table(rows: Sequence[Result], results: Sequence[Result]) -> list[s
 def _tables(results: Sequence[Result]) -> dict[str, list[Result]]:
     tables: dict[str, list[Result]] = {}
     for result in results:
-        tables.setdefault(f"{result.what.capitalize()}: {result.title}", []).append(result)
+        tables.setdefault(f"{result.what.capitalize()}, {result.setting}: {result.title}", []).append(result)
     return tables
 
 
@@ -197,6 +208,6 @@ def _about(facts: Mapping[str, Any]) -> str:
     options = "".join(f", {name}={value}" for name, value in facts["options"].items())
     return (
         f"{facts['cores']} cores ({facts['processor']}), load {facts['load']:.1f} at the start, "
-        f"Python {facts['python']}, torch {facts['torch']}; {facts['repeats']} repeats; an S3 server in "
+        f"Python {facts['python']}, torch {facts['torch']}; {facts['repeats']} repeats; a server in "
         f"memory on the same machine; `folder` on {facts['file_system']}{options}"
     )

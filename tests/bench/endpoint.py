@@ -51,6 +51,10 @@ class Endpoint:
         """Zero the counts; the objects stay."""
         self._ask("reset")
 
+    def listen(self, namespace: str, address: str, port: int) -> None:
+        """Listen in a network namespace as well."""
+        self._ask(f"listen/{namespace}/{address}/{port}")
+
     def _ask(self, what: str) -> dict[str, Any]:
         connection = http.client.HTTPConnection(urlsplit(self.server.endpoint).netloc, timeout=60)
         with closing(connection):

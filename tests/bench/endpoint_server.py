@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from bench.endpoint_http import Answer, Reader, Request, parse, send
 from bench.endpoint_s3 import S3
 from bench.endpoint_store import Pool
+from support.hosts import inside
 
 _ADMIN = "_endpoint"
 """No bucket can have this name."""
@@ -106,8 +107,14 @@ class Server:
 
     def _administer(self, request: Request) -> Answer:
         request.body.finish()
-        if request.key == "reset":
+        what, _, rest = request.key.partition("/")
+        if what == "reset":
             self._meter.reset()
+        elif what == "listen":
+            namespace, address, port = rest.split("/")
+            with inside(namespace):
+                listening = socket.create_server((address, int(port)), backlog=1024)
+            threading.Thread(target=self.serve, args=[listening], name=f"listen in {namespace}", daemon=True).start()
         page = json.dumps(self._meter.counts()).encode()
         return Answer(200, {"Content-Type": "application/json"}, len(page), [memoryview(page)])
 

@@ -1,6 +1,6 @@
 """The wire floor: what it costs to move a state's bytes over HTTP to the same server, and nothing else.
 
-Bare sockets, as many as cloudckpt has requests in flight. Each puts one object, straight from the tensors'
+Eight bare sockets. Each puts one object, straight from the tensors'
 memory, or gets it straight into theirs. Nothing is signed, checked, named or remembered.
 """
 
@@ -15,9 +15,8 @@ from urllib.parse import urlsplit
 
 from bench.endpoint_http import taken
 from bench.states import State, tensors_of
-from cloudckpt.backends.options import Options
 
-_CONNECTIONS: int = Options.model_fields["concurrency"].default
+_CONNECTIONS = 8
 _AT_ONCE = 512
 """Views in one call: the kernel takes 1024."""
 _HEAD = 16 << 10

@@ -16,18 +16,21 @@ What a peer needs is imported by the process that measures it, and by no other.
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from bench.distance import Distance
 from bench.floor import Wire
-from bench.states import State
+from bench.states import State, bytes_of
 from support.dcp_fsspec import FsspecReader, FsspecWriter
+from support.gcs import GCSServer
 from support.servers import S3Server
 
 
@@ -35,12 +38,28 @@ from support.servers import S3Server
 class Place:
     """Where a peer saves: a bucket of its own on the server that all share, or a folder."""
 
-    server: S3Server
+    server: S3Server | GCSServer
+    """With the endpoint by which peers reach it."""
     bucket: str
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Variables of the peer's process, beside those of an S3 server."""
+    namespace: str | None = None
+    """The network namespace of the peer's process."""
 
     def uri(self, name: str) -> str:
-        return f"s3://{self.bucket}/{name}"
+        return f"{'s3' if isinstance(self.server, S3Server) else 'gs'}://{self.bucket}/{name}"
+
+    @property
+    def s3(self) -> S3Server:
+        """The server, which is one of S3."""
+        assert isinstance(self.server, S3Server)
+        return self.server
+
+    def variables(self) -> dict[str, str]:
+        """All variables of the peer's process."""
+        own = self.server.environment if isinstance(self.server, S3Server) else {}
+        return {**own, **self.environment}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +72,17 @@ class Peer:
     """Sees the state just before, and is not measured."""
     moves_plain_values: bool = True
     """Whether it carries numbers and strings too, or tensors alone."""
+    fills_tensors: bool = True
+    """False: it moves as many bytes, and there is nothing to compare."""
 
 
 Opened = Callable[[Place], AbstractContextManager[Peer]]
 
 
-def _through_dcp(
+def through_dcp(
     writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
 ) -> Peer:
-    """Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
+    """Return a peer of DCP's own. Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
     return Peer(
         save=lambda state, name: dcp.save(state, storage_writer=writer(name), no_dist=True),
         load=lambda state, name: dcp.load(state, storage_reader=reader(name), no_dist=True),
@@ -69,10 +90,10 @@ def _through_dcp(
 
 
 def _cloudckpt_with(place: Place, **options: Any) -> Peer:
-    server = place.server
+    server = place.s3
     options |= {"endpoint_url": server.endpoint, "region": "us-east-1"}
     options |= {"storage_options": server.storage_options}
-    return _through_dcp(
+    return through_dcp(
         lambda name: cloudckpt.StorageWriter(place.uri(name), **options),
         lambda name: cloudckpt.StorageReader(place.uri(name), **options),
     )
@@ -96,14 +117,15 @@ def s3torchconnector(place: Place) -> Iterator[Peer]:
     from s3torchconnector.dcp import S3StorageReader, S3StorageWriter
 
     config = S3ClientConfig(force_path_style=True)
-    yield _through_dcp(
+    yield through_dcp(
         lambda name: S3StorageWriter("us-east-1", place.uri(name), s3client_config=config),
         lambda name: S3StorageReader("us-east-1", place.uri(name), s3client_config=config),
     )
 
 
-def _fsspec(place: Place, **options: Any) -> Peer:
-    return _through_dcp(
+def through_fsspec(place: Place, **options: Any) -> Peer:
+    """Return a peer through the file system that fsspec has under the URI's name."""
+    return through_dcp(
         lambda name: FsspecWriter(place.uri(name), sync_files=False, **options),
         lambda name: FsspecReader(place.uri(name), **options),
     )
@@ -120,8 +142,8 @@ def obstore(place: Place) -> Iterator[Peer]:
     from obstore.fsspec import register
 
     register("s3")
-    server = place.server
-    yield _fsspec(
+    server = place.s3
+    yield through_fsspec(
         place,
         endpoint=server.endpoint,
         region="us-east-1",
@@ -134,13 +156,13 @@ def obstore(place: Place) -> Iterator[Peer]:
 
 @contextmanager
 def s3fs(place: Place) -> Iterator[Peer]:
-    yield _fsspec(place, endpoint_url=place.server.endpoint, **place.server.storage_options)
+    yield through_fsspec(place, endpoint_url=place.s3.endpoint, **place.s3.storage_options)
 
 
 @contextmanager
 def folder(place: Place) -> Iterator[Peer]:
     """DCP's own files. There is no wire, and no server that would need a core."""
-    yield _through_dcp(
+    yield through_dcp(
         lambda name: dcp.FileSystemWriter(place.folder / name),
         lambda name: dcp.FileSystemReader(place.folder / name),
     )
@@ -152,19 +174,49 @@ def wire_floor(place: Place) -> Iterator[Peer]:
     yield Peer(wire.save, wire.load, wire.prepare, moves_plain_values=False)
 
 
+@contextmanager
+def curl(place: Place) -> Iterator[Peer]:
+    """One connection of a native program, which sends and receives as many bytes as the state has."""
+    body = place.folder / "body"
+    trusted = place.environment.get("SSL_CERT_FILE")
+    command = ["curl", "--silent", "--fail", *(["--cacert", trusted] if trusted else [])]
+
+    def url(name: str) -> str:
+        return f"{place.server.endpoint}/{place.bucket}/{name}"
+
+    def prepare(state: State) -> None:
+        if not body.exists() or body.stat().st_size != bytes_of(state):
+            with body.open("wb") as file:
+                file.truncate(bytes_of(state))
+            body.read_bytes()  # a hole has no pages
+
+    def call(*arguments: str) -> None:
+        subprocess.run([*command, *arguments], check=True)
+
+    yield Peer(
+        lambda _, name: call("--upload-file", str(body), url(name)),
+        lambda _, name: call("--output", os.devnull, url(name)),
+        prepare,
+        fills_tensors=False,
+    )
+
+
 OURS = "cloudckpt"
 LIMITED = "cloudckpt, 256 MiB"
+S3FS = "s3fs"
 FOLDER = "folder"
 FLOOR = "wire floor"
+CURL = "curl"
 
 PEERS: Mapping[str, Opened] = {
     OURS: cloudckpt_by_default,
     LIMITED: cloudckpt_limited,
     "s3torchconnector": s3torchconnector,
     "obstore": obstore,
-    "s3fs": s3fs,
+    S3FS: s3fs,
     FOLDER: folder,
     FLOOR: wire_floor,
+    CURL: curl,
 }
 
 
@@ -173,6 +225,20 @@ def set_by_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("CLOUDCKPT_")}
 
 
-def peers_for(shape_name: str, chosen: Mapping[str, Opened] = PEERS) -> dict[str, Opened]:
-    """Those that take part on a state: the limited cloudckpt on the large one alone."""
-    return {name: opened for name, opened in chosen.items() if name != LIMITED or shape_name == "large"}
+def peers_for(
+    shape_name: str, chosen: Mapping[str, Opened] = PEERS, distance: Distance | None = None
+) -> dict[str, Opened]:
+    """Return the peers that take part on a state, at a distance.
+
+    The limited cloudckpt and curl, which has no tensors, take part on the large one alone. What has one connection
+    takes minutes far away, and says nothing that it doesn't say near. The wire floor speaks no TLS.
+    """
+    distance = distance or Distance()
+    left_out = set[str]()
+    if shape_name != "large":
+        left_out |= {LIMITED, CURL}
+    if distance.link is not None:
+        left_out |= {S3FS, CURL, FOLDER}
+    if distance.tls:
+        left_out |= {FLOOR, FOLDER}
+    return {name: opened for name, opened in chosen.items() if name not in left_out}

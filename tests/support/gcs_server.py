@@ -294,7 +294,8 @@ class Api:
         total = announced(request.headers)
         identity = self._cloud.start(Session(bucket, name, fields, given, conditions, total))
         path = f"/upload/storage/v1/b/{bucket}/o?uploadType=resumable&upload_id={identity}"
-        url = f"http://{request.headers['Host']}{path}"
+        scheme = request.headers.get("X-Forwarded-Proto", "http")  # of a proxy that ends TLS
+        url = f"{scheme}://{request.headers['Host']}{path}"
         return Answer(200, {"Location": url, "X-GUploader-UploadID": identity})
 
     def _session(self, request: Request, identity: str) -> Answer:

@@ -1,18 +1,18 @@
-"""The XML API of the tests' Google Cloud Storage, as far as multipart uploads go: `/BUCKET/OBJECT`."""
+"""The XML API of the tests' Google Cloud Storage: multipart uploads, and objects without conditions, at `/BUCKET/OBJECT`."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping, Sequence
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
-from support.gcs_objects import Json, Refusal
+from support.gcs_objects import Conditions, Content, Json, Refusal
 from support.gcs_permissions import Permissions
 from support.gcs_state import Cloud
 from support.gcs_uploads import MultipartUpload, MultipartUploads
-from support.gcs_wire import Answer, Request, sums
+from support.gcs_wire import Answer, Request, media, sums
 
 _OTHER_APIS = frozenset({"storage", "upload", "download", "batch", "_gcs", ""})
 _CODES: Mapping[tuple[int, str], str] = {
@@ -65,6 +65,8 @@ class XmlApi:
         query = request.query
         if not name and request.method == "GET" and "uploads" in query:
             return self._list(bucket, query)
+        if not name and request.method == "GET" and query.get("list-type") == "2":
+            return self._list_objects(bucket, query)
         if name and request.method == "POST" and "uploads" in query:
             return self._begin(request, bucket, name)
         if name and "uploadId" in query:
@@ -76,6 +78,21 @@ class XmlApi:
                 case "DELETE":
                     self._require(bucket, "storage.multipartUploads.abort")
                     self._uploads.abort(bucket, name, query["uploadId"])
+                    return Answer(204, _HEADERS)
+                case _:
+                    pass
+        if name and not query:
+            match request.method:
+                case "GET" | "HEAD":
+                    self._require(bucket, "storage.objects.get")
+                    return media(self._cloud.get(bucket, name, Conditions()), request.headers.get("Range"))
+                case "PUT" if copied := request.headers.get("x-goog-copy-source"):
+                    return self._copy_object(copied, bucket, name)
+                case "PUT" if not any(header.lower().startswith("x-goog-") for header in request.headers):
+                    return self._put_object(request, bucket, name)
+                case "DELETE":
+                    self._require(bucket, "storage.objects.delete")
+                    self._cloud.delete(bucket, name, Conditions())
                     return Answer(204, _HEADERS)
                 case _:
                     pass
@@ -112,6 +129,23 @@ class XmlApi:
         hashes = ",".join([f"crc32c={part.content.crc32c}", *md5])
         return Answer(200, {**_HEADERS, "ETag": part.etag, "x-goog-hash": hashes})
 
+    def _put_object(self, request: Request, bucket: str, name: str) -> Answer:
+        self._require(bucket, "storage.objects.create")
+        if name in self._cloud.bucket(bucket).objects:
+            self._require(bucket, "storage.objects.delete")
+        fields = {"contentType": kind} if (kind := request.headers.get("Content-Type")) else {}
+        stored = self._cloud.put(bucket, name, Content([request.body] if len(request.body) else []), fields, conditions=Conditions())
+        headers = {"ETag": f'"{stored.etag}"', "x-goog-generation": str(stored.generation)}
+        return Answer(200, {**_HEADERS, **headers})
+
+    def _copy_object(self, source: str, bucket: str, name: str) -> Answer:
+        self._require(bucket, "storage.objects.create")
+        source_bucket, _, source_name = unquote(source).removeprefix("/").partition("/")
+        self._require(source_bucket, "storage.objects.get")
+        found = self._cloud.get(source_bucket, source_name, Conditions())
+        stored = self._cloud.put(bucket, name, found.content, found.fields, conditions=Conditions())
+        return _told("CopyObjectResult", _elements(ETag=f'"{stored.etag}"', LastModified=stored.created))
+
     def _complete(self, request: Request, bucket: str, name: str) -> Answer:
         self._require(bucket, *_CREATE)
         if name in self._cloud.bucket(bucket).objects:
@@ -125,6 +159,21 @@ class XmlApi:
         where = f"http://{request.headers['Host']}/{bucket}/{quote(name)}"
         told = _elements(Location=where, Bucket=bucket, Key=name, ETag=f'"{stored.etag}"')
         return _told("CompleteMultipartUploadResult", told, headers)
+
+    def _list_objects(self, bucket: str, query: Mapping[str, str]) -> Answer:
+        self._require(bucket, "storage.objects.list")
+        asked = {"prefix": query.get("prefix", ""), "delimiter": query.get("delimiter", "")}
+        asked |= {"pageToken": query.get("continuation-token", "")}
+        page = self._cloud.list(bucket, {name: value for name, value in asked.items() if value})
+        told = _elements(Name=bucket, Prefix=asked["prefix"], IsTruncated=str(bool(page.token)).lower())
+        if page.token:
+            told += _elements(NextContinuationToken=page.token)
+        for one in page.items:
+            inner = _elements(Key=one.name, Size=str(one.content.size), ETag=one.etag, LastModified=one.created)
+            told += f"<Contents>{inner}</Contents>"
+        for prefix in page.prefixes:
+            told += f"<CommonPrefixes>{_elements(Prefix=prefix)}</CommonPrefixes>"
+        return _told("ListBucketResult", told)
 
     def _list(self, bucket: str, query: Mapping[str, str]) -> Answer:
         self._require(bucket, "storage.multipartUploads.list")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+_CLONE_NEWNET = 0x40000000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +63,29 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 def _ip(*arguments: str) -> None:
     program = shutil.which("ip", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or "ip"
     subprocess.run([program, *arguments], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """Have this thread be in a network namespace of ``ip netns``: its sockets, and the threads that it starts."""
+    with Path("/proc/thread-self/ns/net").open() as own:
+        enter(namespace)
+        try:
+            yield
+        finally:
+            _enter(own.fileno())
+
+
+def enter(namespace: str) -> None:
+    """Have this thread be in a network namespace of ``ip netns`` from here on.
+
+    Raises:
+        OSError: there is none of that name, or this process may not enter it.
+    """
+    with Path(f"/run/netns/{namespace}").open() as opened:
+        _enter(opened.fileno())
+
+
+def _enter(descriptor: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET):  # os.setns: Python 3.12
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
