@@ -1,4 +1,4 @@
-"""Peers that save and load the same states by turns on one server, at a distance: the heart of the storage comparisons."""
+"""Peers that save and load the same states by turns on one server, at a distance."""
 
 from __future__ import annotations
 

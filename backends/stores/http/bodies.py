@@ -81,20 +81,29 @@ class Receiving(Body):
         self._woken_at = 1
 
     def pump(self) -> bool:
-        receive_into, end = self.connection.recv_into, self.moved + _TURN
+        end = self.moved + _TURN
         while self.moved < end:
             if self._at == self._view.nbytes:
                 following = next(self._views, None)
                 if following is None:
                     return True
                 self._view, self._at = following, 0
-                continue
-            count = receive_into(self._view[self._at :] if self._at else self._view)
-            if not count:
-                raise EOFError(f"the connection ended after {self.moved:,} bytes of {self.nbytes:,}")
-            self._at += count
-            self.moved += count
+            self._fill()
         return False
+
+    def _fill(self) -> None:
+        """Fill the view as far as the socket has bytes. TLS brings 16 KiB a call: each one counts."""
+        receive_into, view, at = self.connection.recv_into, self._view, self._at
+        size = view.nbytes
+        try:
+            while at < size:
+                count = receive_into(view[at:])
+                if not count:
+                    raise EOFError(f"the connection ended after {self.moved:,} bytes of {self.nbytes:,}")
+                at += count
+        finally:
+            self.moved += at - self._at
+            self._at = at
 
     def wake_late(self) -> None:
         """Have the kernel report the socket once many bytes have arrived."""

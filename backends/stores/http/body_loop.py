@@ -111,13 +111,11 @@ class _Loop:
 
     def _submit(self, body: Body) -> None:
         with self._lock:
-            begins = self._thread is None
-            if begins:
+            if self._thread is None:
                 self._begin()
             self.load += 1
             self._coming.append(body)
-        if not begins:
-            self._wake()
+        self._wake()
 
     def _begin(self) -> None:
         """Start the thread, which has nothing to do yet.

@@ -83,9 +83,12 @@ class Rates:
 
     @property
     def latency(self) -> float | None:
-        """The median of the seconds that the last answers took to begin; None before the first."""
+        """The fewest seconds that one of the last answers took to begin; None before the first.
+
+        That is the distance. The others also waited for a processor, here or there.
+        """
         with self._lock:
-            return statistics.median(self._answers) if self._answers else None
+            return min(self._answers, default=None)
 
     def answered(self, seconds: float) -> None:
         """Take in how long an answer took to begin."""
