@@ -173,11 +173,7 @@ def markdown(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     parts = [_about(facts)]
     for title, rows in _tables(results).items():
         parts += [f"**{title}**", "\n".join(_markdown_table(rows, results))]
-    wrongs = [
-        f"- {_named(result)}: {result.verdict}"
-        for result in results
-        if result.verdict is not None
-    ]
+    wrongs = [f"- {_named(result)}: {result.verdict}" for result in results if result.verdict is not None]
     return "\n\n".join([*parts, *(["\n".join(wrongs)] if wrongs else [])]) + "\n"
 
 

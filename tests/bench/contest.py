@@ -107,6 +107,7 @@ def measured(
     peers: Mapping[str, Opened],
     repeats: int,
     folder: Path,
+    *,
     distance: Distance = _NEAR,
     started: Callable[[], AbstractContextManager[Storage]] = on_s3,
 ) -> list[Result]:

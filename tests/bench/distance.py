@@ -1,10 +1,12 @@
-"""A distance between a client and a server on one machine: a network of three hosts, with TLS where asked for.
+"""A distance between a client and a server on one machine: a network of three hosts, with TLS where asked
+for.
 
-Run as `python -m bench.distance [options] -- COMMAND...`, it starts the S3 server of `bench.endpoint` behind the
-distance and runs the command on the client's host, with variables that name the endpoint, a bucket, the keys and the
-authority. Far hosts are network namespaces: client, router and server. TCP between them is the kernel's, so handshakes
-and requests cost round trips and a connection starts slowly. `bench.link_emulator` has the router's packets wait.
-TLS is ended by haproxy. Without a round-trip time the server is near, on loopback, and needs neither root nor a router.
+Run as `python -m bench.distance [options] -- COMMAND...`, it starts the S3 server of `bench.endpoint` behind
+the distance and runs the command on the client's host, with variables that name the endpoint, a bucket, the
+keys and the authority. Far hosts are network namespaces: client, router and server. TCP between them is the
+kernel's, so handshakes and requests cost round trips and a connection starts slowly. `bench.link_emulator`
+has the router's packets wait. TLS is ended by haproxy. Without a round-trip time the server is near, on
+loopback, and needs neither root nor a router.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ class Distance:
     """None: near, on loopback."""
     tls: bool = False
     slow_start: bool = False
-    """Connections start with TCP's initial window of ten segments, again after each pause. Else with the link's."""
+    """Connections start with TCP's initial window of ten segments, again after each pause. Else with the
+    link's."""
     refuse_above: int | None = None
     """Requests a second above which the server answers 503 Slow Down."""
-
 
     @property
     def title(self) -> str:
@@ -120,7 +122,9 @@ def distant(server: Endpoint | GCSServer, distance: Distance) -> Iterator[Reache
         namespace: str | None = None
         address, listen, suffix = HOST, unused_port(), ""
         if distance.link is not None:
-            client, host = stack.enter_context(_far_hosts(distance.link, family, slow_start=distance.slow_start))
+            client, host = stack.enter_context(
+                _far_hosts(distance.link, family, slow_start=distance.slow_start)
+            )
             namespace, address, listen = client.namespace, host.address, 443 if distance.tls else 80
             suffix = f" namespace {host.namespace}"
             if isinstance(server, Endpoint) and not distance.tls and distance.refuse_above is None:
@@ -149,11 +153,16 @@ def _configuration(bind: str, port: int, refuse_above: int | None, *, requests: 
 
     With requests it can refuse some, and says of each by which scheme it came: GCS has URLs in its answers.
     """
-    refusal = "" if refuse_above is None else f"""
+    refusal = (
+        ""
+        if refuse_above is None
+        else f"""
     stick-table type ip size 1k expire 10s store http_req_rate(1s)
     http-request track-sc0 src
-    http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{ sc_http_req_rate(0) gt {refuse_above} }}
-"""  # noqa: E501 - a line of haproxy's
+    http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{
+    sc_http_req_rate(0) gt {refuse_above} }}
+"""
+    )  # noqa: E501 - a line of haproxy's
     forwarded = "\n    http-request set-header X-Forwarded-Proto https if { ssl_fc }" if requests else ""
     return f"""
 global
@@ -181,7 +190,9 @@ _SLOW_DOWN = "<Error><Code>SlowDown</Code><Message>Please reduce your request ra
 
 def _accepts(prefix: Sequence[str], address: str, port: int) -> bool:
     probe = f"import socket; socket.create_connection(({address!r}, {port}), 5)"
-    done = subprocess.run([*prefix, sys.executable, "-S", "-I", "-c", probe], capture_output=True, check=False)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-S", "-I", "-c", probe], capture_output=True, check=False
+    )
     return not done.returncode
 
 
@@ -189,7 +200,8 @@ def _accepts(prefix: Sequence[str], address: str, port: int) -> bool:
 def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tuple[Host, Host]]:
     """Make a client's and a server's host with a router between them that emulates the link.
 
-    The router's packets wait where they have left the sender's socket: else TCP would take them for not yet sent.
+    The router's packets wait where they have left the sender's socket: else TCP would take them for not yet
+    sent.
     """
     name = uuid.uuid4().hex[:6]
     ip, iptables = (_program(program) for program in ("ip", "iptables"))
@@ -204,7 +216,18 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
         for queue, (host, gateway) in enumerate([(client, _CLIENT_ROUTER), (server, _SERVER_ROUTER)]):
             port = f"to-{host.interface}"
             _call(
-                *(ip, "link", "add", host.interface, "netns", host.namespace, "numtxqueues", "1", "type", "veth"),
+                *(
+                    ip,
+                    "link",
+                    "add",
+                    host.interface,
+                    "netns",
+                    host.namespace,
+                    "numtxqueues",
+                    "1",
+                    "type",
+                    "veth",
+                ),
                 *("peer", port, "netns", router),
             )
             _call(ip, "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.interface)
@@ -218,6 +241,31 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
             metrics = _metrics(link, slow_start=slow_start)
             _call(ip, "-n", host.namespace, "route", "add", "default", "via", gateway, *metrics)
             _set(ip, host.namespace, _settings(link, slow_start=slow_start))
+            if link.host_rate is not None:
+                # At the sender, where TCP keeps few packets of each connection: none is lost, and all get
+                # their share. _call(
+                    *(
+                        ip,
+                        "netns",
+                        "exec",
+                        host.namespace,
+                        _program("tc"),
+                        "qdisc",
+                        "add",
+                        "dev",
+                        host.interface,
+                    ),
+                    *(
+                        "root",
+                        "tbf",
+                        "rate",
+                        f"{round(8 * link.host_rate)}bit",
+                        "burst",
+                        "512kb",
+                        "limit",
+                        "256mb",
+                    ),
+                )
         _set(ip, router, {"ip_forward": "1"})
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in _as_options(link).items()]
         family.start(
@@ -230,7 +278,7 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
 
 def _as_options(link: Link) -> dict[str, float]:
     values = {name: getattr(link, name) for name in link.__slots__}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None and name != "host_rate"}
 
 
 def _window(link: Link) -> int | None:
@@ -243,7 +291,8 @@ def _window(link: Link) -> int | None:
 def _metrics(link: Link, *, slow_start: bool) -> list[str]:
     """Return the metrics of a route over the link.
 
-    A connection may not send more than fills the link: else it would fill the router's memory, which loses nothing.
+    A connection may not send more than fills the link: else it would fill the router's memory, which loses
+    nothing.
     """
     window = _window(link)
     if window is None:
@@ -285,14 +334,24 @@ def _call(*command: str) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a distance to a parser; `from_options` reads them."""
-    parser.add_argument("--rtt-ms", type=float, help="round-trip time; without it the server is near, on loopback")
+    parser.add_argument(
+        "--rtt-ms", type=float, help="round-trip time; without it the server is near, on loopback"
+    )
     parser.add_argument("--rate-mb", type=float, help="MB/s of each connection, in each direction")
-    parser.add_argument("--host-rate-mb", type=float, help="MB/s of all connections together, in each direction")
+    parser.add_argument(
+        "--host-rate-mb", type=float, help="MB/s of all connections together, in each direction"
+    )
     parser.add_argument("--jitter-ms", type=float, default=0.0, help="on each way, up to so much")
-    parser.add_argument("--slow-one-in", type=int, default=0, help="one connection in so many is slow: the third first")
+    parser.add_argument(
+        "--slow-one-in", type=int, default=0, help="one connection in so many is slow: the third first"
+    )
     parser.add_argument("--slow-factor", type=float, default=10.0, help="times slower (default: 10)")
-    parser.add_argument("--slow-start", action="store_true", help="connections start with TCP's initial window")
-    parser.add_argument("--refuse-above", type=int, help="requests a second above which the server answers 503")
+    parser.add_argument(
+        "--slow-start", action="store_true", help="connections start with TCP's initial window"
+    )
+    parser.add_argument(
+        "--refuse-above", type=int, help="requests a second above which the server answers 503"
+    )
     parser.add_argument("--tls", action="store_true")
 
 

@@ -114,7 +114,9 @@ class Server:
             namespace, address, port = rest.split("/")
             with inside(namespace):
                 listening = socket.create_server((address, int(port)), backlog=1024)
-            threading.Thread(target=self.serve, args=[listening], name=f"listen in {namespace}", daemon=True).start()
+            threading.Thread(
+                target=self.serve, args=[listening], name=f"listen in {namespace}", daemon=True
+            ).start()
         page = json.dumps(self._meter.counts()).encode()
         return Answer(200, {"Content-Type": "application/json"}, len(page), [memoryview(page)])
 

@@ -1,8 +1,9 @@
 """What saving and loading cost on GCS, beside gcsfs and obstore: part of `make bench`.
 
-Run as `python -m bench.gcs` with `tests` on the module search path. It is the comparison of `bench.storage`, with the
-GCS server of the tests instead, in memory and in a process of its own. That server costs more than the S3 server, so
-the walls of the two comparisons differ; the seconds of the client's processor can be compared.
+Run as `python -m bench.gcs` with `tests` on the module search path. It is the comparison of `bench.storage`,
+with the GCS server of the tests instead, in memory and in a process of its own. That server costs more than
+the S3 server, so the walls of the two comparisons differ; the seconds of the client's processor can be
+compared.
 """
 
 from __future__ import annotations
@@ -85,11 +86,17 @@ def gcsfs(place: Place) -> Iterator[Peer]:
 
 @contextmanager
 def obstore(place: Place) -> Iterator[Peer]:
-    """obstore's file system, which uses the XML API. What it saves through DCP doesn't load: see `bench.peers`."""
+    """obstore's file system, which uses the XML API. What it saves through DCP doesn't load: see
+    `bench.peers`."""
     from obstore.fsspec import register  # noqa: PLC0415 - by the process that measures it alone
 
     register("gs")
-    key = {"gcs_base_url": place.server.endpoint, "disable_oauth": True, "client_email": "", "private_key": ""}
+    key = {
+        "gcs_base_url": place.server.endpoint,
+        "disable_oauth": True,
+        "client_email": "",
+        "private_key": "",
+    }
     yield through_fsspec(
         place,
         service_account_key=json.dumps({**key, "private_key_id": ""}),

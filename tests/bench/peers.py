@@ -82,7 +82,8 @@ Opened = Callable[[Place], AbstractContextManager[Peer]]
 def through_dcp(
     writer: Callable[[str], dcp.StorageWriter], reader: Callable[[str], dcp.StorageReader]
 ) -> Peer:
-    """Return a peer of DCP's own. Making the writer or the reader is part of what is measured: a training run makes one a checkpoint."""
+    """Return a peer of DCP's own. Making the writer or the reader is part of what is measured: a training
+    run makes one a checkpoint."""
     return Peer(
         save=lambda state, name: dcp.save(state, storage_writer=writer(name), no_dist=True),
         load=lambda state, name: dcp.load(state, storage_reader=reader(name), no_dist=True),
@@ -230,8 +231,9 @@ def peers_for(
 ) -> dict[str, Opened]:
     """Return the peers that take part on a state, at a distance.
 
-    The limited cloudckpt and curl, which has no tensors, take part on the large one alone. What has one connection
-    takes minutes far away, and says nothing that it doesn't say near. The wire floor speaks no TLS.
+    The limited cloudckpt and curl, which has no tensors, take part on the large one alone. What has one
+    connection takes minutes far away, and says nothing that it doesn't say near. The wire floor speaks no
+    TLS.
     """
     distance = distance or Distance()
     left_out = set[str]()

@@ -1,4 +1,5 @@
-"""The storage comparison as a picture: bars of wall time and CPU for the first state, over TLS where it was measured."""
+"""The storage comparison as a picture: bars of wall time and CPU for the first state, over TLS where it
+was measured."""
 
 from __future__ import annotations
 

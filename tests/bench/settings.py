@@ -28,7 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="every Nth connection is ten times slower, from the third on, where the server is not near",
     )  # fmt: skip
     parser.add_argument("--jitter-ms", type=float, default=0.0, help="of the time on the way (default: 0)")
-    parser.add_argument("--slow-start", action="store_true", help="connections start with TCP's initial window")
+    parser.add_argument(
+        "--slow-start", action="store_true", help="connections start with TCP's initial window"
+    )
     parser.add_argument("--refuse-above", type=int, metavar="N", help="answer 503 above N requests a second")
 
 

@@ -68,7 +68,12 @@ def compare(
                 console.print(f"{distance.title}: {shape.title}, {len(taking_part)} peers", markup=False)
                 try:
                     results += measured(
-                        shape, taking_part, options.repeats, folder / "state", distance, started
+                        shape,
+                        taking_part,
+                        options.repeats,
+                        folder / "state",
+                        distance=distance,
+                        started=started,
                     )
                 except (NotInstalledError, PermissionError) as error:
                     console.print(f"not measured, {distance.title}: {error}", markup=False, soft_wrap=True)

@@ -52,9 +52,7 @@ def _rows(results: Sequence[Result]) -> Iterator[list[str]]:
     for setting in dict.fromkeys(result.setting for result in shown):
         for what in ("save", "load"):
             row = {
-                result.peer: result
-                for result in shown
-                if (result.setting, result.what) == (setting, what)
+                result.peer: result for result in shown if (result.setting, result.what) == (setting, what)
             }
             yield [
                 setting, what,
@@ -81,9 +79,7 @@ def _ratios(row: dict[str, Result]) -> list[str]:
     A peer counts even if its saves don't load: its speed is real. curl is no peer.
     """
     ours = row.get(OURS)
-    others = [
-        result for peer, result in row.items() if peer not in {OURS, CURL} and result.figures(None)
-    ]
+    others = [result for peer, result in row.items() if peer not in {OURS, CURL} and result.figures(None)]
     if ours is None or not ours.figures(None) or not others:
         return [_NONE, _NONE]
     fastest = max(_speed(other) for other in others)

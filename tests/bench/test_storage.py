@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from bench.comparison import Result, Sample, best_peer, markdown, paired_ratio
+from bench.contest import measured
 from bench.peers import FLOOR, FOLDER, LIMITED, OURS, PEERS, Peer, Place
 from bench.states import Large, Small, State, Training, differences, emptied
-from bench.storage import measured
 from bench.worker import Spent, What
 
 _TESTS = Path(__file__).parents[1]

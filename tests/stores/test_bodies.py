@@ -282,23 +282,24 @@ class TestSlowConnections:
 
     class _Body:
         direction: Any = "down"
-        unsent = 0
+        unsent = seen = 0
 
         def __init__(self, nbytes: int, moved: int, seconds: float) -> None:
             self.nbytes, self.moved, self.began = nbytes, moved, time.monotonic() - seconds
+            self.rate = moved / seconds if seconds else 0.0
 
     def _rates(self, *usual: float, busy: float = 0.1) -> Rates:
         held = Rates()
         for rate in usual:
-            held.ended("down", 32 << 20, (32 << 20) / rate)
-        held.tick([self._Body(1 << 25, 1, 0.0)], 1.0, busy / 0.3)
+            held.ended(self._Body(32 << 20, 32 << 20, (32 << 20) / rate))
+        held.tick([self._Body(1 << 25, 1, 0.0)], 1.0, busy / 0.15)
         return held
 
     def test_one_in_twenty_that_is_ten_times_slower_is_cut_early(self) -> None:
-        assert self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(9e6 * 0.4), 0.4))
+        assert self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(9e6 * 0.6), 0.6))
 
     def test_one_as_fast_as_others_is_not(self) -> None:
-        assert not self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(60e6 * 0.4), 0.4))
+        assert not self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(60e6 * 0.5), 0.51))
 
     def test_nothing_is_cut_before_anything_is_known_to_be_usual(self) -> None:
         assert not self._rates(90e6).is_slow(self._Body(32 << 20, 1, 5.0))
@@ -320,8 +321,8 @@ class TestSlowConnections:
 
     def test_the_body_of_a_cut_connection_is_an_error_for_a_retry(self, tmp_path: Path) -> None:
         both, held = _Pair(30, None), rates()
-        for _ in range(32):
-            held.ended("down", 32 << 20, 0.3)
+        for _ in range(8):
+            held.ended(self._Body(32 << 20, 32 << 20, 0.3))
         with contextlib.closing(both):
             answer = both.answer(_HEAD % (32 << 20) + bytes(1 << 16))
             with pytest.raises(BrokenOffError) as raised:

@@ -1,4 +1,5 @@
-"""The XML API of the tests' Google Cloud Storage: multipart uploads, and objects without conditions, at `/BUCKET/OBJECT`."""
+"""The XML API of the tests' Google Cloud Storage: multipart uploads, and objects without conditions, at
+`/BUCKET/OBJECT`."""
 
 from __future__ import annotations
 
@@ -69,34 +70,44 @@ class XmlApi:
             return self._list_objects(bucket, query)
         if name and request.method == "POST" and "uploads" in query:
             return self._begin(request, bucket, name)
+        answer = None
         if name and "uploadId" in query:
-            match request.method:
-                case "PUT" if "partNumber" in query:
-                    return self._put(request, bucket, name)
-                case "POST":
-                    return self._complete(request, bucket, name)
-                case "DELETE":
-                    self._require(bucket, "storage.multipartUploads.abort")
-                    self._uploads.abort(bucket, name, query["uploadId"])
-                    return Answer(204, _HEADERS)
-                case _:
-                    pass
-        if name and not query:
-            match request.method:
-                case "GET" | "HEAD":
-                    self._require(bucket, "storage.objects.get")
-                    return media(self._cloud.get(bucket, name, Conditions()), request.headers.get("Range"))
-                case "PUT" if copied := request.headers.get("x-goog-copy-source"):
-                    return self._copy_object(copied, bucket, name)
-                case "PUT" if not any(header.lower().startswith("x-goog-") for header in request.headers):
-                    return self._put_object(request, bucket, name)
-                case "DELETE":
-                    self._require(bucket, "storage.objects.delete")
-                    self._cloud.delete(bucket, name, Conditions())
-                    return Answer(204, _HEADERS)
-                case _:
-                    pass
-        raise Refusal(405, "MethodNotAllowed", "The specified method is not allowed against this resource.")
+            answer = self._answer_of_upload(request, bucket, name)
+        elif name and not query:
+            answer = self._answer_of_object(request, bucket, name)
+        if answer is None:
+            message = "The specified method is not allowed against this resource."
+            raise Refusal(405, "MethodNotAllowed", message)
+        return answer
+
+    def _answer_of_upload(self, request: Request, bucket: str, name: str) -> Answer | None:
+        match request.method:
+            case "PUT" if "partNumber" in request.query:
+                return self._put(request, bucket, name)
+            case "POST":
+                return self._complete(request, bucket, name)
+            case "DELETE":
+                self._require(bucket, "storage.multipartUploads.abort")
+                self._uploads.abort(bucket, name, request.query["uploadId"])
+                return Answer(204, _HEADERS)
+            case _:
+                return None
+
+    def _answer_of_object(self, request: Request, bucket: str, name: str) -> Answer | None:
+        match request.method:
+            case "GET" | "HEAD":
+                self._require(bucket, "storage.objects.get")
+                return media(self._cloud.get(bucket, name, Conditions()), request.headers.get("Range"))
+            case "PUT" if copied := request.headers.get("x-goog-copy-source"):
+                return self._copy_object(copied, bucket, name)
+            case "PUT" if not any(header.lower().startswith("x-goog-") for header in request.headers):
+                return self._put_object(request, bucket, name)
+            case "DELETE":
+                self._require(bucket, "storage.objects.delete")
+                self._cloud.delete(bucket, name, Conditions())
+                return Answer(204, _HEADERS)
+            case _:
+                return None
 
     def _charge(self, request: Request, bucket: str) -> None:
         payer = request.headers.get("x-goog-user-project") or request.query.get("userProject")
@@ -134,7 +145,13 @@ class XmlApi:
         if name in self._cloud.bucket(bucket).objects:
             self._require(bucket, "storage.objects.delete")
         fields = {"contentType": kind} if (kind := request.headers.get("Content-Type")) else {}
-        stored = self._cloud.put(bucket, name, Content([request.body] if len(request.body) else []), fields, conditions=Conditions())
+        stored = self._cloud.put(
+            bucket,
+            name,
+            Content([request.body] if len(request.body) else []),
+            fields,
+            conditions=Conditions(),
+        )
         headers = {"ETag": f'"{stored.etag}"', "x-goog-generation": str(stored.generation)}
         return Answer(200, {**_HEADERS, **headers})
 
@@ -169,7 +186,9 @@ class XmlApi:
         if page.token:
             told += _elements(NextContinuationToken=page.token)
         for one in page.items:
-            inner = _elements(Key=one.name, Size=str(one.content.size), ETag=one.etag, LastModified=one.created)
+            inner = _elements(
+                Key=one.name, Size=str(one.content.size), ETag=one.etag, LastModified=one.created
+            )
             told += f"<Contents>{inner}</Contents>"
         for prefix in page.prefixes:
             told += f"<CommonPrefixes>{_elements(Prefix=prefix)}</CommonPrefixes>"

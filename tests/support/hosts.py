@@ -67,7 +67,8 @@ def _ip(*arguments: str) -> None:
 
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
-    """Have this thread be in a network namespace of ``ip netns``: its sockets, and the threads that it starts."""
+    """Have this thread be in a network namespace of ``ip netns``: its sockets, and the threads that it
+    starts."""
     with Path("/proc/thread-self/ns/net").open() as own:
         enter(namespace)
         try:

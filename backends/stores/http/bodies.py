@@ -38,6 +38,10 @@ class Body:
         self.connection = connection
         self.nbytes = nbytes
         self.moved = 0
+        self.seen = 0
+        """Of ``moved``, at the last measurement of the rate."""
+        self.rate = 0.0
+        """Bytes a second of late."""
         self.error: BaseException | None = None
         self.has_ended = False
         self.is_cancelled = False

@@ -251,7 +251,7 @@ class _Loop:
         with self._lock:
             self.load -= 1
         if error is None:
-            rates().ended(body.direction, body.moved, time.monotonic() - body.began)
+            rates().ended(body)
         body.end(error)
 
     def _look_at_the_clock(self, now: float) -> None:

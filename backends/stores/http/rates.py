@@ -16,11 +16,14 @@ from typing import Final, Literal, Protocol
 
 Direction = Literal["up", "down"]
 
-_KEPT: Final = 32
-"""Ended bodies whose rates are remembered in each direction."""
+_KEPT: Final = 8
+"""Ended bodies whose last rates are remembered. The fewer are left, the faster each one is: the last
+count."""
+_ANSWERS: Final = 32
+"""Answers whose delay is remembered."""
 _RECENT: Final = 10.0
 """Seconds for which a rate is worth a comparison."""
-_LEAST_AGE: Final = 0.3
+_LEAST_AGE: Final = 0.5
 """Seconds that a body is watched before its rate is compared: a new connection begins slowly."""
 _LEAST_SIZE: Final = 1 << 20
 """Bytes of a body that is worth a second request."""
@@ -38,8 +41,8 @@ _CUTS_A_BODY: Final = 0.125
 """How many more may be cut for each body that ends: a request in eight is repeated at most."""
 _BOUND: Final = 0.85
 """Processors of a loop in use from which a slow connection says nothing: the loop itself may be late."""
-_SMOOTHING: Final = 0.3
-"""Weight of the newest measurement of how busy the loops are."""
+_SMOOTHING: Final = 0.15
+"""Weight of the newest measurement, in averages over a third of a second."""
 
 
 class SlowConnectionError(ConnectionError):
@@ -53,6 +56,10 @@ class Moving(Protocol):
     nbytes: int
     moved: int
     began: float
+    seen: int
+    """Bytes that had been moved at the last measurement."""
+    rate: float
+    """Bytes a second of late."""
 
     @property
     def unsent(self) -> int:
@@ -73,7 +80,7 @@ class Rates:
         self._usual: dict[Direction, float | None] = {"up": None, "down": None}
         self._cuts = _CUTS
         self._busy = 0.0
-        self._answers: deque[float] = deque(maxlen=_KEPT)
+        self._answers: deque[float] = deque(maxlen=_ANSWERS)
         """Seconds from the end of a request to the head of its answer."""
 
     @property
@@ -112,8 +119,12 @@ class Rates:
         count = 0
         for body in bodies:
             count += 1
+            moved = body.moved - body.unsent
+            latest = (moved - body.seen) / elapsed
+            body.rate += (_SMOOTHING if body.seen else 1.0) * (latest - body.rate)
+            body.seen = moved
             if now - body.began >= _LEAST_AGE and body.nbytes >= _LEAST_SIZE:
-                live[body.direction].append((body.moved - body.unsent) / (now - body.began))
+                live[body.direction].append(body.rate)
         with self._lock:
             if count:
                 self._busy += _SMOOTHING * (cpu / elapsed - self._busy)
@@ -123,12 +134,14 @@ class Rates:
                 enough = len(rates) >= _LEAST_COMPARED
                 self._usual[direction] = statistics.quantiles(rates, n=4)[0] if enough else None
 
-    def ended(self, direction: Direction, nbytes: int, seconds: float) -> None:
+    def ended(self, body: Moving) -> None:
         """Take in a body that has been moved whole."""
+        now = time.monotonic()
+        rate = body.rate or body.nbytes / max(now - body.began, 1e-3)
         with self._lock:
             self._cuts = min(_CUTS, self._cuts + _CUTS_A_BODY)
-            if nbytes >= _LEAST_SIZE and seconds > 0:
-                self._ended[direction].append((time.monotonic(), nbytes / seconds))
+            if body.nbytes >= _LEAST_SIZE:
+                self._ended[body.direction].append((now, rate))
 
     def is_slow(self, body: Moving) -> bool:
         """Return True for a body that a new request would move sooner. It counts as cut then."""
@@ -136,8 +149,7 @@ class Rates:
         usual = self._usual[body.direction]
         if usual is None or age < _LEAST_AGE or body.nbytes < _LEAST_SIZE or self._busy > _BOUND:
             return False
-        moved = body.moved - body.unsent
-        rate = max(moved, 1) / age
+        moved, rate = body.moved - body.unsent, max(body.rate, 1.0)
         if rate * _SLOWER > usual:
             return False
         if (body.nbytes - moved) / rate < _WORTH * (body.nbytes / usual + _NEW_REQUEST):
