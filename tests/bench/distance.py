@@ -162,7 +162,7 @@ def _configuration(bind: str, port: int, refuse_above: int | None, *, requests: 
     http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{
     sc_http_req_rate(0) gt {refuse_above} }}
 """
-    )  # noqa: E501 - a line of haproxy's
+    )
     forwarded = "\n    http-request set-header X-Forwarded-Proto https if { ssl_fc }" if requests else ""
     return f"""
 global
@@ -242,8 +242,9 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
             _call(ip, "-n", host.namespace, "route", "add", "default", "via", gateway, *metrics)
             _set(ip, host.namespace, _settings(link, slow_start=slow_start))
             if link.host_rate is not None:
-                # At the sender, where TCP keeps few packets of each connection: none is lost, and all get
-                # their share. _call(
+                # At the sender, where TCP keeps few packets of each connection.
+                # None is lost, and all get their share.
+                _call(
                     *(
                         ip,
                         "netns",
@@ -308,6 +309,7 @@ def _settings(link: Link, *, slow_start: bool) -> dict[str, str]:
     return {
         "tcp_rmem": f"4096 {first} {most}",
         "tcp_wmem": f"4096 16384 {most}",
+        "tcp_min_tso_segs": "44",  # large packets on slow connections too: each costs the router the same
         "tcp_no_metrics_save": "1",
         "tcp_slow_start_after_idle": str(int(slow_start)),
     }

@@ -11,7 +11,7 @@ import termios
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal, Protocol
 
 Direction = Literal["up", "down"]
@@ -29,7 +29,7 @@ _LEAST_SIZE: Final = 1 << 20
 """Bytes of a body that is worth a second request."""
 _LEAST_COMPARED: Final = 3
 """Rates without which nothing is known to be usual."""
-_SLOWER: Final = 4.0
+_SLOWER: Final = 3.0
 """How many times slower than usual a slow connection is."""
 _WORTH: Final = 2.0
 """How many times longer than a new request what is left must take."""
@@ -41,6 +41,11 @@ _CUTS_A_BODY: Final = 0.125
 """How many more may be cut for each body that ends: a request in eight is repeated at most."""
 _BOUND: Final = 0.85
 """Processors of a loop in use from which a slow connection says nothing: the loop itself may be late."""
+_FEW: Final = 4
+"""How many times more bodies there were a moment ago, where those that are left have the network to
+themselves."""
+_DECAY: Final = 0.99
+"""What is left of a peak after a measurement."""
 _SMOOTHING: Final = 0.15
 """Weight of the newest measurement, in averages over a third of a second."""
 
@@ -78,6 +83,7 @@ class Rates:
         }
         """When a body ended, and its bytes a second."""
         self._usual: dict[Direction, float | None] = {"up": None, "down": None}
+        self._peaks = {"up": _Peaks(), "down": _Peaks()}
         self._cuts = _CUTS
         self._busy = 0.0
         self._answers: deque[float] = deque(maxlen=_ANSWERS)
@@ -129,10 +135,12 @@ class Rates:
             if count:
                 self._busy += _SMOOTHING * (cpu / elapsed - self._busy)
             for direction, ended in self._ended.items():
+                alone = self._peaks[direction].alone(live[direction])
                 rates = live[direction] + [rate for when, rate in ended if now - when < _RECENT]
                 # The lower quartile: where rates differ widely by themselves, none of them stands out.
                 enough = len(rates) >= _LEAST_COMPARED
-                self._usual[direction] = statistics.quantiles(rates, n=4)[0] if enough else None
+                quartile = statistics.quantiles(rates, n=4)[0] if enough else None
+                self._usual[direction] = max(quartile, alone) if quartile is not None else None
 
     def ended(self, body: Moving) -> None:
         """Take in a body that has been moved whole."""
@@ -159,6 +167,27 @@ class Rates:
                 return False
             self._cuts -= 1
         return True
+
+
+class _Peaks:
+    """The highest values of late: of one body's rate, of all rates together, and of the number of bodies."""
+
+    def __init__(self) -> None:
+        self._one = self._all = self._count = 0.0
+
+    def alone(self, rates: Sequence[float]) -> float:
+        """Return the bytes a second that a new body would have, where few are left; 0 where many share it.
+
+        Args:
+            rates: of the bodies that are being moved.
+        """
+        if not rates:
+            return 0.0
+        self._one = max(self._one * _DECAY, *rates)
+        self._all = max(self._all * _DECAY, sum(rates))
+        self._count = max(self._count * _DECAY, len(rates))
+        few = len(rates) * _FEW <= self._count
+        return min(self._one, self._all / len(rates)) if few else 0.0
 
 
 def unsent_bytes(descriptor: int) -> int:
