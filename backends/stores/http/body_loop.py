@@ -101,7 +101,9 @@ class _Loop:
             except BaseException:  # an interrupt: the memory is the caller's again, once the loop knows
                 body.is_cancelled = True
                 self._wake()
-                body.wait()
+                while not body.has_ended:
+                    with contextlib.suppress(KeyboardInterrupt):  # the one that is being raised will do
+                        body.wait()
                 raise
         finally:
             if body.connection.fileno() >= 0:
@@ -245,14 +247,18 @@ class _Loop:
         self._bodies[body] = events
 
     def _end(self, body: Body, error: BaseException | None) -> None:
-        if self._bodies.pop(body):
-            self._selector.unregister(body.connection)
+        is_registered = bool(self._bodies.pop(body, 0))
         self._hot.discard(body)
-        with self._lock:
-            self.load -= 1
-        if error is None:
-            rates().ended(body)
-        body.end(error)
+        try:
+            if is_registered:
+                with contextlib.suppress(KeyError, ValueError, OSError):  # of a socket that was closed
+                    self._selector.unregister(body.connection)
+            with self._lock:
+                self.load -= 1
+            if error is None:
+                rates().ended(body)
+        finally:
+            body.end(error)
 
     def _look_at_the_clock(self, now: float) -> None:
         for body in list(self._bodies):

@@ -108,10 +108,6 @@ class Rates:
         with self._lock:
             self._answers.append(seconds)
 
-    def usual(self, direction: Direction) -> float | None:
-        """Return the usual bytes a second of one connection; None where too few are known."""
-        return self._usual[direction]
-
     def tick(self, bodies: Iterable[Moving], elapsed: float, cpu: float) -> None:
         """Take in what a loop has done since it last called.
 
@@ -126,7 +122,7 @@ class Rates:
         for body in bodies:
             count += 1
             moved = body.moved - body.unsent
-            latest = (moved - body.seen) / elapsed
+            latest = (moved - body.seen) / max(min(elapsed, now - body.began), 1e-3)
             body.rate += (_SMOOTHING if body.seen else 1.0) * (latest - body.rate)
             body.seen = moved
             if now - body.began >= _LEAST_AGE and body.nbytes >= _LEAST_SIZE:
