@@ -176,7 +176,6 @@ def _attribute(kind: int, value: bytes) -> bytes:
     return struct.pack("=HH", 4 + len(value), kind) + value + padding
 
 
-LOG=[]
 class Emulator:
     """Both directions of the link. Queue 0 has the packets to the server, queue 1 those to the client."""
 
@@ -219,11 +218,6 @@ class Emulator:
                 self._open(port)
                 connection = direction.connections[port]
             direction.add(now, number, size, connection)
-            if way and size>100:
-                LOG.append((now, port, size))
-                if len(LOG)==60000:
-                    with open("/tmp/le.log","w") as f:
-                        for x in LOG: print(*x,file=f)
 
     def _open(self, port: int) -> None:
         self._count += 1
