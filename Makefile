@@ -75,7 +75,6 @@ bench: $(READY)  ## what saving costs training, what checksums cost, storage bes
 	@PYTHONPATH=tests $(BIN)/python -m bench.integrity
 	@PYTHONPATH=tests $(BIN)/python -m bench.storage $(STORAGE)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gcs $(GCS)
-	@PYTHONPATH=tests $(BIN)/python -m bench.ranks $(RANKS)
 	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
 	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)
 

@@ -159,9 +159,8 @@ def _configuration(bind: str, port: int, refuse_above: int | None, *, requests: 
         else f"""
     stick-table type ip size 1k expire 10s store http_req_rate(1s)
     http-request track-sc0 src
-    http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{
-    sc_http_req_rate(0) gt {refuse_above} }}
-"""
+    http-request return status 503 content-type application/xml string "{_SLOW_DOWN}" if {{ sc_http_req_rate(0) gt {refuse_above} }}
+"""  # noqa: E501 - a line of haproxy's
     )
     forwarded = "\n    http-request set-header X-Forwarded-Proto https if { ssl_fc }" if requests else ""
     return f"""
@@ -241,32 +240,6 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
             metrics = _metrics(link, slow_start=slow_start)
             _call(ip, "-n", host.namespace, "route", "add", "default", "via", gateway, *metrics)
             _set(ip, host.namespace, _settings(link, slow_start=slow_start))
-            if link.host_rate is not None:
-                # At the sender, where TCP keeps few packets of each connection.
-                # None is lost, and all get their share.
-                _call(
-                    *(
-                        ip,
-                        "netns",
-                        "exec",
-                        host.namespace,
-                        _program("tc"),
-                        "qdisc",
-                        "add",
-                        "dev",
-                        host.interface,
-                    ),
-                    *(
-                        "root",
-                        "tbf",
-                        "rate",
-                        f"{round(8 * link.host_rate)}bit",
-                        "burst",
-                        "512kb",
-                        "limit",
-                        "256mb",
-                    ),
-                )
         _set(ip, router, {"ip_forward": "1"})
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in _as_options(link).items()]
         family.start(
@@ -279,7 +252,7 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
 
 def _as_options(link: Link) -> dict[str, float]:
     values = {name: getattr(link, name) for name in link.__slots__}
-    return {name: value for name, value in values.items() if value is not None and name != "host_rate"}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _window(link: Link) -> int | None:
@@ -309,7 +282,6 @@ def _settings(link: Link, *, slow_start: bool) -> dict[str, str]:
     return {
         "tcp_rmem": f"4096 {first} {most}",
         "tcp_wmem": f"4096 16384 {most}",
-        "tcp_min_tso_segs": "44",  # large packets on slow connections too: each costs the router the same
         "tcp_no_metrics_save": "1",
         "tcp_slow_start_after_idle": str(int(slow_start)),
     }

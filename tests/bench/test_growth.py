@@ -69,8 +69,8 @@ def test_every_size_and_number_of_ranks_is_measured(tmp_path: Path) -> None:
         assert figures["requests"] > 0
         assert all(cost["wall"] > 0 for cost in figures["finish"].values() if isinstance(cost, dict))
     few, more = found["finishes"]
-    # Each object is completed and looked at.
-    assert more["requests"] - few["requests"] == 2 * 6
+    # Each object is completed and looked at twice, and each further rank looks for a committed checkpoint.
+    assert more["requests"] - few["requests"] == 3 * 6 + 2
     assert more["finish"]["metadata_bytes"] > few["finish"]["metadata_bytes"]
     text = document.read_text()
     assert text.count("**") == 6, "three tables"

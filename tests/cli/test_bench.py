@@ -76,7 +76,8 @@ def test_a_plan_keeps_to_what_the_store_takes_and_begins_with_the_present(
 ) -> None:
     options = Options.model_validate({"concurrency": 6, "memory_limit": 48 * MIB})
     plan = plan_for(options, limits, size)
-    part_size = 48 * MIB if size > 1 << 30 and limits.in_place else 32 * MIB  # as in a save of so much
+    # As in a save of so much, and of whole MiB.
+    part_size = min(24, max(8, size // 6 // MIB)) * MIB if limits.in_place else 32 * MIB
     assert plan.up[0] == plan.down[0] == plan.present == Setting(part_size, 6)
     assert len(set(plan.up)) == len(plan.up) <= 9 and len(set(plan.down)) == len(plan.down) <= 6
     for setting in plan.up:
