@@ -8,7 +8,7 @@ from typing import Final
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.http.rates import rates
-from cloudckpt.backends.system_limits import local_ranks
+from cloudckpt.backends.system_limits import local_ranks, pids_room
 
 _OF_HOST: Final = 256
 """Connections in one direction that the ranks of a host share. At 90 MB/s each, they fill 180 Gbit/s."""
@@ -20,6 +20,8 @@ _AT_FIRST: Final = 32
 _NEAR: Final = 0.004
 """Seconds in which a server in the same room answers. S3 takes 10 to 30 milliseconds from next door."""
 _AT_FIRST_NEAR: Final = 4
+_OF_THREADS: Final = 4
+"""A rank's requests take one in so many of the threads that its control groups still let start."""
 _OF_DESCRIPTORS: Final = 8
 """A rank's connections take one in so many of the descriptors that its process may have."""
 
@@ -28,9 +30,14 @@ def connections(options: Options) -> int:
     """Return how many requests to a distant server a rank may have in flight in one direction."""
     if "concurrency" in options.model_fields_set:
         return options.concurrency
+    ranks = local_ranks()
+    allowed = [_MOST, _OF_HOST // ranks]
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = _MOST if soft == resource.RLIM_INFINITY else soft // _OF_DESCRIPTORS
-    return min(_MOST, max(_LEAST, _OF_HOST // local_ranks()), max(_LEAST, allowed))
+    if soft != resource.RLIM_INFINITY:
+        allowed.append(soft // _OF_DESCRIPTORS)
+    if (room := pids_room()) is not None:
+        allowed.append(room[0] // (_OF_THREADS * ranks))
+    return max(_LEAST, min(allowed))
 
 
 def at_first(most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from cloudckpt.backends.concurrency import at_first, transfers
 from cloudckpt.backends.layout import check_part_size
 from cloudckpt.backends.litter import Litter
 from cloudckpt.backends.stores import open_store
@@ -48,7 +49,9 @@ def planned(target: Target, size: int) -> Plan:
     """
     with open_store(target) as store:
         check_part_size(target.options, store.part_limits, target.uri)
-        return plan_for(target.options, store.part_limits, size)
+        usual = at_first(transfers(store, target.options))
+        options = target.options.model_copy(update={"concurrency": usual})
+        return plan_for(options, store.part_limits, size)
 
 
 def bench(
