@@ -34,6 +34,8 @@ _WAITING: Final = 0.4
 """Processors that transfers use below which there are more again."""
 _AS_FAST: Final = 0.9
 """What fewer must move of the bytes a second that there were before."""
+_AS_CHEAP: Final = 1.05
+"""What fewer may cost of the processor time of a byte that there was before."""
 _FASTER: Final = 1.1
 """What more must move of the bytes a second that there were before."""
 _ROUNDS: Final = 2
@@ -149,7 +151,7 @@ class Lanes:
         """Return True if a trial has not brought what it was for."""
         if self._limit > before[0]:
             return rate < _FASTER * before[1]
-        return rate < _AS_FAST * before[1] or used > before[2] * rate
+        return rate < _AS_FAST * before[1] or used > _AS_CHEAP * before[2] * rate
 
 
 def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:

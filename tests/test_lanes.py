@@ -25,10 +25,18 @@ _WAYS: tuple[Way, ...] = ("up", "down")
 class _Link:
     """What transfers run over: how long one takes, and how much of a processor it keeps busy meanwhile."""
 
-    def __init__(self, most: int, seconds: Callable[[int], float], busy: Callable[[int], float]) -> None:
+    def __init__(
+        self,
+        most: int,
+        seconds: Callable[[int], float],
+        busy: Callable[[int], float],
+        *,
+        start: int | None = None,
+        loops: float = 0.0,
+    ) -> None:
         self._seconds, self._busy = seconds, busy
         self._now = self._used = 0.0
-        self.lanes = Lanes(most, clock=lambda: self._now, cpu=lambda: self._used)
+        self.lanes = Lanes(most, start, clock=lambda: self._now, cpu=lambda: self._used, busy=lambda: loops)
 
     def transfer(self, rounds: int) -> None:
         """Use all lanes at once, so many times."""
@@ -69,6 +77,27 @@ def test_all_run_where_they_wait_for_the_network() -> None:
     link = _Link(8, lambda _: 0.4, _idle)
     link.transfer(100)
     assert link.lanes.limit == 8
+
+
+def test_more_are_tried_while_transfers_wait_and_kept_if_they_move_more() -> None:
+    link = _Link(64, lambda _: 0.4, _idle, start=8)  # each lane has a rate of its own
+    link.transfer(100)
+    assert link.lanes.limit == 64
+
+
+def test_more_are_given_up_where_the_network_is_full() -> None:
+    link = _Link(64, _fast, _idle, start=8)  # all lanes share one rate
+    limits: list[int] = []
+    for _ in range(1000):
+        link.transfer(1)
+        limits.append(link.lanes.limit)
+    assert max(limits) == 16 and limits.count(16) < len(limits) / 10
+
+
+def test_what_the_loops_use_counts_as_used() -> None:
+    link = _Link(8, _fast, _idle, loops=0.9)
+    link.transfer(100)
+    assert link.lanes.limit == 2
 
 
 def test_fewer_are_given_up_where_that_is_slower_and_tried_ever_more_rarely() -> None:
