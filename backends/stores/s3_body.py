@@ -14,6 +14,8 @@ from cloudckpt.backends.store import Departed
 _SLICE = 1 << 20
 _SMALL = 1 << 16
 """Bytes below which a buffer is not sent by itself: a call costs more than copying so many."""
+_JOINED = 1 << 18
+"""Bytes of small buffers that are joined at once: each connection holds so many beyond ``memory_limit``."""
 _ASKED = 1 << 17
 """What urllib3 asks for, as botocore sets it up."""
 
@@ -72,7 +74,7 @@ class BuffersBody(io.RawIOBase):
         start = self._position - (self._ends[index] - buffer.nbytes)
         view = buffer[start : start + room]
         if view.nbytes < min(room, _SMALL):
-            view = self._joined(view, index + 1, room)
+            view = self._joined(view, index + 1, min(room, _JOINED))
         self._position += view.nbytes
         return view
 

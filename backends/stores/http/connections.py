@@ -29,6 +29,8 @@ _WINDOW: Final = 1 << 20
 """Bytes received before ``arrived`` is called: enough for a call, and still in the processor's cache."""
 _SMALL: Final = 1 << 15
 """Bytes below which a buffer is not received into by itself: a call costs more than copying so many."""
+_SCRATCH: Final = 1 << 18
+"""Bytes of memory that a connection has for small buffers, beyond ``memory_limit``."""
 _IN_PLACE: Final = 1 << 18
 """Bytes of a body from which it is worth handing over. Less is moved by the thread that asked."""
 
@@ -185,12 +187,14 @@ def _socket_of(response: HTTPResponse) -> Any:
 def _views(buffers: Sequence[memoryview], arrived: Arrived | None) -> Iterator[memoryview]:
     """Yield the memory to fill: the buffers, and for small ones memory from which they are copied."""
     scratch, done = memoryview(b""), 0
-    for run in runs(buffers, _WINDOW):
+    are_small = sum(buffer.nbytes for buffer in buffers) < len(buffers) * _SMALL
+    for run in runs(buffers, _SCRATCH if are_small else _WINDOW):
         size = sum(piece.nbytes for piece in run)
         if size >= len(run) * _SMALL:
             yield from run
         else:
-            scratch = scratch or memoryview(bytearray(_WINDOW))
+            if scratch.nbytes < size:
+                scratch = memoryview(bytearray(_SCRATCH if size <= _SCRATCH else _WINDOW))
             yield scratch[:size]
             at = 0
             for piece in run:
