@@ -262,7 +262,7 @@ class S3Store(ObjectStore):
                 raise not_s3(clients.route, answer)
             return answer
 
-        size = sum(part.size for part in parts)
+        size, tag = sum(part.size for part in parts), None
         with self._requests.explained(upload.name):
             outcome = self._requests.outcome(complete, patient=True, on_behalf=True)
             # An earlier try may have been carried out, and the upload have ended with it.
@@ -272,15 +272,21 @@ class S3Store(ObjectStore):
             if not ended or not self._has_size(upload.name, size):
                 answer = outcome.result()
                 self._check(upload.name, contradicted(answer, parts))
-                if not confirm or proves(answer, parts):
-                    # rclone says another entity tag here than it does of the object later.
-                    tag = str(answer.get("ETag", "")).strip('"') if self._requests.clients.is_aws else ""
-                    return ObjectInfo(upload.name, size, tag or None)
+                tag = str(answer.get("ETag", "")).strip('"') or None
+                if not confirm or (proves(answer, parts) and self._is_version_of_completion()):
+                    return ObjectInfo(upload.name, size, tag)
         info = self.stat(upload.name)
+        if tag is not None:
+            server_of(self._requests, self._bucket).completion_names_version = tag == info.version
         if info.size != size:
             wrong = f"the completed object has {info.size:,} bytes where its parts have {size:,}"
             self._check(upload.name, wrong)
         return info
+
+    def _is_version_of_completion(self) -> bool:
+        """Return True if the answer to a completion has the object's version, which a first look tells."""
+        known = server_of(self._requests, self._bucket).completion_names_version
+        return self._requests.clients.is_aws or bool(known)
 
     def _check_answered(self, outcome: Outcome[Any], what: str) -> None:
         """Refuse to call a request failed that may have been carried out, or still be."""

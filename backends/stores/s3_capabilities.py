@@ -110,6 +110,12 @@ class Server:
         self._copy: tuple[TagForm | None] | None = None
         self.deletes_in_batches = True
         """False once the server has refused DeleteObjects and taken DeleteObject."""
+        self.completion_names_version: bool | None = None
+        """True if the entity tag in the answer to CompleteMultipartUpload is that of the object, as on AWS.
+
+        rclone answers with the tag that S3 makes of the parts', and gives the object another one. None until
+        both have been seen.
+        """
 
     def put(self, requests: Requests, bucket: str, prefix: str) -> PutSupport:
         """Return what the server supports on PUT; probing takes six to twelve requests, once."""

@@ -164,7 +164,7 @@ def test_errors_are_told_in_xml(client: Client, gcs: GCSServer) -> None:
     missing = Client(gcs, f"missing-{uuid.uuid4().hex[:8]}")
     assert missing.ask("POST", "name", uploads="").code == (404, "NoSuchBucket")
     assert missing.ask("GET", "", uploads="").code == (404, "NoSuchBucket")
-    assert client.ask("DELETE", "name").code == (405, "MethodNotAllowed")
+    assert client.ask("POST", "name").code == (405, "MethodNotAllowed")
     gcs.spoil({"method": "POST", "path": "uploads", "do": "status 503"})
     assert client.ask("POST", "name", uploads="").code == (503, "ServiceUnavailable")
     gcs.reset()
