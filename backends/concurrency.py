@@ -7,7 +7,7 @@ from typing import Final
 
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.stores.http.rates import rates
+from cloudckpt.backends.stores.http.rates import NEAR, rates
 from cloudckpt.backends.system_limits import local_ranks, pids_room
 
 _OF_HOST: Final = 256
@@ -17,8 +17,6 @@ _MOST: Final = 64
 _LEAST: Final = 8
 _AT_FIRST: Final = 32
 """Connections of one rank to a distant server, before their rate has been measured."""
-_NEAR: Final = 0.004
-"""Seconds in which a server in the same room answers. S3 takes 10 to 30 milliseconds from next door."""
 _AT_FIRST_NEAR: Final = 4
 _OF_THREADS: Final = 4
 """A rank's requests take one in so many of the threads that its control groups still let start."""
@@ -47,7 +45,7 @@ def at_first(most: int) -> int:
     is acknowledged in a round trip.
     """
     latency = rates().latency
-    return min(most, _AT_FIRST_NEAR if latency is not None and latency < _NEAR else _AT_FIRST)
+    return min(most, _AT_FIRST_NEAR if latency is not None and latency < NEAR else _AT_FIRST)
 
 
 def transfers(store: ObjectStore, options: Options) -> int:

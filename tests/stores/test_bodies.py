@@ -23,7 +23,7 @@ from botocore.session import Session
 from cloudckpt.backends.stores.http import body_loop
 from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.http.connections import AWS_POOLS, BrokenOffError, fill
-from cloudckpt.backends.stores.http.rates import Rates, SlowConnectionError, rates
+from cloudckpt.backends.stores.http.rates import Rates, SlowConnectionError
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from support.certificate import self_signed
 
@@ -288,8 +288,9 @@ class TestSlowConnections:
             self.nbytes, self.moved, self.began = nbytes, moved, time.monotonic() - seconds
             self.rate = moved / seconds if seconds else 0.0
 
-    def _rates(self, *usual: float, busy: float = 0.1) -> Rates:
+    def _rates(self, *usual: float, busy: float = 0.1, latency: float = 0.03) -> Rates:
         held = Rates()
+        held.answered(latency)
         for rate in usual:
             held.ended(self._Body(32 << 20, 32 << 20, (32 << 20) / rate))
         held.tick([self._Body(1 << 25, 1, 0.0)], 1.0, busy / 0.15)
@@ -297,6 +298,15 @@ class TestSlowConnections:
 
     def test_one_in_twenty_that_is_ten_times_slower_is_cut_early(self) -> None:
         assert self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(9e6 * 0.6), 0.6))
+
+    def test_nothing_is_cut_near_a_server(self) -> None:
+        held = self._rates(*[90e6] * 19, latency=0.001)
+        assert not held.is_slow(self._Body(32 << 20, int(9e6 * 0.6), 0.6))
+
+    def test_a_pause_makes_no_slow_connection(self) -> None:
+        body = self._Body(32 << 20, int(80e6 * 0.3), 0.6)
+        body.rate = 1.0
+        assert not self._rates(*[90e6] * 19).is_slow(body)
 
     def test_one_as_fast_as_others_is_not(self) -> None:
         assert not self._rates(*[90e6] * 19).is_slow(self._Body(32 << 20, int(60e6 * 0.5), 0.51))
@@ -319,8 +329,12 @@ class TestSlowConnections:
         slow = [self._Body(32 << 20, 1 << 20, 1.0) for _ in range(20)]
         assert sum(map(held.is_slow, slow)) == 3
 
-    def test_the_body_of_a_cut_connection_is_an_error_for_a_retry(self, tmp_path: Path) -> None:
-        both, held = _Pair(30, None), rates()
+    def test_the_body_of_a_cut_connection_is_an_error_for_a_retry(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        both, held = _Pair(30, None), Rates()
+        held.answered(0.03)
+        monkeypatch.setattr(body_loop, "rates", lambda: held)
         for _ in range(8):
             held.ended(self._Body(32 << 20, 32 << 20, 0.3))
         with contextlib.closing(both):
