@@ -31,6 +31,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.lanes import Lanes, lanes
+from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
 from cloudckpt.backends.options import Options
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
@@ -39,8 +40,6 @@ from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.upload import StagedObject
 
 _log = background_log.logger(__name__)
-_ASKED_ONE_BY_ONE = 64
-"""Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""
 _COMPLETED_AT_FIRST = 8
 """Uploads side by side, until it turns out that they wait."""
 _DATA = re.compile(r"[\w.-]+" + re.escape(md.DATA_SUFFIX))
@@ -105,12 +104,12 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     Raises:
         CommitError: an upload could not be completed, or an object is not as long as what was sent.
     """
-    one_by_one = len(staged) <= _ASKED_ONE_BY_ONE
+    one_by_one = len(staged) <= ASKED_ONE_BY_ONE
     held = lanes(store.uri, "commit", concurrency, _COMPLETED_AT_FIRST)
     tasks = [functools.partial(_complete, store, held, one, confirm=one_by_one) for one in staged]
     visible = {info.name: info for info in run_all(tasks, concurrency, lambda: held.limit)}
     if not one_by_one:
-        listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
+        listed = listed_sizes(store)
         for one in staged:
             _check_size(store, one, listed.get(one.upload.name))
     return visible
@@ -220,8 +219,9 @@ def put_metadata(
     can = store.capabilities
     if not (can.conditional_create if previous is None else can.conditional_update):
         _say_unconditional("/".join(store.uri.split("/")[:3]))  # a bucket, not one of its checkpoints
-        if (version := _version(store, name)) != (previous and previous.version):
-            raise (_gone if version is None else _lost)(store.uri, name)
+        there = found(store, name)
+        if (there and (there.version or "")) != (previous and previous.version):
+            raise (_gone if there is None else _lost)(store.uri, name)
         condition = Overwrite()
     try:
         store.put(name, data, condition)
@@ -269,8 +269,8 @@ def ensure_whole(
         CommitError: it did; there is what was there before, or nothing.
         UncertainCommitError: it did, and the commit could not be taken back.
     """
-    missing = _missing(store, objects, concurrency)
-    if missing is None:
+    gone = missing(store, objects, concurrency)
+    if gone is None:
         return
     place: dict[str, Any] = {"uri": store.uri, "object_name": name}
     try:
@@ -286,35 +286,15 @@ def ensure_whole(
         return  # another save or a deletion came in between
     except CheckpointError as error:
         raise UncertainCommitError(
-            f"gc removed {missing} while it was committed, and taking that back failed: {error.message}",
+            f"gc removed {gone} while it was committed, and taking that back failed: {error.message}",
             hint="What is committed there does not load: delete it, and save again",
             **place,
         ) from error
     raise CommitError(
-        f"this save was taken for dead: gc removed {missing} while it was committed",
+        f"this save was taken for dead: gc removed {gone} while it was committed",
         hint="It was taken back, and what was there before is there; give gc a longer silent_for, save again",
         **place,
     )
-
-
-def _missing(store: ObjectStore, objects: Sequence[ObjectInfo], concurrency: int) -> str | None:
-    """Return the name of an object that is gone; None where the store does not say so of any."""
-    if len(objects) > _ASKED_ONE_BY_ONE:
-        try:
-            listed = {info.name: info.size for info in store.list(md.DATA_PREFIX).objects}
-        except StorageError as error:
-            _log.warning("the objects of a save could not be looked at after its commit: %s", error)
-            return None
-        objects = [info for info in objects if listed.get(info.name) != info.size]
-    found = outcomes_of([functools.partial(_is_gone, store, info) for info in objects], concurrency)
-    for info, gone in zip(objects, found, strict=True):
-        if gone is True:
-            return info.name
-        if isinstance(gone, StorageError):
-            _log.warning("an object could not be looked at after the commit: %s", gone)
-        elif isinstance(gone, BaseException):
-            raise gone
-    return None
 
 
 def _read_back(
@@ -357,22 +337,6 @@ def _is_by(author: str | bytes, data: bytes, uri: str, name: str) -> bool:
 
 def _said(error: Exception) -> str:
     return error.message if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-
-
-def _is_gone(store: ObjectStore, info: ObjectInfo) -> bool:
-    try:
-        found = store.stat(info.name)
-    except ObjectNotFoundError:
-        return True
-    replaced = found.version and info.version and found.version != info.version
-    return bool(replaced) or found.size != info.size
-
-
-def _version(store: ObjectStore, name: str) -> str | None:
-    try:
-        return store.stat(name).version or ""
-    except ObjectNotFoundError:
-        return None
 
 
 def _lost(uri: str, name: str) -> CheckpointExistsError:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Final
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -15,20 +14,18 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UnsupportedError,
 )
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import Departed, ObjectInfo, Part, PartLimits, PendingUpload, Upload
 from cloudckpt.backends.stores import gcs_multipart, gcs_read, gcs_write
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import GoneError, explained, status_of
 from cloudckpt.backends.stores.gcs_multipart import Completed, Page
 from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_checksum import combined, given_or_of
 
 LIMITS: Final = PartLimits(5 << 20, 5 << 30, 10_000, in_place=True)
-"""Those of Google's "Quotas & limits"."""
-
-_log = background_log.logger(__name__)
+"""Limits of parts, as in Google's "Quotas & limits"."""
 
 
 class MultipartUploads:
@@ -52,7 +49,14 @@ class MultipartUploads:
         with explained(requests.target, requests.client.route, name):
             upload = Upload(name, outcome.result())
         if outcome.lost:
-            self._abort_others(upload)
+            abort_others(
+                upload,
+                self.pending,
+                self.abort,
+                uri=requests.target.uri,
+                request="the begin of an upload",
+                cure="gc aborts it, and so does a lifecycle rule",
+            )
         return upload
 
     def part(
@@ -198,21 +202,6 @@ class MultipartUploads:
             message = f"the completion was sent, and the answer to {tries} was lost: {last.message}"
             return UnansweredError(message, hint=last.hint)
         raise AssertionError("a failed outcome has an error")
-
-    def _abort_others(self, ours: Upload) -> None:
-        """Abort the other pending uploads of the name: an attempt began them whose answer was lost."""
-        try:
-            for pending in list(self.pending(ours.name)):
-                if pending.upload.name == ours.name and pending.upload != ours:
-                    self.abort(pending.upload)
-        except StorageError as error:
-            _log.warning(
-                "%s: the answer to the begin of an upload was lost, so a second upload of %s may be pending, "
-                "which could not be looked for (%s). gc aborts it, and so does a lifecycle rule",
-                one_line(self._requests.target.uri),
-                one_line(ours.name),
-                error,
-            )
 
     def _discard(self, name: str, generation: str | None, wrong: str) -> None:
         """Delete a completed object that is not what its parts add up to.

@@ -9,15 +9,12 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
     ObjectNotFoundError,
-    StorageError,
 )
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
@@ -34,6 +31,7 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
+from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_capabilities import PutSupport, server_of
@@ -60,8 +58,6 @@ _DELETED_AT_ONCE = 1000
 _MIN_PART = 5 << 20
 _MAX_PART = 5 << 30
 _MAX_PARTS = 10_000
-
-_log = background_log.logger(__name__)
 
 
 class S3Store(ObjectStore):
@@ -194,7 +190,14 @@ class S3Store(ObjectStore):
                 self._refuses_checksums |= outcome.error is None
             upload = Upload(name, outcome.result())
         if lost or outcome.lost:
-            self._abort_others(upload)
+            abort_others(
+                upload,
+                self.pending_uploads,
+                self.abort_upload,
+                uri=self.uri,
+                request="CreateMultipartUpload",
+                cure="A lifecycle rule for incomplete uploads removes it",
+            )
         return upload
 
     def _begin(self, name: str, declared: dict[str, str]) -> Outcome[str]:
@@ -206,21 +209,6 @@ class S3Store(ObjectStore):
             return str(answer["UploadId"])
 
         return self._requests.outcome(begin)
-
-    def _abort_others(self, ours: Upload) -> None:
-        """Abort what else is pending under the name: a try began it whose answer was lost."""
-        try:
-            for pending in list(self.pending_uploads(ours.name)):
-                if pending.upload.name == ours.name and pending.upload != ours:
-                    self.abort_upload(pending.upload)
-        except StorageError as error:
-            _log.warning(
-                "%s: the answer to CreateMultipartUpload was lost, so a second upload of %s may be pending, "
-                "which could not be looked for (%s). A lifecycle rule for incomplete uploads removes it",
-                one_line(self.uri),
-                one_line(ours.name),
-                error,
-            )
 
     def upload_part(
         self,
