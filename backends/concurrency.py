@@ -1,7 +1,9 @@
-"""How many parts and ranges of a rank may be in flight: the option, or a share of the host's connections."""
+"""Parts and ranges that a rank may have in flight: the option, or a share of the host's connections."""
 
 from __future__ import annotations
 
+import functools
+import os
 import resource
 from typing import Final
 
@@ -26,8 +28,16 @@ _OF_DESCRIPTORS: Final = 8
 
 def connections(options: Options) -> int:
     """Return how many requests to a distant server a rank may have in flight in one direction."""
-    if "concurrency" in options.model_fields_set:
-        return options.concurrency
+    return options.concurrency if "concurrency" in options.model_fields_set else _share(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _share(process: int) -> int:
+    """Return a rank's share, found out once a process.
+
+    The threads that are left change with each transfer, and connections are kept by this number.
+    """
+    del process
     ranks = local_ranks()
     allowed = [_MOST, _OF_HOST // ranks]
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""How many transfers run at once: an adaptive limit, by what is measured of them.
+"""Limit the number of transfers that run at once, by what is measured of them.
 
 Over a network, requests at once hide each other's waiting. Where the processor limits them they have nothing
 to hide, and each costs more the more there are. So the limit climbs the hill that rate and cost make of it:
@@ -35,9 +35,9 @@ _WAITING: Final = 0.4
 _AS_FAST: Final = 0.9
 """What fewer must move of the bytes a second that there were before."""
 _AS_CHEAP: Final = 1.05
-"""What fewer may cost of the processor time of a byte that there was before."""
+"""Share of the processor time of a byte before, which fewer transfers may cost."""
 _FASTER: Final = 1.1
-"""What more must move of the bytes a second that there were before."""
+"""Share of the bytes a second before, which more transfers must move."""
 _ROUNDS: Final = 2
 """Transfers a lane that make a measurement."""
 _ENOUGH: Final = 16
@@ -156,25 +156,31 @@ class Lanes:
 
 def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
     """Return the lanes to or from the bucket of a URI, which know what was found out before."""
-    parts = urlsplit(uri)
-    return _lanes(_Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way), most, start)
+    return _lanes(_Place.of(uri, way), most, start)
 
 
 def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> Lanes:
     """Return the lanes of a store's parts or ranges, which know what was found out before."""
-    parts, start = urlsplit(store.uri), at_first(most) if store.is_remote else None
-    place = _Place(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, store.is_remote)
-    return _lanes(place, most, start)
+    start = at_first(most) if store.is_remote else None
+    return _lanes(_Place.of(store.uri, way, is_remote=store.is_remote), most, start)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Whose transfers have lanes of their own. A forked process has none of its parent's transfers."""
+    """A process, a bucket and a direction, whose transfers have lanes of their own.
+
+    A forked process has none of its parent's transfers.
+    """
 
     process: int
     bucket: str
     way: Way
-    is_remote: bool = False
+    is_remote: bool
+
+    @classmethod
+    def of(cls, uri: str, way: Way, *, is_remote: bool = False) -> _Place:
+        parts = urlsplit(uri)
+        return cls(os.getpid(), f"{parts.scheme}://{parts.netloc}", way, is_remote)
 
 
 @functools.lru_cache(maxsize=16)

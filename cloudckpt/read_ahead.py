@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from cloudckpt.backends.errors import CheckpointNotFoundError
@@ -112,7 +112,7 @@ class ReadAhead:
         wait(self._ending, _LAST_SECONDS)
         self._ending.clear()
 
-    @property
+    @cached_property
     def _is_remote(self) -> bool:
         return open_store(self._run.target).is_remote
 

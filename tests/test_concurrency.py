@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from cloudckpt.backends.target import Target
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Rates:
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rates]:
     """A host without limits, where nothing has been measured."""
     held = Rates()
+    concurrency._share.cache_clear()
     monkeypatch.setattr(concurrency, "rates", lambda: held)
     monkeypatch.setattr(concurrency, "pids_room", lambda: None)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    return held
+    yield held
+    concurrency._share.cache_clear()
 
 
 @pytest.mark.parametrize(("ranks", "most"), [("1", 64), ("4", 64), ("8", 32), ("64", 8), ("", 64), ("x", 64)])
