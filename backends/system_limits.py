@@ -197,7 +197,7 @@ def explained(what: str, uri: str | None = None) -> Iterator[None]:
 
 
 def local_ranks() -> int:
-    """Return how many ranks share this host, as torchrun and most launchers say; 1 where nobody does."""
+    """Return the number of ranks on this host, from LOCAL_WORLD_SIZE; 1 where it is not set."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(given)) if given.isdecimal() else 1
 

@@ -13,14 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
 
-import cloudckpt
 from bench.contest import Storage
 from bench.endpoint import Counts
-from bench.peers import LIMITED, OURS, Opened, Peer, Place, through_dcp, through_fsspec
+from bench.peers import LIMITED, OURS, Opened, Peer, Place, cloudckpt_at, through_fsspec
 from bench.storage import compare, parser
 from support.gcs import GCSServer, gcs_server
 
@@ -60,23 +60,8 @@ def on_gcs() -> Iterator[Storage]:
         yield OnGCS(server)
 
 
-def _cloudckpt_with(place: Place, **options: Any) -> Peer:
-    options |= {"endpoint_url": place.server.endpoint}
-    return through_dcp(
-        lambda name: cloudckpt.StorageWriter(place.uri(name), **options),
-        lambda name: cloudckpt.StorageReader(place.uri(name), **options),
-    )
-
-
-@contextmanager
-def cloudckpt_by_default(place: Place) -> Iterator[Peer]:
-    """Checksums on and verified."""
-    yield _cloudckpt_with(place)
-
-
-@contextmanager
-def cloudckpt_limited(place: Place) -> Iterator[Peer]:
-    yield _cloudckpt_with(place, memory_limit="256MiB")
+def _reached(place: Place) -> dict[str, Any]:
+    return {"endpoint_url": place.server.endpoint}
 
 
 @contextmanager
@@ -105,8 +90,8 @@ def obstore(place: Place) -> Iterator[Peer]:
 
 
 GCS_PEERS: Mapping[str, Opened] = {
-    OURS: cloudckpt_by_default,
-    LIMITED: cloudckpt_limited,
+    OURS: partial(cloudckpt_at, _reached),
+    LIMITED: partial(cloudckpt_at, _reached, memory_limit="256MiB"),
     "gcsfs": gcsfs,
     "obstore": obstore,
 }

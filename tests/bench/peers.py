@@ -20,6 +20,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,25 +91,26 @@ def through_dcp(
     )
 
 
-def _cloudckpt_with(place: Place, **options: Any) -> Peer:
-    server = place.s3
-    options |= {"endpoint_url": server.endpoint, "region": "us-east-1"}
-    options |= {"storage_options": server.storage_options}
-    return through_dcp(
+@contextmanager
+def cloudckpt_at(reached: Callable[[Place], dict[str, Any]], place: Place, **options: Any) -> Iterator[Peer]:
+    """Checksums on and verified, as they are unless told otherwise.
+
+    ``reached`` returns the options by which the place is reached.
+    """
+    options |= reached(place)
+    yield through_dcp(
         lambda name: cloudckpt.StorageWriter(place.uri(name), **options),
         lambda name: cloudckpt.StorageReader(place.uri(name), **options),
     )
 
 
-@contextmanager
-def cloudckpt_by_default(place: Place) -> Iterator[Peer]:
-    """Checksums on and verified, as they are unless told otherwise."""
-    yield _cloudckpt_with(place)
-
-
-@contextmanager
-def cloudckpt_limited(place: Place) -> Iterator[Peer]:
-    yield _cloudckpt_with(place, memory_limit="256MiB")
+def _reached(place: Place) -> dict[str, Any]:
+    server = place.s3
+    return {
+        "endpoint_url": server.endpoint,
+        "region": "us-east-1",
+        "storage_options": server.storage_options,
+    }
 
 
 @contextmanager
@@ -210,8 +212,8 @@ FLOOR = "wire floor"
 CURL = "curl"
 
 PEERS: Mapping[str, Opened] = {
-    OURS: cloudckpt_by_default,
-    LIMITED: cloudckpt_limited,
+    OURS: partial(cloudckpt_at, _reached),
+    LIMITED: partial(cloudckpt_at, _reached, memory_limit="256MiB"),
     "s3torchconnector": s3torchconnector,
     "obstore": obstore,
     S3FS: s3fs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import selectors
 import socket
@@ -23,7 +24,7 @@ Source = Callable[[], memoryview]
 """Returns the next bytes to send, or an empty view at the end."""
 
 
-class Body:
+class Body(abc.ABC):
     """A body that a loop moves for a thread that waits.
 
     Args:
@@ -47,12 +48,15 @@ class Body:
         self.is_cancelled = False
         self.timeout = connection.gettimeout()
         self.began = self.progressed = time.monotonic()
+        self._view = memoryview(b"")
+        """The memory that is being filled or sent, up to ``_at``."""
+        self._at = 0
         self._ended = threading.Lock()
         self._ended.acquire()
 
+    @abc.abstractmethod
     def pump(self) -> bool:
         """Move bytes until the socket has none or the turn is over; True once the body has been moved."""
-        raise NotImplementedError
 
     @property
     def unsent(self) -> int:
@@ -61,6 +65,7 @@ class Body:
 
     def end(self, error: BaseException | None = None) -> None:
         """Wake the thread that waits. Nothing touches the socket or the memory from here on."""
+        self._view = memoryview(b"")  # the loop may hold this body for a while
         self.error = error
         self.has_ended = True
         self._ended.release()
@@ -80,8 +85,6 @@ class Receiving(Body):
     def __init__(self, connection: socket.socket, views: Iterator[memoryview], nbytes: int) -> None:
         super().__init__(connection, nbytes)
         self._views = views
-        self._view = memoryview(b"")
-        self._at = 0
         self._woken_at = 1
 
     def pump(self) -> bool:
@@ -116,7 +119,7 @@ class Receiving(Body):
     def end(self, error: BaseException | None = None) -> None:
         with contextlib.suppress(OSError):  # of a socket that failed
             self._wake_at(1)
-        self._view, self._views = memoryview(b""), iter(())  # the loop may hold this body for a while
+        self._views = iter(())
         super().end(error)
 
     def _wake_at(self, wanted: int) -> None:
@@ -134,8 +137,6 @@ class Sending(Body):
     def __init__(self, connection: socket.socket, source: Source, nbytes: int) -> None:
         super().__init__(connection, nbytes)
         self._source = source
-        self._view = memoryview(b"")
-        self._at = 0
 
     def pump(self) -> bool:
         send, end = self.connection.send, self.moved + _TURN
@@ -154,7 +155,7 @@ class Sending(Body):
         return unsent_bytes(self.connection.fileno())
 
     def end(self, error: BaseException | None = None) -> None:
-        self._view, self._source = memoryview(b""), _nothing  # the loop may hold this body for a while
+        self._source = _nothing
         super().end(error)
 
 

@@ -35,22 +35,21 @@ _LEAST_SIZE: Final = 1 << 20
 _LEAST_COMPARED: Final = 3
 """Rates without which nothing is known to be usual."""
 _SLOWER: Final = 3.0
-"""How many times slower than usual a slow connection is."""
+"""Factor by which a slow connection is slower than usual."""
 _WORTH: Final = 2.0
-"""How many times longer than a new request what is left must take."""
+"""Factor by which the rest of a body must take longer than a new request."""
 _NEW_REQUEST: Final = 0.1
 """Seconds that a new request takes beside its body, by estimate."""
 _CUTS: Final = 3.0
 """Slow connections that may be cut at once."""
 _CUTS_A_BODY: Final = 0.125
-"""How many more may be cut for each body that ends: a request in eight is repeated at most."""
+"""Cuts that each body that ends allows: a request in eight is repeated at most."""
 _BOUND: Final = 0.85
 """Processors of a loop in use from which a slow connection says nothing: the loop itself may be late."""
 _FEW: Final = 4
-"""How many times more bodies there were a moment ago, where those that are left have the network to
-themselves."""
+"""Factor by which there were more bodies a moment ago, where those left have the network to themselves."""
 _DECAY: Final = 0.99
-"""What is left of a peak after a measurement."""
+"""Share of a peak that remains after a measurement."""
 _SMOOTHING: Final = 0.15
 """Weight of the newest measurement, in averages over a third of a second."""
 

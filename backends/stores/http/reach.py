@@ -1,4 +1,4 @@
-"""How urllib3's connections reach a server: over all of its addresses, and resuming TLS sessions.
+"""Connect urllib3's connections to all addresses of a server, and resume TLS sessions.
 
 This is the one place that uses these private names: ``_new_conn`` and ``_dns_host`` of urllib3's connections,
 since urllib3 1.24. Where a version has them no more, connections are opened as urllib3 does it.

@@ -1,4 +1,4 @@
-"""Who uses a set of connections: it is closed when the last of its users has let it go."""
+"""Count the users of a set of connections, which is closed when the last of them releases it."""
 
 from __future__ import annotations
 
