@@ -58,7 +58,7 @@ class Downloader:
         self._lanes = transfer_lanes(store, "down", concurrency)
         self._scratch = Scratch(memory_limit)
         self.observe(None, None)
-        self._largest = self._shortest = max(1, min(largest_read, memory_limit // 2))
+        self._largest = max(1, min(largest_read, memory_limit // 2))
 
     def observe(self, observer: Observer | None, begun: Callable[[int], None] | None) -> None:
         """Have ``begun`` told how many bytes will be read, and ``observer`` of each range that was."""
@@ -73,7 +73,7 @@ class Downloader:
         """Say how many bytes will be read, so that each request in flight gets some of them."""
         if self._store.is_remote:
             shared_out = max(_SHORTEST_READ, nbytes // self._lanes.limit // _MIB * _MIB)
-            self._largest = self._shortest = min(self._largest, shared_out)
+            self._largest = min(self._largest, shared_out)
 
     def read(
         self,
@@ -112,7 +112,7 @@ class Downloader:
         left = sum(extent.end - extent.begin for extents in wanted.values() for extent in extents)
 
         def longest() -> int:
-            return max(self._shortest, min(_LONGEST_READ, left // self._lanes.limit))
+            return max(self._largest, min(_LONGEST_READ, left // self._lanes.limit))
 
         for name, extents in wanted.items():
             for request in merge(extents, self._largest, longest=longest):

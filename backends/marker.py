@@ -1,7 +1,7 @@
 """The marker of a save in progress: an object that says "don't collect this folder" until the save ends.
 
 Garbage and a save in progress look alike: data objects that no ``.metadata`` names. The coordinator of a save
-therefore puts a marker beside them before any rank begins an upload, renews it while the save lasts, and
+therefore puts a marker beside them before any rank sends a byte, renews it while the save lasts, and
 deletes it at the end. The garbage collector deletes the marker of a save that it takes for dead before it
 touches anything else; a save that finds its marker gone does not commit.
 """

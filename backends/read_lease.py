@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
@@ -49,14 +48,3 @@ def put_lease(target: Target, rank: int) -> SaveMarker | None:
     except CheckpointError as error:
         _log.debug("reading %s without a lease, which could not be put: %s", store.uri, error)
         return None
-
-
-@contextmanager
-def reading(target: Target, rank: int) -> Iterator[None]:
-    """Hold a read lease on a checkpoint, as `put_lease` puts it."""
-    lease = put_lease(target, rank)
-    try:
-        yield
-    finally:
-        if lease is not None:
-            lease.end()

@@ -23,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 import cloudckpt
 from cloudckpt import Checkpointer
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.read_lease import reading
+from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.run import Run
@@ -155,7 +155,9 @@ class Machine(RuleBasedStateMachine):
         loading = min(model.values, default=None) if reads else None
         with contextlib.ExitStack() as stack:
             if loading is not None:
-                stack.enter_context(reading(self.run.at(loading), 0))
+                lease = put_lease(self.run.at(loading), 0)
+                assert lease is not None
+                stack.callback(lease.end)
             stack.callback(model.own.add, step)
             if step in model.values:
                 stack.enter_context(pytest.raises(cloudckpt.CheckpointExistsError))
