@@ -68,12 +68,13 @@ soak: $(READY) $(PROVIDERS_READY)  ## the long forms: thousands of random states
 	@$(BIN)/pytest -m soak -n 2
 	@$(call check_providers,--long)
 
-# BENCH, STORAGE, GCS, GROWTH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; each module's `--help` lists them.
+# BENCH, STORAGE, RANKS, GCS, GROWTH: options, as in `make bench BENCH="--gib 4 --repeats 20"`; each module's `--help` lists them.
 .PHONY: bench
 bench: $(READY)  ## what saving costs training, what checksums cost, storage beside its peers, and what grows; an hour
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 	@PYTHONPATH=tests $(BIN)/python -m bench.integrity
 	@PYTHONPATH=tests $(BIN)/python -m bench.storage $(STORAGE)
+	@PYTHONPATH=tests $(BIN)/python -m bench.ranks $(RANKS)
 	@PYTHONPATH=tests $(BIN)/python -m bench.gcs $(GCS)
 	@PYTHONPATH=tests $(BIN)/python -m bench.reshard
 	@PYTHONPATH=tests $(BIN)/python -m bench.growth $(GROWTH)

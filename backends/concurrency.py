@@ -18,8 +18,12 @@ _MOST: Final = 64
 """Connections of one rank."""
 _LEAST: Final = 8
 _AT_FIRST: Final = 32
-"""Connections of one rank to a distant server, before their rate has been measured."""
+"""Connections of one rank at first, where no server has answered yet."""
 _AT_FIRST_NEAR: Final = 4
+_AT_FIRST_FAR: Final = (8, 64)
+"""The fewest and the most connections of one rank to a distant server at first."""
+_OF_LATENCY: Final = 1e3
+"""Connections at first for each second until an answer begins: one a millisecond."""
 _OF_THREADS: Final = 4
 """A rank's requests take one in so many of the threads that its control groups still let start."""
 _OF_DESCRIPTORS: Final = 8
@@ -52,10 +56,16 @@ def at_first(most: int) -> int:
     """Return how many of ``most`` connections to use before their rate has been measured.
 
     Each waits for as long as an answer takes to begin, and a distant one also carries less: it grows by what
-    is acknowledged in a round trip.
+    is acknowledged in a round trip. So the more distant the server is, the more of them fill a network. The
+    ranks of a host, which shares its network among them, share these as well.
     """
     latency = rates().latency
-    return min(most, _AT_FIRST_NEAR if latency is not None and latency < NEAR else _AT_FIRST)
+    if latency is None:
+        return min(most, _AT_FIRST)
+    if latency < NEAR:
+        return min(most, _AT_FIRST_NEAR)
+    fewest, greatest = _AT_FIRST_FAR
+    return min(most, max(fewest, min(greatest, round(latency * _OF_LATENCY)) // local_ranks()))
 
 
 def transfers(store: ObjectStore, options: Options) -> int:

@@ -161,8 +161,7 @@ def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
 
 def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> Lanes:
     """Return the lanes of a store's parts or ranges, which know what was found out before."""
-    start = at_first(most) if store.is_remote else None
-    return _lanes(_Place.of(store.uri, way, is_remote=store.is_remote), most, start)
+    return _lanes(_Place.of(store.uri, way, is_remote=store.is_remote), most, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,4 +184,6 @@ class _Place:
 
 @functools.lru_cache(maxsize=16)
 def _lanes(place: _Place, most: int, start: int | None) -> Lanes:
-    return Lanes(most, start, busy=lambda: rates().busy) if place.is_remote else Lanes(most, start)
+    if place.is_remote:
+        return Lanes(most, at_first(most), busy=lambda: rates().busy)
+    return Lanes(most, start)

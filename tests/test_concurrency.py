@@ -58,12 +58,26 @@ def test_the_option_is_what_is_used(held: Rates, monkeypatch: pytest.MonkeyPatch
     assert connections(Options.model_validate({"concurrency": 100})) == 100
 
 
-@pytest.mark.parametrize(("seconds", "count"), [([0.03, 0.2], 32), ([0.0008, 0.2, 0.2], 4), ([], 32)])
-def test_a_near_server_gets_few_connections_at_first(held: Rates, seconds: list[float], count: int) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [([], 32), ([0.0008, 0.2, 0.2], 4), ([0.005], 8), ([0.03, 0.2], 30), ([0.1, 0.2], 64)],
+)
+def test_the_number_of_connections_at_first_grows_with_the_distance(
+    held: Rates, seconds: list[float], count: int
+) -> None:
     for one in seconds:
         held.answered(one)
     assert at_first(64) == count
     assert at_first(2) == 2
+
+
+def test_the_ranks_of_a_host_share_the_connections_at_first(
+    held: Rates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held.answered(0.1)
+    for ranks, count in [(1, 64), (4, 16), (64, 8)]:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert at_first(64) == count
 
 
 @pytest.mark.parametrize(

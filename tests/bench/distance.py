@@ -240,6 +240,12 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
             metrics = _metrics(link, slow_start=slow_start)
             _call(ip, "-n", host.namespace, "route", "add", "default", "via", gateway, *metrics)
             _set(ip, host.namespace, _settings(link, slow_start=slow_start))
+            if link.host_rate is not None:
+                # At the sender, where TCP keeps few packets of each connection: none is lost, and all get
+                # their share.
+                limit = f"root tbf rate {round(8 * link.host_rate)}bit burst 512kb limit 256mb".split()
+                inside = (ip, "netns", "exec", host.namespace)
+                _call(*inside, _program("tc"), "qdisc", "add", "dev", host.interface, *limit)
         _set(ip, router, {"ip_forward": "1"})
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in _as_options(link).items()]
         family.start(
@@ -252,7 +258,7 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
 
 def _as_options(link: Link) -> dict[str, float]:
     values = {name: getattr(link, name) for name in link.__slots__}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None and name != "host_rate"}
 
 
 def _window(link: Link) -> int | None:
@@ -268,11 +274,13 @@ def _metrics(link: Link, *, slow_start: bool) -> list[str]:
     A connection may not send more than fills the link: else it would fill the router's memory, which loses
     nothing.
     """
+    patience = ["rto_min", "3s"]  # the link loses nothing: a timeout would send again what only waits
     window = _window(link)
     if window is None:
-        return []
+        return patience
     segments = str(max(10, window // _SEGMENT))
-    return ["cwnd", "lock", segments, *([] if slow_start else ["initcwnd", segments, "initrwnd", segments])]
+    first = [] if slow_start else ["initcwnd", segments, "initrwnd", segments]
+    return [*patience, "cwnd", "lock", segments, *first]
 
 
 def _settings(link: Link, *, slow_start: bool) -> dict[str, str]:
@@ -282,6 +290,9 @@ def _settings(link: Link, *, slow_start: bool) -> dict[str, str]:
     return {
         "tcp_rmem": f"4096 {first} {most}",
         "tcp_wmem": f"4096 16384 {most}",
+        "tcp_min_tso_segs": "44",  # large packets on slow connections too: each costs the router the same
+        "tcp_early_retrans": "0",
+        "tcp_recovery": "0",
         "tcp_no_metrics_save": "1",
         "tcp_slow_start_after_idle": str(int(slow_start)),
     }
@@ -296,14 +307,16 @@ def _program(name: str) -> str:
     try:
         return script(name, f"{name} (Debian: iproute2, iptables)", root=True)
     except RuntimeError as error:
-        raise PermissionError(f"no network namespaces here: {error}") from error
+        raise PermissionError(f"cannot make the hosts of the benchmark: {error}") from error
 
 
 def _call(*command: str) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
-        raise PermissionError(f"no network namespaces here: {error.stderr.strip() or error}") from error
+        raise PermissionError(
+            f"cannot make the hosts of the benchmark: {error.stderr.strip() or error}"
+        ) from error
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -6,9 +6,6 @@ library. The router's netfilter rules send each packet to one of two NFQUEUE que
 packets wait in the kernel. This process sees their headers alone, decides when each packet leaves, and gives
 its verdict then. So TCP runs over the link as it does over a real one, and a byte costs this process
 nothing: a packet of TCP's segmentation offload has up to 64 KiB.
-
-The order on each way: the connection's rate, the host's rate (shared by the connections in equal parts), the
-delay.
 """
 
 from __future__ import annotations
@@ -55,10 +52,8 @@ class Connection:
     """Bytes a second."""
     free: float = 0.0
     """When its rate lets the next packet go."""
-    tag: float = 0.0
-    """The virtual time at which the host's link has served what it has sent so far."""
-    left: float = 0.0
-    """When its latest packet leaves the link: no packet overtakes another one of its connection."""
+    latest: float = 0.0
+    """When its latest packet arrives: no packet overtakes another one of its connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,8 @@ class Link:
     rate: float | None = None
     """Of each connection and direction."""
     host_rate: float | None = None
-    """Of all connections together, in each direction."""
+    """Of all connections together, in each direction. The hosts see to it: their TCP must know what has not
+    left."""
     jitter: float = 0.0
     """Added to a packet's delay on each way: up to so much."""
     slow_one_in: int = 0
@@ -90,69 +86,30 @@ class Direction:
     link: Link
     connections: dict[int, Connection] = field(default_factory=dict[int, Connection])
     """By the client's port."""
-    _paced: list[tuple[float, int, int, Connection]] = field(
-        default_factory=list[tuple[float, int, int, Connection]]
-    )
-    """A heap of the packets that wait for their connection's rate, if the host has a rate as well."""
-    _shared: list[tuple[float, int, int, Connection]] = field(
-        default_factory=list[tuple[float, int, int, Connection]]
-    )
-    """A heap of the packets that wait for the host's rate, by their virtual time."""
     _flying: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
     """A heap of the packets that are on their way, by the time at which they arrive."""
-    _virtual: float = 0.0
-    _host_free: float = 0.0
-    random: random.Random = field(default_factory=lambda: random.Random(27))
+    _random: random.Random = field(default_factory=lambda: random.Random(27))
 
     def add(self, now: float, packet: int, size: int, connection: Connection) -> None:
-        """Take a packet that has arrived."""
-        connection.free = leaves = max(now, connection.free) + size / connection.rate
-        if self.link.host_rate is None:
-            self._fly(leaves, packet, connection)
-        else:
-            heapq.heappush(self._paced, (leaves, packet, size, connection))
-
-    def _fly(self, leaves: float, packet: int, connection: Connection) -> None:
-        arrives = leaves + self.link.rtt / 2
+        """Take a packet, which waits for its connection's rate and then travels."""
+        connection.free = max(now, connection.free) + size / connection.rate
+        arrives = connection.free + self.link.rtt / 2
         if self.link.jitter:
-            arrives += self.random.random() * self.link.jitter
-        connection.left = arrives = max(arrives, connection.left)
+            arrives += self._random.random() * self.link.jitter
+        connection.latest = arrives = max(arrives, connection.latest)
         heapq.heappush(self._flying, (arrives, packet))
 
     def due(self, now: float) -> list[int]:
         """Return the packets that arrive now, in their order."""
-        if self.link.host_rate is not None:
-            self._share(now, self.link.host_rate)
         due: list[int] = []
         flying = self._flying
         while flying and flying[0][0] <= now:
             due.append(heapq.heappop(flying)[1])
         return due
 
-    def _share(self, now: float, host_rate: float) -> None:
-        """Let packets pass the host's link: always one of the connection that has had least of it."""
-        while True:
-            next_ready = self._paced[0][0] if self._paced else float("inf")
-            start = max(self._host_free, 0.0 if self._shared else next_ready)
-            while self._paced and self._paced[0][0] <= min(start, now):
-                _, packet, size, connection = heapq.heappop(self._paced)
-                connection.tag = max(connection.tag, self._virtual) + size
-                heapq.heappush(self._shared, (connection.tag, packet, size, connection))
-            if not self._shared or start > now:
-                return
-            tag, packet, size, connection = heapq.heappop(self._shared)
-            self._virtual = max(self._virtual, tag - size)
-            self._host_free = start + size / host_rate
-            self._fly(self._host_free, packet, connection)
-
     def next_event(self) -> float:
-        """Return when there is something to do again."""
-        times = [self._flying[0][0]] if self._flying else []
-        if self._shared:
-            times.append(self._host_free)
-        elif self._paced:
-            times.append(max(self._host_free, self._paced[0][0]))
-        return min(times, default=float("inf"))
+        """Return when the next packet arrives."""
+        return self._flying[0][0] if self._flying else float("inf")
 
 
 class Queue:
@@ -274,7 +231,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.link_emulator", description=__doc__)
     parser.add_argument("--rtt", type=float, required=True, help="seconds")
     parser.add_argument("--rate", type=float, help="bytes a second of each connection")
-    parser.add_argument("--host-rate", type=float, help="bytes a second of all connections together")
     parser.add_argument("--jitter", type=float, default=0.0, help="seconds")
     parser.add_argument("--slow-one-in", type=int, default=0)
     parser.add_argument("--slow-factor", type=float, default=10.0)
