@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Final, Literal, Self, get_args
 
 from cloudckpt.executor.arena import new_descriptor
 
@@ -42,6 +42,23 @@ class Progress:
     bytes_total: int
     phase: Phase
     object_name: str | None = None
+
+
+MAY_BE_COMMITTED: Final = (
+    ". The checkpoint may be committed all the same, and is whole if it is: latest_step() tells"
+)
+"""A hint's last sentence, in errors of saves that another rank may have committed."""
+
+
+def whether_committed(progress: Progress) -> str:
+    """Return a hint's last sentence for a rank that failed here; "" where the save cannot be committed.
+
+    Once every rank has stored its bytes, the coordinator commits without another word from them.
+    """
+    if progress.phase == "committed":
+        return ". The checkpoint is committed, and whole"
+    stored = progress.phase == "writing" and progress.bytes_done >= progress.bytes_total
+    return MAY_BE_COMMITTED if stored or progress.phase == "committing" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.pool import ArenaPool
-from cloudckpt.executor.progress import Progress, ProgressBoard
+from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoard
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 
@@ -236,7 +236,7 @@ class Supervisor:
             return None, ExecutorError(
                 f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
                 rank=self._terms.rank,
-                hint="If it is there it is whole; the next save starts a new process",
+                hint=f"The next save starts a new process{MAY_BE_COMMITTED}",
             )
         # Without a verdict too: DCP answers well on one rank only after the commit that is everybody's.
         return answer.result, None

@@ -15,7 +15,13 @@ from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTime
 from cloudckpt.executor.child import CheckpointProcess, exit_words
 from cloudckpt.executor.council import Trial
 from cloudckpt.executor.messages import Answer, Ready
-from cloudckpt.executor.progress import Progress, ProgressBoard, Reading
+from cloudckpt.executor.progress import (
+    MAY_BE_COMMITTED,
+    Progress,
+    ProgressBoard,
+    Reading,
+    whether_committed,
+)
 
 M = TypeVar("M", Ready, Answer)
 
@@ -145,7 +151,6 @@ class Vigil:
     def died(self) -> ExecutorDiedError:
         """The error for a process that has ended."""
         reading = self._reading()
-        phase = reading.progress.phase
         code = self._process.exit_code(_TICK)
         killer = self._process.killer() if code == -signal.SIGKILL else None
         memory = f", as {killer} ran out of memory," if killer else ""
@@ -156,7 +161,8 @@ class Vigil:
             uri=self._uri,
             object_name=reading.progress.object_name,
             rank=self._rank,
-            hint=f"{cure}Training goes on, and the next save starts a new process" + _COMMITS.get(phase, ""),
+            hint=f"{cure}Training goes on, and the next save starts a new process"
+            + whether_committed(reading.progress),
         )
 
     def _reading(self) -> Reading:
@@ -197,14 +203,9 @@ class Vigil:
             uri=self._uri,
             object_name=reading.progress.object_name,
             rank=self._rank,
-            hint="Raise save_timeout if saves take longer than that; the next save starts a new process",
+            hint="Raise save_timeout if saves take longer than that; the next save starts a new process"
+            + (whether_committed(reading.progress) or MAY_BE_COMMITTED),
         )
-
-
-_COMMITS = {
-    "committing": ". The commit had begun: this checkpoint may be there, and is whole if it is",
-    "committed": ". The commit was done: this checkpoint is there, and whole",
-}
 
 
 def _where(reading: Reading) -> str:

@@ -34,7 +34,7 @@ from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, Prepared
-from cloudckpt.executor.progress import ProgressBoard
+from cloudckpt.executor.progress import MAY_BE_COMMITTED, ProgressBoard
 from cloudckpt.executor.rank_conflicts import RankCheck, Summary
 from cloudckpt.executor.watch import watched
 
@@ -305,7 +305,7 @@ class Worker:
             f"the checkpoint process of rank {self._hello.info.global_rank} lost touch with another rank's: "
             f"{type(error).__name__}: {error}",
             rank=self._hello.info.global_rank,
-            hint="Look at the other ranks' errors; the next save starts new processes",
+            hint=f"Look at the other ranks' errors; the next save starts new processes{MAY_BE_COMMITTED}",
         )
 
     def _arena(self, news: ArenaNews) -> Arena:

@@ -45,6 +45,11 @@ class Host:
         return f"fd77::1{self.number}"
 
     @property
+    def bridges(self) -> str:
+        """The namespace of the bridges, each of which has a port ``eth0-NUMBER`` for this host."""
+        return f"{self.namespace.rpartition('-')[0]}-b"
+
+    @property
     def second(self) -> str:
         """Its address on the second network."""
         return f"10.78.0.1{self.number}"
@@ -165,9 +170,13 @@ def run(program: str, *arguments: str) -> None:
     Raises:
         subprocess.CalledProcessError: it failed; its notes have what it said.
     """
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or program
     try:
-        subprocess.run([found, *arguments], check=True, capture_output=True, text=True)
+        subprocess.run([found(program), *arguments], check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         error.add_note(str(error.stderr))
         raise
+
+
+def found(program: str) -> str:
+    """Return the path of a program of the system's administration, or its name where it is not installed."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") or program
