@@ -141,7 +141,7 @@ def net(tmp_path: Path) -> Iterator[Network]:
 
 
 def partitioned(net: Network, cuts: int, seed: int) -> Tally:
-    """Cut the network once during each of so many saves, and judge all of them."""
+    """Cut the network once during each of so many saves, after one that is not disturbed, and judge them."""
     dice = random.Random(seed)
     with inside(net.hosts[0].namespace):
         bucket = net.server.new_bucket()
@@ -156,34 +156,39 @@ def partitioned(net: Network, cuts: int, seed: int) -> Tally:
         for rank in ranks:
             assert "ready" in rank.answer()
         for step in range(cuts + 1):
-            what = dice.choice(list(CUTS))
-            phase = dice.choice(PHASES)
-            later = dice.choice([0.0, 0.0, dice.uniform(0, 0.02), dice.uniform(0, 0.3)])
-            # Some end while the save goes on, and some after every rank has given up.
-            lasting = dice.choice([dice.uniform(0.1, 3), dice.uniform(3, 2 * SAVE_TIMEOUT), None])
             for rank in ranks:
                 rank.ask("save", step)
-            if step:  # the first one is not disturbed
-                ranks[0].enter(phase)
-                threading.Event().wait(later)
-                net.cut(CUTS[what])
-                if lasting is not None:
-                    healing = threading.Timer(lasting, net.heal, [CUTS[what]])
-                    healing.start()
-            reports = [rank.answer() for rank in ranks]
             if step:
-                if lasting is not None:
-                    healing.join()
-                else:
-                    net.heal(CUTS[what])
+                what, reports = _cut(net, ranks, dice)
+            else:
+                what, reports = "not cut", [rank.answer() for rank in ranks]
             for rank in ranks:
                 rank.ask("look")
             looks = [rank.answer() for rank in ranks]
-            tally.count(step, f"{what} while {phase} +{later:.3f} s for {lasting} s", reports, looks)
-            sys.stdout.write(
-                f"{step} {what} while {phase} +{later:.3f} for {lasting}: {reports} {looks[0]}\n"
-            )
+            tally.count(step, what, reports, looks)
+            sys.stdout.write(f"{step} {what}: {reports} {looks[0]}\n")
     return tally
+
+
+def _cut(net: Network, ranks: list[Rank], dice: random.Random) -> tuple[str, list[dict[str, Any]]]:
+    """Cut the network in a phase of the save that goes on, and heal it; return how, and the reports."""
+    what = dice.choice(list(CUTS))
+    phase = dice.choice(PHASES)
+    later = dice.choice([0.0, 0.0, dice.uniform(0, 0.02), dice.uniform(0, 0.3)])
+    # Some end while the save goes on, some after the deadline, and some after every rank has given up.
+    lasting = dice.choice([dice.uniform(0.1, 3), dice.uniform(3, 2 * SAVE_TIMEOUT), None])
+    ranks[0].enter(phase)
+    threading.Event().wait(later)
+    net.cut(CUTS[what])
+    if lasting is None:
+        reports = [rank.answer() for rank in ranks]
+        net.heal(CUTS[what])
+    else:
+        healing = threading.Timer(lasting, net.heal, [CUTS[what]])
+        healing.start()
+        reports = [rank.answer() for rank in ranks]
+        healing.join()
+    return f"{what} while {phase} +{later:.3f} s for {lasting} s", reports
 
 
 def test_ranks_report_the_same_of_saves_whose_network_is_cut(net: Network) -> None:
