@@ -285,7 +285,8 @@ def _is_entry(fqn: object, entry: object) -> bool:
             and isinstance(chunk.offsets, torch.Size)
             and isinstance(chunk.sizes, torch.Size)
             and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
-            and all(o >= 0 and s >= 0 for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+            and min(chunk.offsets, default=0) >= 0
+            and min(chunk.sizes, default=0) >= 0
             for chunk in entry.chunks
         )
     )
@@ -294,34 +295,39 @@ def _is_entry(fqn: object, entry: object) -> bool:
 def _is_place(index: object, info: object) -> bool:
     if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, StorageInfo)):
         return False
-    name, payload = info.relative_path, payload_of(info)
+    name, offset, length, noted = info.relative_path, info.offset, info.length, info.__dict__
     return (
         isinstance(name, str)
         and _is_name(name)
-        and isinstance(info.offset, int)
-        and isinstance(info.length, int)
-        and info.offset >= 0
-        and info.length >= 0
-        and info.offset + info.length <= _LARGEST
-        and (payload is None or _is_payload(info.length, payload.offset, payload.dtype, payload.stride))
-        and isinstance(info.transform_descriptors, list | tuple | None)
-        and all(isinstance(descriptor, str) for descriptor in info.transform_descriptors or ())
+        and isinstance(offset, int)
+        and isinstance(length, int)
+        and offset >= 0
+        and length >= 0
+        and offset + length <= _LARGEST
+        and ("payload_offset" not in noted or _is_payload(length, noted))
+        and ((transforms := info.transform_descriptors) is None or _are_names(transforms))
     )
+
+
+def _are_names(transforms: object) -> bool:
+    return isinstance(transforms, list | tuple) and all(isinstance(one, str) for one in transforms)
 
 
 def _is_name(name: str) -> bool:
     """Whether an object of this name is below the checkpoint, and can be there at all."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
+    if not name.isascii():
+        try:
+            name.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return False
     return not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
 
 
-def _is_payload(length: int, offset: object, dtype: object, stride: object) -> bool:
+def _is_payload(length: int, noted: Mapping[str, object]) -> bool:
+    offset, stride = noted["payload_offset"], noted.get("stride")
     return (
         isinstance(offset, int)
-        and isinstance(dtype, torch.dtype)
+        and isinstance(noted.get("dtype"), torch.dtype)
         and 0 <= offset <= length
         and (
             stride is None

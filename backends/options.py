@@ -35,6 +35,7 @@ _ALLOWED: Mapping[str, str] = {
     "part_size": "a size of at least one byte, such as 64MiB",
     "concurrency": "a whole number of at least 1",
     "memory_limit": "a size of at least 1MiB, such as 256MiB",
+    "metadata_limit": "a size of at least 1MiB, such as 1GiB",
     "endpoint_url": "an http:// or https:// URL with a host and without credentials or a query",
     "region": "a region's name, such as eu-central-1",
     "profile": "the name of a profile in the AWS configuration",
@@ -114,6 +115,8 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
     """Requests in flight, a rank."""
     memory_limit: Annotated[ByteSize, Field(ge=_MIB)] = ByteSize(256 * _MIB)
     """Ceiling on the bytes that a rank holds beyond the caller's tensors."""
+    metadata_limit: Annotated[ByteSize, Field(ge=_MIB)] = ByteSize(1024 * _MIB)
+    """Ceiling on the bytes of ``.metadata``, compared before they are read."""
 
     endpoint_url: _NonEmpty | None = None
     """Server to use instead of the cloud's own."""
@@ -174,7 +177,9 @@ _OF_REACHING = (
     *("endpoint_url", "region", "profile", "anon", "requester_pays", "project", "token"),
     "storage_options",
 )
-_EVERYWHERE = frozenset({"part_size", "concurrency", "memory_limit", "checksum", "timeout", "retries"})
+_EVERYWHERE = frozenset(
+    {"part_size", "concurrency", "memory_limit", "metadata_limit", "checksum", "timeout", "retries"}
+)
 _HONOURED: Mapping[str, frozenset[str]] = {
     "s3": _EVERYWHERE
     | {"endpoint_url", "region", "profile", "anon", "requester_pays", "storage_options"}

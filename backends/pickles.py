@@ -14,23 +14,33 @@ counted as often as they are met, and its depth.
 from __future__ import annotations
 
 import pickletools
-import re
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-_Weight = tuple[int, int]
-"""Nodes and depth."""
+from cloudckpt.backends.pickle_spans import Spans, is_end, is_too_long
+from cloudckpt.backends.pickle_weights import (
+    ATOM,
+    FRESH,
+    INSTANCE,
+    KEPT,
+    KEYS,
+    NAMED,
+    OTHER,
+    Memo,
+    Weight,
+    kept,
+)
 
-_ATOM: _Weight = (1, 0)
-_NAMED: _Weight = (2, 0)
-"""A class or function by its name, told from anything else by this weight."""
 _NODES = 100
 """Of one object, for each byte of the pickle; one shorter than ``_SMALL`` may have as many as that."""
 _SMALL = 10_000
-_WEIGHED = 4 << 20
-"""Bytes: the metadata of some 16,000 tensors."""
+_REPEATING = 64 << 10
+"""Bytes from which a pickle is long enough for spans of it to repeat."""
 _KEY_NODES = 1_000
 """Of a key: hashing it takes this long, each time."""
+_LONG_TEXT = 1024
+"""Bytes from which text weighs more than an atom: a call may copy it."""
+_HASHED_AS_IT_IS = 8
+"""Bytes of a LONG1 instruction's argument, its length among them: an integer of up to 56 bits."""
 _DEPTH = 2_000
 """More than any pickler writes, which gives up at Python's recursion limit of 1,000."""
 
@@ -39,25 +49,21 @@ class _TooMuchError(Exception):
     """The pickle claims more than its length can need."""
 
 
-def claims_too_much(data: bytes) -> bool:
-    """Whether loading a pickle takes memory or time out of all proportion to its length.
+def claims_too_much(data: bytes, *, called: bool = False, strictly: bool = False) -> bool:
+    """Return True if loading a pickle takes memory or time out of all proportion to its length.
 
-    Weighing takes as long as loading does, so that beyond ``_WEIGHED`` bytes only memory is looked after: a
-    hostile pickle of that size can still keep a loader busy for ever.
-
-    One that is no pickle claims nothing from there on: the loader says what is wrong with it.
-    """
-    return weighs_too_much(data) if len(data) <= _WEIGHED else _memo_too_large(data)
-
-
-def weighs_too_much(data: bytes, *, called: bool = False) -> bool:
-    """The same, whatever time weighing takes.
+    Takes time in proportion to its length. One that is no pickle claims nothing from there on: the loader
+    says what is wrong with it.
 
     With ``called`` an object may be called that a call has returned, as it is in the pickle of a class within
     a class: for a loader that calls nothing but names, and writes out nothing of what it is given.
+
+    With ``strictly`` it must be as DCP's metadata is, else it is said to claim too much. A key is text, a
+    number of up to 56 bits or an instance of a class: thousands of others can have the same hash, and each is
+    compared with all before it. No two objects have the same dict for their state: it is copied for each.
     """
     try:
-        _Scales(data, called=called).weigh()
+        _Scales(data, called=called, strictly=strictly).weigh()
     except _TooMuchError:
         return True
     except (LookupError, ValueError):  # the loader stops here too
@@ -65,47 +71,18 @@ def weighs_too_much(data: bytes, *, called: bool = False) -> bool:
     return False
 
 
-def _memo_too_large(data: bytes) -> bool:
-    """Whether an instruction names a memo index beyond the pickle's length."""
-    at = 0
-    while at < len(data):
-        run = _RUN.match(data, at)
-        at = run.end() if run else at
-        if at >= len(data) or data[at] == _STOP:
-            return False
-        code, at = data[at], at + 1
-        if code == _LONG_BINPUT:
-            if int.from_bytes(data[at : at + 4], "little") > len(data):
-                return True
-            at += 4
-        elif code in _COUNTED:
-            width = _COUNTED[code]
-            at += width + int.from_bytes(data[at : at + width], "little")
-            if at > len(data):
-                return True
-        elif code in _LINES:
-            first = at
-            for _ in range(_LINES[code]):
-                at = data.find(b"\n", at) + 1
-                if at == 0:
-                    return False
-            if code == _PUT and len(data[first:at]) > len(str(len(data))) + 1:
-                return True
-        else:
-            return False  # no instruction, or one whose argument is cut off
-    return False
-
-
 class _Scales:
     """A pickle machine that holds weights instead of objects."""
 
-    def __init__(self, data: bytes, *, called: bool = False) -> None:
+    def __init__(self, data: bytes, *, called: bool = False, strictly: bool = False) -> None:
         self._data = data
         self._called = called
+        self._strictly = strictly
         self._most = _NODES * max(_SMALL, len(data))
-        self._stack: list[_Weight] = []
+        self._stack: list[Weight] = []
         self._marks: list[int] = []
-        self._memo: dict[int, _Weight] = {}
+        self._memo = Memo()
+        self._spans = Spans(data)
 
     def weigh(self) -> None:
         """Follow the instructions to the end.
@@ -114,26 +91,72 @@ class _Scales:
             _TooMuchError: they claim too much.
             LookupError, ValueError: they can't be followed any further.
         """
-        data, stack, memo = self._data, self._stack, self._memo
-        at, end = 0, len(data)
-        while at < end:
-            code = data[at]
-            at += 1
-            if code == _MEMOIZE:
-                memo[len(memo)] = stack[-1]
-            elif code == _BINGET:
-                stack.append(memo[data[at]])
-                at += 1
-            elif (length := _ATOMS[code]) is not None:
-                stack.append(_ATOM)
-                at += length
-            elif code == _STOP:
-                return
+        at, end, memo = 0, len(self._data), self._memo
+        spans = self._spans if end > _REPEATING else None
+        while 0 <= at < end:
+            if spans is None:
+                at = self._step(at)
+            elif (found := spans.match(at, memo.codes)) is not None:
+                span, at = found
+                self._stack.extend(span.pushes)
+                memo.codes.frombytes(span.memo)
             else:
-                first, at = at, self._after(code, at)
-                if at > end:
-                    raise _TooMuchError
-                _STEPS[code](self, data[first:at])
+                at = self._span(at)
+                if not (memo.is_in_order and spans.is_worthwhile):
+                    spans = None
+
+    def _step(self, at: int) -> int:
+        """Follow the instruction at a position; return where the next one is, or -1 behind the last one."""
+        data, stack = self._data, self._stack
+        code = data[at]
+        at += 1
+        if code == _MEMOIZE:
+            self._memo.append(kept(stack[-1]))
+        elif code == _BINGET:
+            stack.append(self._memo[data[at]])
+            at += 1
+        elif (length := _ATOMS[code]) is not None:
+            stack.append(ATOM if code != _EMPTY_DICT else FRESH)
+            at += length
+        elif code == _STOP:
+            return -1
+        else:
+            first, at = at, self._after(code, at)
+            if at > len(data):
+                raise _TooMuchError
+            _STEPS[code](self, data[first:at])
+        return at
+
+    def _span(self, at: int) -> int:
+        """Follow instructions for as long as they make a span, and learn it; return where the next one is."""
+        data, outer, marks = self._data, self._stack, self._marks
+        own: list[Weight] = []
+        own_marks: list[int] = []
+        self._stack, self._marks = own, own_marks
+        before, positions, last = len(self._memo), [at], 0
+        try:
+            while 0 <= at < len(data) and not is_too_long(len(positions)):
+                code = data[at]
+                last = last if code == _MEMOIZE else code
+                at = self._step(at)
+                positions.append(at)
+                if 0 <= at < len(data) and not own_marks and is_end(last, data[at], len(own)):
+                    if self._memo.is_in_order:
+                        codes = self._memo.codes
+                        self._spans.learn(positions, own, codes[before:].tobytes(), codes)
+                    break
+        except LookupError:  # an instruction needs what lies below
+            self._stack, self._marks = outer, marks
+            self._take_over(own, own_marks)
+            return self._step(at)
+        self._stack, self._marks = outer, marks
+        self._take_over(own, own_marks)
+        return at
+
+    def _take_over(self, stack: list[Weight], marks: list[int]) -> None:
+        below = len(self._stack)
+        self._stack.extend(stack)
+        self._marks.extend(below + mark for mark in marks)
 
     def _after(self, code: int, at: int) -> int:
         """Where an argument ends."""
@@ -144,15 +167,17 @@ class _Scales:
             at = self._data.index(b"\n", at) + 1
         return at + _FIXED.get(code, 0)
 
-    def _make(self, parts: Sequence[_Weight]) -> None:
+    def _make(self, parts: Sequence[Weight], kind: str = OTHER) -> None:
         """Push what is made of these."""
-        nodes = 1 + sum(nodes for nodes, _ in parts)
-        depth = 1 + max((depth for _, depth in parts), default=0)
+        nodes = 1 + sum(nodes for nodes, _, _ in parts)
+        depth = 1 + max((depth for _, depth, _ in parts), default=0)
         if nodes > self._most or depth > _DEPTH:
             raise _TooMuchError
-        self._stack.append((nodes, depth))
+        if any(kind in ("fresh", KEPT) for _, _, kind in parts):
+            kind = KEPT
+        self._stack.append((nodes, depth, kind))
 
-    def _take(self, count: int) -> list[_Weight]:
+    def _take(self, count: int) -> list[Weight]:
         """Take what lies on top."""
         if len(self._stack) < count:
             raise LookupError
@@ -160,42 +185,56 @@ class _Scales:
         del self._stack[-count:]
         return parts
 
-    def _take_marked(self) -> list[_Weight]:
+    def _take_marked(self) -> list[Weight]:
         """Take what lies above the mark."""
         mark = self._marks.pop()
         parts = self._stack[mark:]
         del self._stack[mark:]
         return parts
 
-    def _hash(self, keys: Sequence[_Weight]) -> None:
-        if any(nodes > _KEY_NODES for nodes, _ in keys):
-            raise _TooMuchError
+    def _hash(self, keys: Sequence[Weight]) -> None:
+        for nodes, _, kind in keys:
+            if (nodes > _KEY_NODES and kind != "plain") or (self._strictly and kind not in KEYS):
+                raise _TooMuchError
 
-    def _call(self, parts: Sequence[_Weight]) -> None:
+    def _call(self, parts: Sequence[Weight], kind: str = OTHER) -> None:
         # The loader would say so, and write out what may be as large as a list of lists.
-        if parts[0] != _NAMED and not self._called:
+        if parts[0] != NAMED and not self._called:
             raise _TooMuchError
-        self._make(parts)
+        self._make(parts, kind)
 
     def _note(self, index: int) -> None:
         if index > len(self._data):  # every entry takes bytes to make
             raise _TooMuchError
-        self._memo[index] = self._stack[-1]
+        self._memo.put(index, kept(self._stack[-1]))
 
     # One instruction each; what changes an object keeps its weight.
 
     def push(self, _: bytes) -> None:
-        self._stack.append(_ATOM)
+        self._stack.append(ATOM)
+
+    def push_text(self, argument: bytes) -> None:
+        size = len(argument)
+        self._stack.append(ATOM if size < _LONG_TEXT else (1 + size // 8, 0, "plain"))
 
     def push_named(self, _: bytes) -> None:
-        self._stack.append(_NAMED)
+        self._stack.append(NAMED)
 
     def push_stack_named(self, _: bytes) -> None:
         self._take(2)
-        self._stack.append(_NAMED)
+        self._stack.append(NAMED)
 
     def push_long(self, argument: bytes) -> None:
-        self._stack.append((1 + len(argument) // 8, 0))  # all of it is hashed, each time
+        self._stack.append((1 + len(argument) // 8, 0, OTHER))  # all of it is hashed, each time
+
+    def push_line(self, argument: bytes) -> None:
+        self.push_long(argument)
+
+    def push_counted(self, argument: bytes) -> None:
+        self._stack.append(ATOM if len(argument) <= _HASHED_AS_IT_IS else (2, 0, OTHER))
+
+    def make_instance(self, _: bytes) -> None:
+        self._call(self._take(2), INSTANCE)
 
     def get(self, argument: bytes) -> None:
         self._stack.append(self._memo[int.from_bytes(argument, "little")])
@@ -225,7 +264,11 @@ class _Scales:
         self._take_marked()
 
     def duplicate(self, _: bytes) -> None:
-        self._stack.append(self._stack[-1])
+        self._stack.append(kept(self._stack[-1]))
+
+    def build(self, _: bytes) -> None:
+        if self._stack.pop()[2] == KEPT and self._strictly:
+            raise _TooMuchError
 
     def make_of_one(self, _: bytes) -> None:
         self._make(self._take(1))
@@ -273,7 +316,7 @@ def _code(name: str) -> int:
 
 
 _MEMOIZE, _BINGET, _STOP = _code("MEMOIZE"), _code("BINGET"), _code("STOP")
-_PUT, _LONG_BINPUT = _code("PUT"), _code("LONG_BINPUT")
+_EMPTY_DICT = _code("EMPTY_DICT")
 _COUNT_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -296,19 +339,24 @@ _STEPS: dict[int, Callable[[_Scales, bytes], None]] = {
     _code(name): step
     for step, names in (
         (_Scales.push_long, "LONG4"),
+        (_Scales.push_line, "INT LONG"),
+        (_Scales.push_counted, "LONG1"),
         (_Scales.get, "LONG_BINGET"),
         (_Scales.get_line, "GET"),
         (_Scales.put, "BINPUT LONG_BINPUT"),
         (_Scales.put_line, "PUT"),
         (_Scales.nothing, "PROTO FRAME READONLY_BUFFER BINPERSID"),
         (_Scales.mark, "MARK"),
-        (_Scales.pop, "POP APPEND BUILD"),
+        (_Scales.pop, "POP APPEND"),
+        (_Scales.build, "BUILD"),
+        (_Scales.push_text, "BINUNICODE BINUNICODE8 BINBYTES BINBYTES8 BYTEARRAY8 UNICODE BINSTRING STRING"),
         (_Scales.pop_marked, "POP_MARK APPENDS"),
         (_Scales.duplicate, "DUP"),
         (_Scales.make_of_one, "TUPLE1"),
         (_Scales.push_named, "GLOBAL EXT1 EXT2 EXT4"),
         (_Scales.push_stack_named, "STACK_GLOBAL"),
-        (_Scales.call_with_one, "REDUCE NEWOBJ"),
+        (_Scales.call_with_one, "REDUCE"),
+        (_Scales.make_instance, "NEWOBJ"),
         (_Scales.call_with_two, "NEWOBJ_EX"),
         (_Scales.make_of_two, "TUPLE2"),
         (_Scales.make_of_three, "TUPLE3"),
@@ -326,17 +374,3 @@ _ATOMS: list[int | None] = [None] * 256
 for _op in pickletools.opcodes:
     if _STEPS.get(ord(_op.code)) is _Scales.push and (_op.arg is None or _op.arg.n > 0):
         _ATOMS[ord(_op.code)] = _op.arg.n if _op.arg else 0
-
-
-def _fixed_lengths() -> re.Pattern[bytes]:
-    """Match a run of instructions whose arguments are of a fixed length."""
-    by_length: defaultdict[int, list[int]] = defaultdict(list)
-    for op in pickletools.opcodes:
-        code, length = ord(op.code), op.arg.n if op.arg else 0
-        if length >= 0 and code not in (_LONG_BINPUT, _STOP):
-            by_length[length].append(code)
-    kinds = (b"[" + re.escape(bytes(codes)) + b"]" + b".{%d}" % length for length, codes in by_length.items())
-    return re.compile(b"(?:" + b"|".join(kinds) + b")*", re.DOTALL)
-
-
-_RUN = _fixed_lengths()

@@ -6,8 +6,8 @@ import collections
 import enum
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, Final, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -40,12 +40,15 @@ class MetadataUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, data: bytes, uri: str, name: str) -> None:
-        if claims_too_much(data):
+        if claims_too_much(data, strictly=True):
             raise pickle.UnpicklingError("it claims more memory than it can need")
         super().__init__(io.BytesIO(data))
         self._uri, self._name = uri, name
         self._stand_ins: dict[type, type] = {}
-        self._made: list[tuple[object, type]] = []
+        self._made: list[tuple[type, list[object]]] = []
+        """Instances of stand-ins, by the class that they stand in for."""
+        self._left = _COPIED * len(data) + _LITTLE
+        """Elements and characters that functions may still be given."""
         self._enumerations: dict[int, tuple[object, type[enum.Enum]]] = {}
         """What is called for one, and that, by the identity of the former."""
 
@@ -72,6 +75,10 @@ class MetadataUnpickler(pickle.Unpickler):
         """Return something that calls the function: a pickle may set attributes on it."""
 
         def call(*args: object) -> object:
+            # Thousands of calls may be given one long list, and each copies it.
+            self._left -= len(args) + sum(len(cast("Sized", one)) for one in args if type(one) in _SIZED)
+            if self._left < 0:
+                raise pickle.UnpicklingError("it copies more than it has")
             return function(*args)
 
         if isinstance(function, type) and issubclass(function, enum.Enum):
@@ -88,23 +95,57 @@ class MetadataUnpickler(pickle.Unpickler):
     def settled(self) -> object:
         """Load, and turn the instances of stand-ins into instances of the real classes."""
         loaded: object = self.load()
-        for instance, real in self._made:
-            object.__setattr__(instance, "__class__", real)
+        settle = object.__setattr__
+        for real, instances in self._made:
+            for instance in instances:
+                settle(instance, "__class__", real)
         return loaded
 
     def _stand_in(self, real: type) -> type:
         if real not in self._stand_ins:
+            instances: list[object] = []
+            self._made.append((real, instances))
+            made, note = object.__new__, instances.append
 
             def new(cls: type) -> object:
-                instance: object = object.__new__(cls)
-                self._made.append((instance, real))
+                instance: object = made(cls)
+                note(instance)
                 return instance
 
             own: dict[str, object] = {"__new__": new}
             if real is MetadataIndex:
                 own["__hash__"] = _hash_of_index
+                own["__eq__"] = _compared(instances)
             self._stand_ins[real] = type(real.__name__, (real,), own)
         return self._stand_ins[real]
+
+
+def _compared(instances: list[object]) -> Callable[[object, object], bool]:
+    """Return a comparison of indices, of which there may be a few for each of the instances.
+
+    Whoever chooses the offsets of a million items can give all of them the same hash, and each would be
+    compared with all before it.
+    """
+    compared = 0
+
+    def equal(one: MetadataIndex, other: MetadataIndex) -> bool:
+        nonlocal compared
+        compared += 1
+        if compared > _COMPARED * len(instances):
+            raise pickle.UnpicklingError("its items have too many hashes in common")
+        return (one.fqn, one.offset) == (other.fqn, other.offset)
+
+    return cast("Callable[[object, object], bool]", equal)
+
+
+_COPIED: Final = 4
+"""Elements that functions may be given, for each byte."""
+_LITTLE: Final = 10_000
+_SIZED: Final = frozenset({tuple, list, dict, str, bytes, bytearray, set, frozenset, torch.Size})
+_DIMENSIONS: Final = 64
+"""Most of an offset: it is hashed whenever its index is met. torch has tensors of no more."""
+_COMPARED: Final = 100
+"""Comparisons for each index: items have different hashes, and those that are there twice one in common."""
 
 
 def _hash_of_index(index: MetadataIndex) -> int:
@@ -118,9 +159,13 @@ def is_index(index: MetadataIndex) -> bool:
     """Whether an index holds what an index holds."""
     return (
         isinstance(index.fqn, str)
-        and isinstance(index.offset, torch.Size | None)
-        and isinstance(index.index, int | None)
+        and (index.offset is None or _is_offset(index.offset))
+        and (index.index is None or isinstance(index.index, int))
     )
+
+
+def _is_offset(offset: object) -> bool:
+    return isinstance(offset, torch.Size) and len(offset) <= _DIMENSIONS
 
 
 def _path_text(*parts: str) -> str:

@@ -36,6 +36,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.whole import loadable
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
@@ -362,7 +363,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         metadata.storage_data = items
         metadata.storage_meta = self.storage_meta()
         md.add_extras(metadata, self._save_id, __version__, objects, self._notes)
-        return md.dump(metadata)
+        return loadable(self._target, self._metadata_name, md.dump(metadata))
 
     def _ensure_whole(self, store: ObjectStore, objects: dict[str, ObjectInfo], at_once: int) -> None:
         name, its = self._metadata_name, list(objects.values())

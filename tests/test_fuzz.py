@@ -40,8 +40,26 @@ from support import fuzz, hostile
 
 pytestmark = pytest.mark.timeout(120)
 
-SHORT = {"metadata": 1200, "framing": 400, "values": 300, "plain": 1500, "checkpoint": 300}
-LONG = {"metadata": 50_000, "framing": 25_000, "values": 20_000, "plain": 100_000, "checkpoint": 8_000}
+SHORT = {
+    "metadata": 1000,
+    "structures": 400,
+    "large": 4,
+    "structured values": 200,
+    "framing": 300,
+    "values": 250,
+    "plain": 1200,
+    "checkpoint": 250,
+}
+LONG = {
+    "metadata": 50_000,
+    "structures": 100_000,
+    "large": 1_000,
+    "structured values": 50_000,
+    "framing": 25_000,
+    "values": 20_000,
+    "plain": 100_000,
+    "checkpoint": 8_000,
+}
 SEED = "FUZZ_SEED"
 """Variable with the seed of the long form."""
 

@@ -36,7 +36,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.formats.archive import Archive, Record
 from cloudckpt.backends.formats.source import Path, Source, refuse_kind
 from cloudckpt.backends.framing import Payload
-from cloudckpt.backends.pickles import weighs_too_much
+from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.target import Target
@@ -107,7 +107,7 @@ class _Reading:
                 "this file was written on a machine of the other byte order",
                 hint="Load it with torch.load and save it again",
             )
-        if not trust and weighs_too_much(self._pickle):
+        if not trust and claims_too_much(self._pickle):
             raise archive.damaged("its pickle claims more than it can need")
 
     def run(self) -> _Read:

@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.pickles import weighs_too_much
+from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.check import ATOMS, UNKNOWN, Check, Refusal
 from cloudckpt.backends.state.codec import pickler
 from cloudckpt.backends.state.codec.archive import checked_archive
@@ -170,7 +170,7 @@ def _load(data: memoryview | bytes, fqn: str, *, absent: set[str] | None = None)
     try:
         archive = checked_archive(stream, len(data), called=True)
         pickled: bytes = archive.get_record("data.pkl")
-        if pickled[1:2] == bytes([_PROTOCOL]) and not weighs_too_much(pickled):
+        if pickled[1:2] == bytes([_PROTOCOL]) and not claims_too_much(pickled):
             stream.seek(0)
             try:
                 return torch.load(stream, weights_only=True, map_location=None if absent is None else "cpu")

@@ -46,6 +46,7 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.runs import runs
+from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.system_limits import open_files_cure
 from cloudckpt.backends.target import Target
 
@@ -88,6 +89,7 @@ class FsspecStore(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         before = self.stat(name)
         for _ in range(_READS):
+            check_whole(self._target, name, before.size)
             with self._explained(name):
                 data = self._fs.cat_file(self._path(name))
             # Bytes and version come from separate requests: another writer may have been between them.

@@ -8,6 +8,7 @@ from typing import Any, Final
 import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import (
     FIELDS,
@@ -21,6 +22,7 @@ from cloudckpt.backends.stores.gcs_answers import (
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.http.connections import fill
+from cloudckpt.backends.stores.whole import check_whole
 
 _READS: Final = 5
 """Downloads of an object that changes while its generation is looked up."""
@@ -41,7 +43,13 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
-        data = memoryview(bytearray(content_length(answer, client.endpoint)))
+        size = content_length(answer, client.endpoint)
+        try:
+            check_whole(requests.target, name, size)
+        except IntegrityError:
+            answer.close()  # its bytes are still on their way
+            raise
+        data = memoryview(bytearray(size))
         fill(answer, [data], None)
         answer.release_conn()
         return bytes(data), downloaded_info(name, data.nbytes, answer.headers)

@@ -47,6 +47,7 @@ from cloudckpt.backends.stores.local_errors import NOT_THERE, translated
 from cloudckpt.backends.stores.names import STEP
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.tree import Tree
+from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.target import Target
 
 _OPEN_TRIES = 20
@@ -58,7 +59,7 @@ class LocalStore(ObjectStore):
     """Objects as files below the folder of a ``file://`` URI."""
 
     def __init__(self, target: Target) -> None:
-        self._uri = target.uri
+        self._target, self._uri = target, target.uri
         self._root = Path(target.path)
         self._tree = Tree(self._uri, self._root)
         self._made_root = False
@@ -82,6 +83,7 @@ class LocalStore(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         with self._errors(name), self._reading(name) as fd:
             info = _info(name, os.fstat(fd))
+            check_whole(self._target, name, info.size)
             data = bytearray(info.size)
             self._fill(name, fd, 0, [memoryview(data)])
             return bytes(data), info

@@ -39,6 +39,7 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.names import check_name
+from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.target import Target
 
 
@@ -60,7 +61,7 @@ class MemoryStore(ObjectStore):
     """Objects of this process below ``memory://name``."""
 
     def __init__(self, target: Target) -> None:
-        self._uri = target.uri
+        self._target, self._uri = target, target.uri
         self._root = f"{target.path.rstrip('/')}/"
 
     @property
@@ -94,6 +95,7 @@ class MemoryStore(ObjectStore):
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         with _lock:
             file = self._file(name)
+            check_whole(self._target, name, file.getbuffer().nbytes)
             return file.getvalue(), self._info(name, file)
 
     def read_into(

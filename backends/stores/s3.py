@@ -144,7 +144,7 @@ class S3Store(ObjectStore):
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
         def read(clients: Clients) -> tuple[bytes, ObjectInfo]:
-            data, answer = read_whole(clients, self._of(clients, "get_object", name))
+            data, answer = read_whole(clients, self._of(clients, "get_object", name), self._target, name)
             version = _version(answer, clients, "GetObject")
             return data, ObjectInfo(name, len(data), version, answer.get("LastModified"))
 

@@ -19,15 +19,27 @@ from cloudckpt.backends.stores.causes import Route, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
+from cloudckpt.backends.stores.whole import check_whole, limit_of
+from cloudckpt.backends.target import Target
 
 
-def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes of an object and the answer that they came with."""
+def read_whole(
+    clients: Clients, arguments: dict[str, Any], target: Target, name: str
+) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes of an object and the answer that they came with.
+
+    Raises:
+        IntegrityError: there are more than `check_whole` allows.
+    """
     answer = clients.data.get_object(**arguments)
     with _body(answer, clients.route) as body:
         if not answer.get("ETag"):
             raise without_etag(clients.route, "GetObject", answer)
-        return body.read(), answer
+        check_whole(target, name, answer.get("ContentLength") or 0)
+        limit = limit_of(target, name)
+        data = body.read(limit + 1) if answer.get("ContentLength") is None else body.read()
+        check_whole(target, name, len(data))
+        return data, answer
 
 
 def read_range(

@@ -39,14 +39,16 @@ from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.state import values
 from cloudckpt.backends.state.codec import build, builtin_types
-from support import hostile, plain_values, value_classes
+from support import hostile, plain_values, structures, value_classes
 from support.value_digest import digest
 
 SECONDS = 10
-"""That one input may take, on a machine that does other things too."""
+"""That one input may take, on a machine that does other things too,"""
+SECONDS_A_MIB = 4
+"""and that each MiB of it may take besides."""
 _MIB = 1 << 20
 _MEMORY = 48 * _MIB
-"""Bytes that one input may cost beyond what was there; each is below 300 kB."""
+"""Bytes that one input may cost beyond what was there, and 40 for each of its own."""
 _ADDRESS_SPACE = 4096 * _MIB
 _FINDINGS = 20
 
@@ -123,7 +125,7 @@ class Sandbox:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _status("VmRSS")
         failure: BaseException | None = None
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        faulthandler.dump_traceback_later(SECONDS + SECONDS_A_MIB * (len(data) >> 20), exit=True)
         self._watch.armed = True
         try:
             case(data)
@@ -143,7 +145,7 @@ class Sandbox:
         for error in _causes(failure):
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 self._find(data, f"asked for memory: {type(error).__name__}: {str(error)[:80]}")
-        if grown > _MEMORY + 20 * len(data):
+        if grown > _MEMORY + 40 * len(data):
             self._find(data, f"grew by {grown // _MIB // 16 * 16} MiB")
         for error in _raised(failure):
             if not (isinstance(error, CheckpointError) or _is_of_dcp(error)):
@@ -350,6 +352,23 @@ class MetadataKind(Kind):
         ]
 
 
+class StructuresKind(MetadataKind):
+    """Metadata that is deep, wide, shared or refers to itself, of up to 100 kB."""
+
+    def by_hand_count(self) -> int:
+        return 0
+
+    def make(self, rng: random.Random) -> bytes:
+        return sealed(structures.structure(rng, int(10 ** rng.uniform(1, 5))))
+
+
+class LargeKind(StructuresKind):
+    """The same of 4 to 64 MiB, most of it at the lower end."""
+
+    def make(self, rng: random.Random) -> bytes:
+        return sealed(structures.structure(rng, int(4 * _MIB * 16 ** (rng.random() ** 3))))
+
+
 class FramingKind(Kind):
     """The archive around a tensor, of which only the ends are read."""
 
@@ -394,6 +413,18 @@ class ValueKind(Kind):
         if failures:
             raise failures[0]
         return None
+
+
+class StructuredValueKind(ValueKind):
+    """A value that is deep, wide, shared or refers to itself."""
+
+    def by_hand_count(self) -> int:
+        return 0
+
+    def make(self, rng: random.Random) -> bytes:
+        size = 4 * _MIB if rng.random() < 0.002 else int(10 ** rng.uniform(1, 5))
+        pickled = structures.structure(rng, size)
+        return hostile.archive(hostile.records(self.items[0]) | {"archive/data.pkl": pickled})
 
 
 class PlainKind(ValueKind):
@@ -491,6 +522,9 @@ class UnguardedKind(Kind):
 
 KINDS: dict[str, type[Kind]] = {
     "metadata": MetadataKind,
+    "structures": StructuresKind,
+    "large": LargeKind,
+    "structured values": StructuredValueKind,
     "framing": FramingKind,
     "values": ValueKind,
     "plain": PlainKind,

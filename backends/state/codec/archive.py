@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from typing import IO, Any
 
-from cloudckpt.backends.pickles import weighs_too_much
+from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.torch_private import archive_reader
 
 
@@ -22,7 +22,7 @@ def checked_archive(stream: IO[bytes], size: int, *, called: bool = False) -> An
     archive = archive_reader(stream)  # the only reader that sees what torch sees
     if claimed(archive, stream) > size:
         raise ValueError("its archive claims to hold more than there is")
-    if weighs_too_much(archive.get_record("data.pkl"), called=called):
+    if claims_too_much(archive.get_record("data.pkl"), called=called):
         raise ValueError("its pickle claims more than it can need")
     stream.seek(0)
     return archive

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from cloudckpt.backends.state.codec.classes import kind_of, may_be_key
 from cloudckpt.backends.state.codec.malformed import MalformedError
 
+_IN_COMMON: Final = 64
+"""Keys of one hash: each is compared with all before it. A dict of honest keys has a handful."""
 _QUICK = frozenset({str, int, float, bool, bytes, type(None)})
 
 
@@ -20,9 +23,12 @@ def check_keys(keys: Iterable[Any]) -> None:
     Raises:
         MalformedError: a key is a tensor, which has no hash that lasts, or of a class with a hash of its own.
     """
-    for key in keys:
+    every = tuple(keys)
+    for key in every:
         if type(key) not in _QUICK:
             _check(key)
+    if len(every) > _IN_COMMON and max(collections.Counter(map(hash, every)).values()) > _IN_COMMON:
+        raise MalformedError("too many of its keys have the same hash")
 
 
 def _check(key: Any) -> None:
