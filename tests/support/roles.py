@@ -15,6 +15,11 @@ from torch.distributed.checkpoint.planner import SavePlan
 import cloudckpt
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.marker import SILENT_FOR
+from cloudckpt.backends.target import Target
+from cloudckpt.retention import Retention, prune
+from cloudckpt.run import Run
+from support.lagging import GHOST, neighbour
 from support.scenario import Part, Role
 
 AT_ONCE = timedelta(0)
@@ -49,6 +54,38 @@ def clearer(name: str) -> Role:
     """Take every save for dead."""
     act = functools.partial(collect, older_than=EVEN_NEWER, silent_for=EVEN_NEWER)
     return Role(name, Part.CLEARS, act)
+
+
+def lagging_collector(name: str) -> Role:
+    """Take nothing for too young that a listing is sure to show, and no save for dead that renews its marker."""
+    return Role(name, Part.COLLECTS, functools.partial(collect, older_than=AT_ONCE, silent_for=SILENT_FOR))
+
+
+def pruner(name: str) -> Role:
+    """Keep the newest step of the run, which is another one than the checkpoint."""
+    return Role(name, Part.PRUNES, functools.partial(_prune, newest=2))
+
+
+def misled_pruner(name: str) -> Role:
+    """Keep the newest step of a run whose listing shows a newer one that was deleted."""
+    return Role(name, Part.PRUNES, functools.partial(_prune, newest=GHOST))
+
+
+def is_misled(role: Role) -> bool:
+    return isinstance(role.act, functools.partial) and role.act.keywords.get("newest") == GHOST
+
+
+def withdrawer(name: str) -> Role:
+    return Role(name, Part.SETS_ASIDE, lambda uri: Run(_run_of(uri)).set_aside(1))
+
+
+def _prune(uri: str, newest: int) -> list[int]:
+    with neighbour(newest):
+        return prune(Run(_run_of(uri)), Retention(keep_last=1))
+
+
+def _run_of(uri: str) -> Target:
+    return Target.parse(uri.rpartition("/")[0])
 
 
 def state_of(name: str) -> dict[str, torch.Tensor]:
