@@ -41,7 +41,7 @@ from support.scenario import (
     Role,
     Scenario,
 )
-from support.turnstile import METADATA, Kind, Step
+from support.turnstile import METADATA, Kind, Step, Turnstile
 from support.verdicts import judge
 from support.world import World, in_flight_together, many_worlds, open_here
 
@@ -242,6 +242,11 @@ LAGGED: dict[str, tuple[Role, ...]] = {
     ),
 }
 """Who meets where a listing shows what was there up to ten minutes ago."""
+_LONG_LAGGED = {one for one, met in LAGGED.items() if len(met) > 2} | {
+    "one job overwrites and the run is pruned",
+    "one job creates and garbage is collected",
+    "one job overwrites and garbage is collected",
+}
 
 
 def lagged(meeting: str, **keywords: Any) -> Scenario:
@@ -252,7 +257,7 @@ def lagged(meeting: str, **keywords: Any) -> Scenario:
 
 @pytest.mark.parametrize(
     "meeting",
-    [pytest.param(one, marks=pytest.mark.soak) if len(LAGGED[one]) > 2 else one for one in LAGGED],
+    [pytest.param(one, marks=pytest.mark.soak) if one in _LONG_LAGGED else one for one in LAGGED],
 )
 def test_listings_of_ten_minutes_ago_break_no_promise(
     meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
@@ -299,10 +304,11 @@ def test_a_listing_that_is_taken_at_its_word_is_found(monkeypatch: pytest.Monkey
     meetings = [*LAGGED]
     with monkeypatch.context() as patch:
         patch.setattr(LaggingStore, "lists_at_once", True)
-        fails(lagged(meetings[1], faults=0, pauses=0), "A#1 is there, and its object .* is not")
+        fails(lagged(meetings[0], faults=0, pauses=0), "A#1 is there, and its object .* is not")
         fails(lagged(meetings[3], faults=0, pauses=0), "A#1 is there, and its object .* is not")
     with monkeypatch.context() as patch:
-        patch.setattr(LaggingStore, "holds", lambda *_: False)
+        holds = Turnstile.holds
+        patch.setattr(Turnstile, "holds", lambda one, name: name != METADATA and holds(one, name))
         fails(lagged(meetings[0], faults=0, pauses=1), "A#1 is there, and its object .* is not")
     with monkeypatch.context() as patch:
         patch.setattr(confirmation, "is_held", lambda *_: False)

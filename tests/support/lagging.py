@@ -29,7 +29,7 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.memory import MemoryStore
-from support.turnstile import Kind
+from support.turnstile import METADATA, Kind
 
 PAUSE = timedelta(minutes=15)
 """More than a listing lags, and more than a save may be silent."""
@@ -108,6 +108,9 @@ class Past:
             case Kind.UNMARKED:
                 shown = {n: i for n, i in fresh.items() if not _is_hidden(n)}
                 shown |= {n: i for n, i in self.then.items() if _is_hidden(n)}
+            case Kind.UNCOMMITTED:
+                shown = {n: i for n, i in current.items() if n != METADATA}
+                shown |= {n: i for n, i in self.then.items() if n == METADATA}
             case _:
                 shown = {n: i for n, i in fresh.items() if _is_hidden(n)}
                 shown |= {n: i for n, i in self.then.items() if not _is_hidden(n)}
@@ -230,11 +233,13 @@ def lagging_listings() -> Iterator[Lag]:
     def old(store: MemoryStore, prefix: str = "", *, delimiter: bool = False) -> Listing:
         now = listed(store, prefix, delimiter=delimiter)
         shown = {info.name: info for info in now.objects}
-        for name, info in lag.ghosts.get(store.uri, {}).items():
-            if name.startswith(prefix) and not (delimiter and "/" in name.removeprefix(prefix)):
-                shown[name] = info
+        shown |= {
+            name: info
+            for name, info in lag.ghosts.get(store.uri, {}).items()
+            if name.startswith(prefix) and not (delimiter and "/" in name.removeprefix(prefix))
+        }
         names = [name for name in shown if not any(is_hidden(name) for is_hidden in lag.hidden)]
-        return replace(now, objects=tuple(shown[name] for name in reversed(sorted(names))))
+        return replace(now, objects=tuple(shown[name] for name in sorted(names, reverse=True)))
 
     no = property(lambda _: False)
     with mock.patch.object(MemoryStore, "list", old), mock.patch.object(MemoryStore, "lists_at_once", no):

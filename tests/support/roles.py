@@ -57,7 +57,7 @@ def clearer(name: str) -> Role:
 
 
 def lagging_collector(name: str) -> Role:
-    """Take nothing for too young that a listing is sure to show, and no save for dead that renews its marker."""
+    """Collect as ``gc --older-than 0s`` does."""
     return Role(name, Part.COLLECTS, functools.partial(collect, older_than=AT_ONCE, silent_for=SILENT_FOR))
 
 

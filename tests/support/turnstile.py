@@ -60,11 +60,12 @@ class Kind(enum.Enum):
     OLD = "done, and the listing is minutes old"
     UNMARKED = "done, and hidden objects and metadata are listed as they were minutes ago"
     UNFILLED = "done, and data objects are listed as they were minutes ago"
+    UNCOMMITTED = "done, and metadata alone is listed as it was minutes ago"
     LATER = "a quarter of an hour passes"
     OVER = "nothing more happens"
 
 
-LAGGING = (Kind.OLD, Kind.UNMARKED, Kind.UNFILLED)
+LAGGING = (Kind.OLD, Kind.UNMARKED, Kind.UNFILLED, Kind.UNCOMMITTED)
 CARRIED_OUT = frozenset({*LAGGING, Kind.DONE, Kind.FAILED, Kind.UNHEARD, Kind.RETRIED, Kind.DIED})
 DEADLY = frozenset({Kind.DIED, Kind.SENT})
 ANSWERS: Mapping[Kind, type[CheckpointError]] = {

@@ -126,7 +126,7 @@ class World:
         if self.over:
             return []
         waiting = [(actor, call) for actor in self.actors if (call := actor.waiting) is not None]
-        collected = self.scenario.has(Part.COLLECTS, Part.CLEARS)
+        collected = self.scenario.has(Part.COLLECTS, Part.CLEARS, Part.PRUNES)
         for actor, call in waiting:
             if is_private(call, collected=collected) or self._is_unnoticed(call):
                 return self._choices_of(actor, call)
@@ -252,7 +252,8 @@ class World:
         told = "nothing" if kind in DEADLY else call.told
         names = ", ".join(self.aliases.shown(name, actor.name) for name in call.names)
         self._lines.append(f"{actor.name}: {call.operation} {names}: {kind.value} → {told}")
-        event = (actor.history, call.operation, names, told)
+        # The time counts: what it made of the ages of what it saw.
+        event = (actor.history, call.operation, names, told, self.pauses)
         actor.history = self.scenario.numbers.setdefault(event, len(self.scenario.numbers) + 1)
         actor.call = None
         if kind in DEADLY:
