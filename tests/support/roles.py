@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import StorageWriter
 
 import cloudckpt
 from cloudckpt.backends.delete import delete_checkpoint
@@ -95,9 +96,14 @@ def state_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def save(uri: str, *, name: str, overwrite: bool = False) -> None:
+    """Save with a storage writer of this library."""
+    save_by(cloudckpt.StorageWriter(uri, overwrite=overwrite, concurrency=1), name)
+
+
+def save_by(writer: StorageWriter, name: str) -> None:
     """Call a storage writer as DCP does on the coordinator of one rank."""
     plan, planner, metadata = _planned(name)
-    writer = cloudckpt.StorageWriter(uri, overwrite=overwrite, concurrency=1)
+    writer.reset(None)
     writer.set_up_storage_writer(True, rank=0, use_collectives=True)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
     results: Any = writer.write_data(plan, planner).value()
