@@ -16,6 +16,7 @@ import cloudckpt
 from cloudckpt.backends import attempts, convert_lease
 from cloudckpt.backends.copying.journal import JOURNAL_NAME
 from cloudckpt.backends.delete import delete_unread
+from cloudckpt.backends.formats import safetensors
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite
@@ -179,6 +180,14 @@ def test_files_whose_index_is_not_listed_yet_are_whole(run: Run, lag: Lag) -> No
         lag.hide("a.index.json")
         convert_lease.remove_dead(store)
         assert store.holds("a.safetensors") and store.holds("a.index.json")
+
+
+def test_an_index_that_is_not_listed_yet_is_replaced_before_its_files(run: Run, lag: Lag) -> None:
+    with open_store(run.target) as store:
+        store.put("model-00001-of-00001.safetensors", b"data", Create())
+        store.put(safetensors.INDEX, b"{}", Create())
+        lag.hide(safetensors.INDEX)
+        assert safetensors.written_before(store)[0] == safetensors.INDEX
 
 
 def test_objects_of_a_save_whose_marker_is_not_listed_outlive_a_dead_attempt(run: Run, lag: Lag) -> None:

@@ -68,8 +68,9 @@ def step(number: int) -> str:
     return Run(Target.parse("memory://x")).folder(number)
 
 
-def save(root: Path, number: int, name: Name, **options: bool) -> None:
-    roles.save_by(cloudckpt.StorageWriter(str(root / "run" / step(number)), concurrency=1, **options), name)
+def save(root: Path, number: int, name: Name, *, overwrite: bool = False) -> None:
+    uri = str(root / "run" / step(number))
+    roles.save_by(cloudckpt.StorageWriter(uri, overwrite=overwrite, concurrency=1), name)
 
 
 def save_and_prune(root: Path, number: int, name: Name) -> None:

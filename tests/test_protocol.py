@@ -255,6 +255,7 @@ def lagged(meeting: str, **keywords: Any) -> Scenario:
     return Scenario(met, URI, first=first, store=LaggingStore, lags=True, **keywords)
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "meeting",
     [pytest.param(one, marks=pytest.mark.soak) if one in _LONG_LAGGED else one for one in LAGGED],
@@ -262,7 +263,9 @@ def lagged(meeting: str, **keywords: Any) -> Scenario:
 def test_listings_of_ten_minutes_ago_break_no_promise(
     meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
 ) -> None:
-    explored = search(lagged(meeting, faults=0, pauses=1), capsys, record_property)
+    # Of three, a pause makes more schedules than a night has time for.
+    pauses = 1 if len(LAGGED[meeting]) == 2 else 0
+    explored = search(lagged(meeting, faults=0, pauses=pauses), capsys, record_property)
     assert explored.states > 10 and explored.ends > 1
 
 

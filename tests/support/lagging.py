@@ -44,6 +44,7 @@ _CLOCKED = (
     "fsspec.implementations.memory",
 )
 _newest = threading.local()
+_NOT_OF_A_RUN = NotImplementedError("retention does this in the folder of a step")
 
 
 class _Clock:
@@ -166,25 +167,22 @@ class RunOfTwo(ObjectStore):
             return self._step.stat(name.removeprefix(f"{self._folder}/"))
         raise ObjectNotFoundError("there is no such object", uri=self._uri, object_name=name)
 
-    def _refuse(self, *_: object, **__: object) -> Any:
-        raise NotImplementedError("retention does this in the folder of a step")
-
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def read_into(
         self, name: str, offset: int, buffers: Sequence[memoryview], *, arrived: Arrived | None = None
     ) -> int | None:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def delete(self, names: Iterable[str]) -> None:
-        self._refuse()
+        raise _NOT_OF_A_RUN
 
     def begin_upload(self, name: str) -> Upload:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def upload_part(
         self,
@@ -196,16 +194,16 @@ class RunOfTwo(ObjectStore):
         checksum: str | None = None,
         departed: Departed | None = None,
     ) -> Part:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def complete_upload(self, upload: Upload, parts: Sequence[Part], *, confirm: bool = True) -> ObjectInfo:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
     def abort_upload(self, upload: Upload) -> None:
-        self._refuse()
+        raise _NOT_OF_A_RUN
 
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
-        return self._refuse()
+        raise _NOT_OF_A_RUN
 
 
 @dataclass

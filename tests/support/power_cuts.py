@@ -251,7 +251,8 @@ class _Disk:
         open_entries = [(key, list(dict.fromkeys(options))) for key, options in self.entries.items()]
         nodes = {n for _, options in open_entries for n in options if n is not None and n not in folders}
         open_data = [(node, self.options_of(node, pieces)) for node in sorted(nodes)]
-        choices: list[Sequence[Any]] = [options for _, options in (*open_entries, *open_data)]
+        choices: list[Sequence[Any]] = [options for _, options in open_entries]
+        choices += [options for _, options in open_data]
         total = 1
         for one in choices:
             total *= len(one)
