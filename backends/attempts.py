@@ -16,11 +16,12 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from cloudckpt.backends import background_log, process_identity
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.confirmation import is_held, leases_now
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
@@ -89,17 +90,18 @@ def _removed(
 
     ``now`` is the store's time.
     """
-    leases = [info for info in listing if READ_LEASE.fullmatch(info.name)]
+    since = None if now is None else now - SILENT_FOR
+    leases = _confirmed(store, [info for info in listing if READ_LEASE.fullmatch(info.name)], since)
     removed = [info.name for info in leases if _is_dead(store, info, now)]
     store.delete(removed)
-    markers = [info for info in listing if MARKER.fullmatch(info.name)]
+    markers = _confirmed(store, [info for info in listing if MARKER.fullmatch(info.name)], since)
     if not markers or not all(_is_dead(store, marker, now) for marker in markers):
         return removed
     names = [info.name for info in listing]
     metadata = f"{folder}/{md.METADATA_NAME}"
     if any(JOURNAL.fullmatch(name) for name in names) or (metadata in names and not committed):
         return removed  # a copy's, or committed by an attempt that has ended since
-    data = _removable(store, folder, names, committed)
+    data = _removable(store, folder, listing, since, committed=committed)
     if data is not None:
         names = [*data, *(info.name for info in markers)]
         store.delete(info.name for info in markers)  # first: an attempt that finds its marker gone gives up
@@ -114,20 +116,46 @@ def _removed(
     return removed
 
 
-def _removable(store: ObjectStore, folder: str, names: Sequence[str], committed: bool) -> list[str] | None:
+def _removable(
+    store: ObjectStore, folder: str, listing: Sequence[ObjectInfo], since: datetime | None, *, committed: bool
+) -> list[str] | None:
     """Return the data objects of dead attempts that may be removed; None where some have to stay.
 
     A commit that is on its way needs its objects. It fails where a checkpoint is committed, by its condition.
+    Objects younger than the checkpoint may be of a save that replaces it, whose marker is not listed yet.
+    ``since`` is the time from which on the listing may lack something.
     """
-    metadata = [name for name in names if ASIDE.fullmatch(name)]
-    if committed:
-        metadata.append(f"{folder}/{md.METADATA_NAME}")
-    named: set[str] = set()
-    for name in metadata:
-        named |= md.objects_of(md.load(store.get(name)[0], uri=store.uri, name=name))
-    data = [name for name in names if DATA.fullmatch(name) and name.removeprefix(f"{folder}/") not in named]
-    safe = not data or (committed and store.capabilities.conditional_create)
-    return data if safe else None
+    at = f"{folder}/{md.METADATA_NAME}"
+    names = [info.name for info in listing if ASIDE.fullmatch(info.name)]
+    named, younger = set[str](), None
+    for name in [*names, at] if committed else names:
+        found, info = store.get(name)
+        named |= md.objects_of(md.load(found, uri=store.uri, name=name))
+        younger = info.modified
+    data = [
+        info
+        for info in listing
+        if DATA.fullmatch(info.name) and info.name.removeprefix(f"{folder}/") not in named
+    ]
+    if not data:
+        return []
+    if not committed or since is None or not store.capabilities.conditional_create:
+        return None
+    if is_held(store, f"{folder}/", {info.name: info for info in listing}, since):
+        return None
+    return [info.name for info in data if not _is_younger(info, younger)]
+
+
+def _is_younger(info: ObjectInfo, than: datetime | None) -> bool:
+    if info.modified is None or than is None:
+        return True
+    # Times of an answer may be cut to seconds where those of a listing are not.
+    return info.modified > (than + timedelta(seconds=1) if than.microsecond == 0 else than)
+
+
+def _confirmed(store: ObjectStore, leases: list[ObjectInfo], since: datetime | None) -> list[ObjectInfo]:
+    """Return leases as they are now; without a time of the store, as they are listed."""
+    return leases if since is None else leases_now(store, leases, since)
 
 
 def _is_dead(store: ObjectStore, marker: ObjectInfo, now: datetime | None) -> bool:

@@ -21,6 +21,7 @@ import pydantic
 from pydantic import Field
 
 from cloudckpt.backends import background_log
+from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
 from cloudckpt.backends.marker import SILENT_FOR, SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectStore, PendingUpload, Upload
@@ -99,6 +100,7 @@ def left_by(
     files = {f"{folder}{one}" for one in found.files}
     uploads = tuple(one.upload for one in pending if one.upload.name in files)
     whole = found.index is None or f"{folder}{found.index}" in visible
+    whole = whole or store.holds(f"{folder}{found.index}")  # a listing may not show it yet
     kept = {f"{folder}{one}" for one in found.replaced}
     return Left(uploads, () if whole else tuple(sorted((files & {*visible}) - kept)))
 
@@ -112,6 +114,7 @@ def remove_dead(store: ObjectStore, silent_for: timedelta = SILENT_FOR) -> None:
     try:
         leases = [info for info in store.list(_PREFIX, delimiter=True).objects if LEASE.fullmatch(info.name)]
         bound = datetime.now(UTC) - silent_for
+        leases = leases_now(store, leases, bound)
         dead = [info.name for info in leases if is_silent(info, bound) or _has_ended(store, info.name)]
         if not dead:
             return

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from cloudckpt.backends import background_log, commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.confirmation import is_held
+from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
-from cloudckpt.backends.marker import is_silent, silent_since
+from cloudckpt.backends.marker import MARKER, is_silent, silent_since
+from cloudckpt.backends.object_looks import found
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
-from cloudckpt.backends.set_aside import ASIDE, objects_of
+from cloudckpt.backends.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -22,6 +26,9 @@ from cloudckpt.backends.target import Target
 from cloudckpt.backends.uri_hints import advice
 
 _log = background_log.logger(__name__)
+
+_TRACE: Final = re.compile("|".join(one.pattern for one in (MARKER, JOURNAL, ASIDE)))
+"""Hidden objects of saves, copies and checkpoints that were set aside."""
 
 
 def delete_checkpoint(
@@ -48,27 +55,29 @@ def delete_checkpoint(
 
 
 def delete_unread(target: Target) -> bool:
-    """Delete a checkpoint as `delete_checkpoint` does, unless a process is loading it.
+    """Delete a checkpoint as `delete_checkpoint` does, unless it is pinned or a process is loading it.
 
     A process that begins to load it meanwhile finds all objects: they are left then, without metadata, for
     the next retention or gc.
 
     Returns:
-        False if it is being loaded, or nothing is committed there any more. It was left alone then.
+        False if it is pinned or being loaded, or nothing is committed there any more. It was left alone then.
 
     Raises:
         StorageError: the store could not be read, or not delete.
     """
     with open_store(target) as store:
+        pinned = begun(partial(store.holds, PIN), concurrent=store.is_remote)
         try:
             metadata, objects, listed = _committed(store)
         except CheckpointNotFoundError:  # another process was faster
             return False
-        if is_read(listed, silent_since()):
+        # Pinned a moment ago, or a lease renewed, which the listing may not show yet.
+        if pinned.result() or is_read(listed, silent_since(), store):
             return False
         store.delete(metadata)
         listed = store.list("", delimiter=True).objects
-        if is_read(listed, silent_since()):
+        if is_read(listed, silent_since(), store):
             _log.info("%s is deleted, but for the objects that a process is reading", one_line(store.uri))
         else:
             leases = [info.name for info in listed if READ_LEASE.fullmatch(info.name)]  # expired
@@ -77,7 +86,7 @@ def delete_unread(target: Target) -> bool:
 
 
 def delete_set_aside(target: Target, before: datetime) -> None:
-    """Delete the checkpoints that were set aside here until ``before``, unless a process is reading there.
+    """Delete what was set aside here until ``before``, unless it is pinned or a process is reading there.
 
     Raises:
         StorageError: the store could not be read, or not delete.
@@ -85,10 +94,38 @@ def delete_set_aside(target: Target, before: datetime) -> None:
     with open_store(target) as store:
         listed = store.list("", delimiter=True).objects
         asides = [one for one in listed if ASIDE.fullmatch(one.name) and is_silent(one, before)]
-        if asides and not is_read(listed, silent_since()):
+        if asides and not (store.holds(PIN) or is_read(listed, silent_since(), store)):
             store.delete(sorted(objects_of(store, asides)))
             store.delete([one.name for one in asides])
+            notice = found(store, NOTICE)
+            if notice is not None and is_silent(notice, before):
+                store.delete([NOTICE])
             _log.info("deleted what was set aside at %s", one_line(store.uri))
+
+
+def delete_remains(target: Target) -> None:
+    """Delete the data of a checkpoint whose deletion began: its metadata is gone.
+
+    Nothing is deleted while a process loads it, or where the folder has another hidden object: the marker of
+    a save, the journal of a copy, or metadata that was set aside. Plain reads confirm that the listing does
+    not lack one of these, or the metadata.
+
+    Raises:
+        StorageError: the store could not be read, or not delete.
+    """
+    with open_store(target) as store:
+        listed, since = store.list().objects, silent_since()
+        names = [info.name for info in listed]
+        leases = [name for name in names if READ_LEASE.fullmatch(name)]
+        if any(md.is_metadata(name) or _TRACE.fullmatch(name) for name in names):
+            return
+        # The marker of a save may not be listed yet. What is younger than the listing may be a part of it.
+        data = [info.name for info in listed if store.lists_at_once or is_silent(info, since)]
+        data = [name for name in data if name.startswith(md.DATA_PREFIX) and name.endswith(md.DATA_SUFFIX)]
+        if is_read(listed, since, store) or is_held(store, "", {info.name: info for info in listed}, since):
+            return
+        if (data or leases) and not store.holds(md.METADATA_NAME):
+            store.delete([*data, *leases])
 
 
 def _committed(store: ObjectStore) -> tuple[list[str], list[str], tuple[ObjectInfo, ...]]:
@@ -101,16 +138,16 @@ def _committed(store: ObjectStore) -> tuple[list[str], list[str], tuple[ObjectIn
     look = partial(commit.find_previous, store, md.METADATA_NAME)  # listed or not: a listing may lag behind
     looking = begun(look, concurrent=True) if store.is_remote else None
     listed = store.list("", delimiter=True).objects
-    found = {md.METADATA_NAME: look() if looking is None else looking.result()}
+    read = {md.METADATA_NAME: look() if looking is None else looking.result()}
     for name in (info.name for info in listed if md.is_metadata(info.name)):
         if name != md.METADATA_NAME:
-            found[name] = commit.find_previous(store, name)
-    there = sorted(name for name, previous in found.items() if previous is not None)
+            read[name] = commit.find_previous(store, name)
+    there = sorted(name for name, previous in read.items() if previous is not None)
     if not there:
         raise CheckpointNotFoundError(
             "there is no committed checkpoint to delete",
             uri=store.uri,
             hint=advice(store.uri, "Check the URI"),
         )
-    objects = sorted({one for previous in found.values() if previous for one in previous.objects})
+    objects = sorted({one for previous in read.values() if previous for one in previous.objects})
     return there, objects, listed

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import background_log, convert_lease, set_aside
+from cloudckpt.backends import background_log, confirmation, convert_lease, set_aside
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -27,7 +27,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
-from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
+from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
@@ -100,9 +100,11 @@ def collect_garbage(
         listing = store.list().objects
         now = datetime.now(UTC)
         bound, silent = _before(now, age), _before(now, silence)
+        if not store.lists_at_once:  # what is younger than the listing may have a marker that it lacks
+            bound = min(bound, _before(now, SILENT_FOR))
         # What is put without a marker to guard it: no save owns it, and one may be putting it right now.
         unguarded = min(bound, silent)
-        dead, busy = _markers(listing, silent)
+        dead, busy = _markers(store, listing, silent)
         uploads = [
             p
             for p in pending
@@ -111,7 +113,7 @@ def collect_garbage(
         ]
         leases, left = _conversions(store, listing, begun, unguarded)
         journals, abandoned, copied = _copies(store, listing, bound, busy)
-        asides = _set_aside(listing, bound, busy)
+        asides = _set_aside(store, listing, bound, busy)
         copied |= set_aside.objects_of(store, asides)
         uploads += [PendingUpload(one) for one in abandoned if one not in {p.upload for p in uploads}]
         old = [
@@ -130,7 +132,9 @@ def collect_garbage(
         unnamed = _unnamed(store, old, [info for info in listing if info not in asides])
         if not dry_run:
             # A copy that begins now goes on with what an earlier one left: it looks after it has a marker.
-            saving = {folder for folder in touched if _has_begun(store, folder, silent)}
+            doomed = {_parent(p.upload.name) for p in uploads}
+            doomed |= {_parent(info.name) for info in (*unnamed, *journals, *asides)}
+            saving = {folder for folder in doomed if _is_in_use(store, folder, listing, silent)}
             uploads = [p for p in uploads if _parent(p.upload.name) not in saving]
             unnamed = [info for info in unnamed if _parent(info.name) not in saving]
             journals = [info for info in (*journals, *asides) if _parent(info.name) not in saving]
@@ -230,6 +234,7 @@ def _conversions(
     """Return the leases of conversions that died, and what these left that no living one writes."""
     found = [info for info in listing if convert_lease.LEASE.fullmatch(info.name)]
     visible = frozenset(info.name for info in listing)
+    found = confirmation.leases_now(store, found, bound)
     dead = [info.name for info in found if _is_old(info.modified, bound)]
     left = [convert_lease.left_by(store, name, visible, begun) for name in dead]
     living = [convert_lease.left_by(store, i.name, visible, begun) for i in found if i.name not in dead]
@@ -240,16 +245,24 @@ def _conversions(
     return dead, convert_lease.Left(tuple(ordered), tuple(sorted(objects)))
 
 
-def _set_aside(listing: Iterable[ObjectInfo], bound: datetime, busy: AbstractSet[str]) -> list[ObjectInfo]:
-    """Return metadata that was set aside before ``bound``, in folders that are neither pinned nor busy."""
-    kept = busy | {_parent(info.name) for info in listing if _PIN.fullmatch(info.name)}
-    return [
-        info
-        for info in listing
-        if set_aside.ASIDE.fullmatch(info.name)
-        and _is_old(info.modified, bound)
-        and _parent(info.name) not in kept
-    ]
+def _set_aside(
+    store: ObjectStore, listing: Sequence[ObjectInfo], bound: datetime, busy: AbstractSet[str]
+) -> list[ObjectInfo]:
+    """Return metadata that was set aside before ``bound``, in folders that are neither pinned nor busy.
+
+    The notice goes with the last of them.
+    """
+    asides = [info for info in listing if set_aside.ASIDE.fullmatch(info.name)]
+    old = [info for info in asides if _is_old(info.modified, bound) and _parent(info.name) not in busy]
+    pinned = {folder for folder in {_parent(info.name) for info in old} if store.holds(folder + PIN)}
+    old = [info for info in old if _parent(info.name) not in pinned]
+    kept = busy | {_parent(info.name) for info in asides if info not in old}
+    notices = [info for info in listing if _is_notice(info.name) and _is_old(info.modified, bound)]
+    return old + [info for info in notices if _parent(info.name) not in kept]
+
+
+def _is_notice(name: str) -> bool:
+    return name.rpartition("/")[2] == set_aside.NOTICE
 
 
 def _is_ours(name: str) -> bool:
@@ -260,16 +273,22 @@ def _is_metadata(name: str) -> bool:
     return md.is_metadata(name.rpartition("/")[2]) or set_aside.ASIDE.fullmatch(name) is not None
 
 
-def _markers(listing: Iterable[ObjectInfo], bound: datetime) -> tuple[list[ObjectInfo], set[str]]:
+def _markers(
+    store: ObjectStore, listing: Iterable[ObjectInfo], bound: datetime
+) -> tuple[list[ObjectInfo], set[str]]:
     """Return leases that were not renewed since ``bound``, and the folders where a save or load goes on."""
     markers = [info for info in listing if MARKER.fullmatch(info.name) or READ_LEASE.fullmatch(info.name)]
+    markers = confirmation.leases_now(store, markers, bound)
     dead = [info for info in markers if is_silent(info, bound)]
     return dead, {_parent(info.name) for info in markers if info not in dead}
 
 
-def _has_begun(store: ObjectStore, folder: str, bound: datetime) -> bool:
-    """Whether something is in progress in a folder now, whatever an earlier listing showed."""
-    return bool(_markers(store.list(folder + HIDDEN_PREFIX).objects, bound)[1])
+def _is_in_use(store: ObjectStore, folder: str, listing: Iterable[ObjectInfo], bound: datetime) -> bool:
+    """Whether something is in progress in a folder now, or was kept there, whatever the listing showed."""
+    shown = {info.name: info for info in listing if _parent(info.name) == folder}
+    if confirmation.is_held(store, folder, shown, silent_since()):
+        return True
+    return bool(_markers(store, store.list(folder + HIDDEN_PREFIX).objects, bound)[1])
 
 
 def _is_old(when: datetime | None, bound: datetime) -> bool:
@@ -287,8 +306,9 @@ def _unnamed(store: ObjectStore, old: list[ObjectInfo], listing: Iterable[Object
             metadata[_parent(info.name)].append(info.name)
     unnamed: list[ObjectInfo] = []
     for folder, infos in candidates.items():
-        # The listing may be older than a commit, so the plain name is always asked for.
+        # The listing may be older than a commit, so what may name these is always asked for.
         names = {folder + md.METADATA_NAME, *metadata[folder]}
+        names |= {f"{folder}__{rank}{md.METADATA_NAME}" for rank in _ranks(infos)}
         try:
             named = frozenset[str]().union(*(_named(store, folder, name) for name in names))
         except (IntegrityError, UnsafeCheckpointError) as error:
@@ -296,6 +316,11 @@ def _unnamed(store: ObjectStore, old: list[ObjectInfo], listing: Iterable[Object
             continue
         unnamed += [info for info in infos if info.name not in named]
     return unnamed
+
+
+def _ranks(infos: Iterable[ObjectInfo]) -> set[str]:
+    """Return the ranks that wrote data objects, which may have metadata of their own."""
+    return {info.name.rpartition("/")[2].split("_")[2] for info in infos if DATA.fullmatch(info.name)}
 
 
 def _parent(name: str) -> str:

@@ -16,9 +16,10 @@ from datetime import datetime
 from typing import Final
 
 from cloudckpt.backends import background_log
+from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.marker import SaveMarker, is_silent
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.target import Target
 
@@ -29,9 +30,21 @@ READ_LEASE: Final = re.compile(rf"(?:.*/)?{re.escape(_PREFIX)}[0-9a-f]{{32}}")
 """Names of read leases; each covers the checkpoint in its folder."""
 
 
-def is_read(objects: Iterable[ObjectInfo], alive: datetime) -> bool:
-    """Return True if a lease among these objects was renewed after ``alive``."""
-    return any(READ_LEASE.fullmatch(info.name) and not is_silent(info, alive) for info in objects)
+def is_read(objects: Iterable[ObjectInfo], alive: datetime, store: ObjectStore | None = None) -> bool:
+    """Return True if a lease among these objects was renewed after ``alive``.
+
+    Args:
+        objects: what a listing shows.
+        alive: the time after which a lease must have been renewed.
+        store: where leases that seem to have expired are read, for who deletes on the answer.
+
+    Raises:
+        StorageError: the store could not be read.
+    """
+    leases = [info for info in objects if READ_LEASE.fullmatch(info.name)]
+    if store is not None:
+        leases = leases_now(store, leases, alive)
+    return any(not is_silent(info, alive) for info in leases)
 
 
 def put_lease(target: Target, rank: int) -> SaveMarker | None:

@@ -15,11 +15,16 @@ from typing import Final
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import ObjectNotFoundError
-from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore
+from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore, Overwrite
 
 _PREFIX: Final = ".cloudckpt-aside."
 ASIDE: Final = re.compile(rf"(?:.*/)?{re.escape(_PREFIX)}[0-9a-f]{{32}}")
 """Names of metadata objects that were set aside."""
+NOTICE: Final = ".cloudckpt-aside"
+"""The hidden object that says when a checkpoint was last set aside in its folder.
+
+Its name is known, so that a plain read finds it where a listing does not show the metadata yet.
+"""
 
 
 def set_aside(store: ObjectStore) -> bool:
@@ -39,6 +44,7 @@ def set_aside(store: ObjectStore) -> bool:
     except ObjectNotFoundError:
         return False
     store.put(f"{_PREFIX}{uuid.uuid4().hex}", data, Create())
+    store.put(NOTICE, b"a checkpoint was set aside here\n", Overwrite())  # before nothing names its objects
     store.delete([md.METADATA_NAME])
     return True
 

@@ -190,6 +190,14 @@ class ObjectStore(abc.ABC):
         """True if ``capabilities`` are known without a request."""
         return True
 
+    @property
+    def lists_at_once(self) -> bool:
+        """True if a listing shows each object from the moment that it is put, and none that is deleted.
+
+        Elsewhere nothing young is deleted because its marker is not listed. Known without a request.
+        """
+        return False
+
     def features(self) -> str | None:
         """Name the optional features of the server that were probed, for a person to read.
 

@@ -17,6 +17,7 @@ from cloudckpt.backends import background_log, commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.committed import listed_metadata
+from cloudckpt.backends.copying.arrived import ensure_there, held_of, is_same
 from cloudckpt.backends.copying.journal import (
     JOURNAL_NAME,
     CopyJournal,
@@ -31,7 +32,6 @@ from cloudckpt.backends.copying.source import Checkpoint, read_checkpoint
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
-    CommitError,
     ConfigurationError,
     ObjectNotFoundError,
     StorageError,
@@ -144,6 +144,8 @@ class _Copy:
         self._observer = observer
         self._begun = begun
         self._copy_id = uuid.uuid4().hex
+        self._reused: set[str] = set()
+        """Objects that an earlier copy left at the destination."""
 
     def run(self, *, overwrite: bool) -> Copied:
         checkpoint = read_checkpoint(self._source)
@@ -232,7 +234,7 @@ class _Copy:
         ready: Callable[[], None],
     ) -> Relay:
         """Have every object at the destination."""
-        there = {info.name: info for info in self._destination.list().objects}
+        there = held_of(self._destination, originals, self._other.options.concurrency)
         relay = Relay(
             self._source,
             self._one.options,
@@ -245,8 +247,9 @@ class _Copy:
         left: list[Original] = []
         for name, info in originals.items():
             entry, held = journal.found.get(name), there.get(name)
-            if held is not None and _is_same(info, held, entry):
+            if held is not None and is_same(info, held, entry):
                 relay.copied[name] = held
+                self._reused.add(name)
                 if entry is not None and entry.upload_id is not None:
                     give_up(self._destination, Upload(name, entry.upload_id))
                 journal.finish(name, Entry(info.size, info.version, done=held.version or ""))
@@ -269,7 +272,7 @@ class _Copy:
         Of ranks that saved without each other, each one's metadata is a commit of its own.
         """
         store = self._destination
-        _check_there(store, objects)
+        ensure_there(store, objects, self._reused)
         if not marker.is_there():
             raise gave_way(store.uri)
         # What another copy puts under a name that is unique is the same.
@@ -361,39 +364,3 @@ def _named(data: bytes, uri: str, name: str) -> frozenset[str]:
         return md.objects_of(md.load(data, uri=uri, name=name))
     except CheckpointError:
         return frozenset()  # nobody can load it
-
-
-def _is_same(info: ObjectInfo, held: ObjectInfo, entry: Entry | None) -> bool:
-    """Whether what is at the destination is the object: by its name, or on the word of the journal."""
-    if held.size != info.size:
-        return False
-    if is_unique(info.name):
-        return True
-    noted = entry is not None and entry.done is not None and entry.version == info.version
-    return noted and entry is not None and entry.done == (held.version or "")
-
-
-def _check_there(store: ObjectStore, objects: Mapping[str, ObjectInfo]) -> None:
-    """Make sure that every object is still there, also those that an earlier copy left.
-
-    Raises:
-        CommitError: one is not, or has another size; or was put by another copy, under a name of stock DCP.
-    """
-    listed = {info.name: info for info in store.list().objects}
-    for name, info in objects.items():
-        now: ObjectInfo | None
-        try:
-            now = listed[name] if name in listed else store.stat(name)  # a listing may lag behind
-        except ObjectNotFoundError:
-            now = None
-        if now is None or now.size != info.size or not (is_unique(name) or _is_version(now, info)):
-            raise CommitError(
-                "an object is gone, or is another one, that had arrived",
-                uri=store.uri,
-                object_name=name,
-                hint="Nothing was committed: copy again",
-            )
-
-
-def _is_version(now: ObjectInfo, then: ObjectInfo) -> bool:
-    return now.version is None or then.version is None or now.version == then.version

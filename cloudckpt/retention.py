@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import attempts, background_log
-from cloudckpt.backends.delete import delete_set_aside, delete_unread
+from cloudckpt.backends.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectStore
@@ -119,6 +119,15 @@ class Retention:
         known = [step for step, metric in metrics.items() if not math.isnan(metric)]
         best = sorted(known, key=lambda step: (metrics[step], step))[-self.keep_best :]
         return [step for step in old if step not in best]
+
+    def relied_on(self, committed: Mapping[int, Entry], gone: Collection[int]) -> set[int]:
+        """Return the steps without which some of ``gone`` would stay."""
+        ordered = sorted(step for step, one in committed.items() if not one.pinned)
+        relied = {*ordered[-(self.keep_last or 0) :]}
+        if isinstance(self.keep_every, timedelta):
+            for step in gone:
+                relied |= {*[kept for kept in ordered if kept < step and kept not in gone][-1:]}
+        return relied
 
     def _milestones(self, ordered: Sequence[int], committed: Mapping[int, Entry]) -> set[int]:
         """The steps that ``keep_every`` is about; of times, the same ones whatever went in between."""
@@ -284,7 +293,7 @@ def prune(run: Run, retention: Retention, protected: Collection[int] = ()) -> li
     before = datetime.now(UTC) - _SET_ASIDE_FOR
     for step, one in begun.items():
         if step < newest and one.state == "unfinished" and one.objects:
-            run.sweep(step)  # where a deletion before this one was cut off
+            delete_remains(run.at(step))  # where a deletion before this one was cut off
         if one.set_aside is not None and one.set_aside <= before and not one.pinned:
             delete_set_aside(run.at(step), before)
     return gone
@@ -293,8 +302,27 @@ def prune(run: Run, retention: Retention, protected: Collection[int] = ()) -> li
 def superseded(
     run: Run, committed: Mapping[int, Entry], retention: Retention, protected: Collection[int] = ()
 ) -> list[int]:
-    """Return the committed steps of a run that its retention deletes, by the metrics stored with them."""
-    return retention.superseded(committed, lambda step: run.note(step, _METRIC), protected)
+    """Return the committed steps of a run that its retention deletes, by the metrics stored with them.
+
+    Args:
+        run: the run.
+        committed: what a listing shows, which may be of steps that were deleted since.
+        retention: which steps stay.
+        protected: steps that stay in addition.
+
+    Raises:
+        StorageError: the store could not be read.
+    """
+    found, confirmed = dict(committed), set[int]()
+    while True:
+        gone = retention.superseded(found, lambda step: run.note(step, _METRIC), protected)
+        # Steps that stay in place of those: one that is not there any more would stand for none.
+        asked = retention.relied_on(found, gone) - confirmed if gone else set[int]()
+        if not asked:
+            return gone
+        there = run.among(asked)
+        confirmed |= there
+        found = {step: one for step, one in found.items() if step in there or step not in asked}
 
 
 def drop(run: Run, step: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -151,6 +151,17 @@ class Run:
         with open_store(self.target) as store:
             return self._is_committed(store, step)
 
+    def among(self, steps: Collection[int]) -> set[int]:
+        """Return those of some steps that are committed, by a plain read of each.
+
+        Raises:
+            StorageError: the store could not be read.
+        """
+        with open_store(self.target) as store:
+            looks = [partial(self._is_committed, store, one) for one in steps]
+            committed = run_all(looks, self.target.options.concurrency)
+        return {one for one, there in zip(steps, committed, strict=True) if there}
+
     def newer(self, step: int) -> list[int]:
         """Return the committed steps above ``step``, in order.
 
@@ -159,11 +170,7 @@ class Run:
         Raises:
             StorageError: the store could not be read.
         """
-        with open_store(self.target) as store:
-            above = [one for one in _folders(store) if one > step]
-            looks = [partial(self._is_committed, store, one) for one in above]
-            committed = run_all(looks, self.target.options.concurrency)
-            return [one for one, there in zip(above, committed, strict=True) if there]
+        return sorted(self.among([one for one in self.folders() if one > step]))
 
     def folders(self) -> list[int]:
         """Return the steps that have a folder, committed or not, in order; a request for a thousand.
@@ -227,24 +234,6 @@ class Run:
         """
         with open_store(self.at(step)) as store:
             store.delete([PIN])
-
-    def sweep(self, step: int) -> None:
-        """Delete the data of a step whose deletion began: its metadata is gone.
-
-        Nothing is deleted while a process loads it, or where the folder has another hidden object: the lease
-        of a save, the journal of a copy, or metadata that was set aside.
-
-        Raises:
-            StorageError: the store could not be read, or not delete.
-        """
-        with open_store(self.at(step)) as store:
-            objects = store.list().objects
-            names = [info.name for info in objects]
-            leases = [name for name in names if READ_LEASE.fullmatch(name)]
-            others = [name for name in names if _TRACE.fullmatch(name) and name not in leases]
-            if others or any(map(md.is_metadata, names)) or is_read(objects, silent_since()):
-                return
-            store.delete([*filter(_is_data, names), *leases])
 
     def listed(self, silent_for: timedelta = SILENT_FOR) -> list[Entry]:
         """Every checkpoint below the URI, or the one at it, committed or not: steps in order, then others.

@@ -247,7 +247,9 @@ def test_retention_deletes_after_a_day_what_was_set_aside_and_not_pinned(folder:
         age(folder, 1.1)
         checkpointer.save(12, numbered(12))
         assert [name for name in folder.visible() if "0000000020" in name] == []
-        assert len([name for name in folder.visible() if "0000000030" in name]) == 3  # data, metadata, pin
+        assert (
+            len([name for name in folder.visible() if "0000000030" in name]) == 4
+        )  # data, metadata, notice, pin
         assert checkpointer.all_steps() == [10, 11, 12]
 
 

@@ -8,22 +8,44 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.backends import commit
+from cloudckpt.backends import commit, confirmation
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
+from cloudckpt.run import Run
 from support import roles
 from support.interleave import Explored, Violation, explore
-from support.roles import clearer, collector, creator, deleter, overwriter, reader
-from support.scenario import FIRST, IgnorantStore, Limit, LyingStore, Part, RemoteStore, Role, Scenario
-from support.turnstile import METADATA, Kind, Step
+from support.roles import (
+    clearer,
+    collector,
+    creator,
+    deleter,
+    lagging_collector,
+    misled_pruner,
+    overwriter,
+    pruner,
+    reader,
+    withdrawer,
+)
+from support.scenario import (
+    FIRST,
+    IgnorantStore,
+    LaggingStore,
+    Limit,
+    LyingStore,
+    Part,
+    RemoteStore,
+    Role,
+    Scenario,
+)
+from support.turnstile import METADATA, Kind, Step, Turnstile
 from support.verdicts import judge
 from support.world import World, in_flight_together, many_worlds, open_here
 
-URI = "memory://protocol"
+URI = "memory://protocol/step-0000000001"
 
 CREATORS = (creator("A"), creator("B"))
 OVERWRITERS = (overwriter("A"), overwriter("B"))
@@ -201,6 +223,56 @@ def test_a_save_that_is_taken_for_dead_commits_whole_or_not_at_all(
     assert explored.states > 50 and explored.ends > 5
 
 
+LAGGING_COLLECTOR = lagging_collector("G")
+PRUNER = pruner("P")
+LAGGED: dict[str, tuple[Role, ...]] = {
+    "one job creates and the run is pruned": (CREATORS[0], PRUNER),
+    "one job overwrites and the run is pruned": (OVERWRITERS[0], PRUNER),
+    "one job overwrites and the run is pruned by a step that is gone": (OVERWRITERS[0], misled_pruner("P")),
+    "one job creates and garbage is collected": (CREATORS[0], LAGGING_COLLECTOR),
+    "one job overwrites and garbage is collected": (OVERWRITERS[0], LAGGING_COLLECTOR),
+    "one job overwrites and one deletes": (OVERWRITERS[0], DELETER),
+    "a checkpoint is set aside and garbage is collected": (withdrawer("W"), LAGGING_COLLECTOR),
+    "one job creates, garbage is collected and the run is pruned": (CREATORS[0], LAGGING_COLLECTOR, PRUNER),
+}
+"""Who meets where a listing shows what was there up to ten minutes ago."""
+_LONG_LAGGED = {one for one, met in LAGGED.items() if len(met) > 2} | {
+    "one job overwrites and the run is pruned",
+    "one job creates and garbage is collected",
+    "one job overwrites and garbage is collected",
+}
+
+
+def lagged(meeting: str, **keywords: Any) -> Scenario:
+    met = LAGGED[meeting]
+    first = {} if met[0] in CREATORS else first_checkpoint()
+    return Scenario(met, URI, first=first, store=LaggingStore, lags=True, **keywords)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "meeting",
+    [pytest.param(one, marks=pytest.mark.soak) if one in _LONG_LAGGED else one for one in LAGGED],
+)
+def test_listings_of_ten_minutes_ago_break_no_promise(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    # Of three, a pause makes more schedules than a night has time for.
+    pauses = 1 if len(LAGGED[meeting]) == 2 else 0
+    explored = search(lagged(meeting, faults=0, pauses=pauses), capsys, record_property)
+    assert explored.states > 10 and explored.ends > 1
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("meeting", ["a checkpoint is set aside and garbage is collected"])
+def test_listings_of_ten_minutes_ago_and_a_failure_break_no_promise(
+    meeting: str, capsys: pytest.CaptureFixture[str], record_property: Record
+) -> None:
+    explored = search(lagged(meeting, faults=1, pauses=2, limits=LIMITS), capsys, record_property)
+    assert explored.states > 100
+
+
 # Where the promises end. Without the limits that the tests above put up with, the search finds each.
 
 
@@ -222,6 +294,28 @@ def test_a_marker_that_comes_after_its_upload_lets_gc_without_an_age_abort_that(
 def test_a_commit_that_is_replaced_before_it_is_read_back_is_known_to_be_called_lost() -> None:
     case = scenario("two jobs overwrite", 1, kinds=frozenset({Kind.UNHEARD}))
     fails(case, "reported CheckpointExistsError, and its checkpoint was there")
+
+
+def test_a_listing_that_is_taken_at_its_word_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each without one of the plain reads, or without the age below which nothing is deleted."""
+    meetings = [*LAGGED]
+    with monkeypatch.context() as patch:
+        patch.setattr(LaggingStore, "lists_at_once", True)
+        fails(lagged(meetings[0], faults=0, pauses=0), "A#1 is there, and its object .* is not")
+        fails(lagged(meetings[3], faults=0, pauses=0), "A#1 is there, and its object .* is not")
+    with monkeypatch.context() as patch:
+        holds = Turnstile.holds
+        patch.setattr(Turnstile, "holds", lambda one, name: name != METADATA and holds(one, name))
+        fails(lagged(meetings[0], faults=0, pauses=1), "A#1 is there, and its object .* is not")
+    with monkeypatch.context() as patch:
+        patch.setattr(confirmation, "is_held", lambda *_: False)
+        fails(lagged(meetings[6], faults=0, pauses=1), "what was set aside lacks")
+    with monkeypatch.context() as patch:
+        patch.setattr(confirmation, "leases_now", lambda _, listed, __: list(listed))
+        fails(lagged(meetings[4], faults=0, pauses=1), "A met no fault and reported CommitError")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "among", lambda _, steps: {*steps})
+        fails(lagged(meetings[2], faults=0, pauses=0), "P deleted the newest step")
 
 
 # What follows breaks the protocol on purpose: a search that finds nothing there would prove nothing.

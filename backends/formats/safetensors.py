@@ -146,7 +146,9 @@ def sharded(tensors: Mapping[str, Entry], shard_size: int) -> tuple[list[Shard],
 
 def written_before(store: ObjectStore) -> list[str]:
     """The objects in a folder that are files of a model: the index first."""
-    names = [info.name for info in store.list("", delimiter=True).objects]
+    names = {info.name for info in store.list("", delimiter=True).objects}
+    # Shards that are deleted before an index that is not listed yet would leave it without them.
+    names |= {name for name in (INDEX, WHOLE) if name not in names and store.holds(name)}
     found = [name for name in names if name in (INDEX, WHOLE) or _SHARD.fullmatch(name)]
     return sorted(found, key=lambda name: (name != INDEX, name))
 

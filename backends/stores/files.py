@@ -94,6 +94,19 @@ def sync_folders(folder: Path, top: Path) -> None:
         sync_folder(folder)
 
 
+def sync_above(folder: Path) -> None:
+    """Make a folder durable in its parent, and each folder above it on its file system.
+
+    Whoever made them may have died before it did so. A folder that this process may not open is passed over.
+    """
+    device = folder.stat().st_dev
+    for parent in folder.parents:
+        with contextlib.suppress(OSError):
+            if parent.stat().st_dev != device:
+                return
+            sync_folder(parent)
+
+
 def make_folders(folder: Path) -> None:
     """Make a folder and what is missing above it, each durable in its parent."""
     missing = []

@@ -71,6 +71,10 @@ class GCSStore(ObjectStore):
         return True
 
     @property
+    def lists_at_once(self) -> bool:
+        return True
+
+    @property
     def part_limits(self) -> PartLimits:
         """Limits of the uploads that are used; probing a server other than Google's takes a few requests.
 

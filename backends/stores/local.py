@@ -62,14 +62,18 @@ class LocalStore(ObjectStore):
         self._target, self._uri = target, target.uri
         self._root = Path(target.path)
         self._tree = Tree(self._uri, self._root)
-        self._made_root = False
+        self._made_root = self._is_anchored = False
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_made_root": False}
+        return {**self.__dict__, "_made_root": False, "_is_anchored": False}
 
     @property
     def uri(self) -> str:
         return self._uri
+
+    @property
+    def lists_at_once(self) -> bool:
+        return True
 
     @property
     def capabilities(self) -> Capabilities:
@@ -247,6 +251,9 @@ class LocalStore(ObjectStore):
             try:
                 self._made_root |= not self._root.is_dir()
                 files.make_folders(hidden.parent)
+                if not self._is_anchored:
+                    files.sync_above(self._root)
+                    self._is_anchored = True
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 return descriptors.opened(hidden, flags)
             except FileNotFoundError:  # another process removed the folder, which was empty until now

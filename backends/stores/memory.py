@@ -73,6 +73,10 @@ class MemoryStore(ObjectStore):
         return self._uri
 
     @property
+    def lists_at_once(self) -> bool:
+        return True
+
+    @property
     def capabilities(self) -> Capabilities:
         return Capabilities(conditional_create=True, conditional_update=True)
 

@@ -90,6 +90,10 @@ class S3Store(ObjectStore):
         return True
 
     @property
+    def lists_at_once(self) -> bool:
+        return True
+
+    @property
     def part_limits(self) -> PartLimits:
         return PartLimits(_MIN_PART, _MAX_PART, _MAX_PARTS, in_place=True)
 

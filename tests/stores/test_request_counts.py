@@ -29,6 +29,8 @@ from support.servers import S3Server
 _MIB = 1 << 20
 BEFORE = {"save": 10, "overwrite": 11, "load": 2, "retention": 9, "gc": 6, "doctor": 33}
 MORE = 2
+CONFIRMED = {"retention": 4}
+"""Plain reads before two steps are deleted: the pin of each, and the two steps that stay in their place."""
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def test_no_operation_makes_more_than_two_requests_more_than_before(place: tuple
         act()
         counts[name] = proxy.count
     print(counts)  # noqa: T201 - for the note of a release
-    assert all(counts[name] <= BEFORE[name] + MORE for name in BEFORE), counts
+    assert all(counts[name] <= BEFORE[name] + MORE + CONFIRMED.get(name, 0) for name in BEFORE), counts
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,10 @@ class FaultyStore(ObjectStore):
         return self._store.part_limits
 
     @property
+    def lists_at_once(self) -> bool:
+        return self._store.lists_at_once
+
+    @property
     def capabilities(self) -> Capabilities:
         return self._store.capabilities
 

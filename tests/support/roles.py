@@ -11,10 +11,16 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import StorageWriter
 
 import cloudckpt
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.marker import SILENT_FOR
+from cloudckpt.backends.target import Target
+from cloudckpt.retention import Retention, prune
+from cloudckpt.run import Run
+from support.lagging import GHOST, neighbour
 from support.scenario import Part, Role
 
 AT_ONCE = timedelta(0)
@@ -51,6 +57,38 @@ def clearer(name: str) -> Role:
     return Role(name, Part.CLEARS, act)
 
 
+def lagging_collector(name: str) -> Role:
+    """Collect as ``gc --older-than 0s`` does."""
+    return Role(name, Part.COLLECTS, functools.partial(collect, older_than=AT_ONCE, silent_for=SILENT_FOR))
+
+
+def pruner(name: str) -> Role:
+    """Keep the newest step of the run, which is another one than the checkpoint."""
+    return Role(name, Part.PRUNES, functools.partial(_prune, newest=2))
+
+
+def misled_pruner(name: str) -> Role:
+    """Keep the newest step of a run whose listing shows a newer one that was deleted."""
+    return Role(name, Part.PRUNES, functools.partial(_prune, newest=GHOST))
+
+
+def is_misled(role: Role) -> bool:
+    return isinstance(role.act, functools.partial) and role.act.keywords.get("newest") == GHOST
+
+
+def withdrawer(name: str) -> Role:
+    return Role(name, Part.SETS_ASIDE, lambda uri: Run(_run_of(uri)).set_aside(1))
+
+
+def _prune(uri: str, newest: int) -> list[int]:
+    with neighbour(newest):
+        return prune(Run(_run_of(uri)), Retention(keep_last=1))
+
+
+def _run_of(uri: str) -> Target:
+    return Target.parse(uri.rpartition("/")[0])
+
+
 def state_of(name: str) -> dict[str, torch.Tensor]:
     """What a writer of this name saves."""
     number = int.from_bytes(name.encode(), "big")
@@ -58,9 +96,14 @@ def state_of(name: str) -> dict[str, torch.Tensor]:
 
 
 def save(uri: str, *, name: str, overwrite: bool = False) -> None:
+    """Save with a storage writer of this library."""
+    save_by(cloudckpt.StorageWriter(uri, overwrite=overwrite, concurrency=1), name)
+
+
+def save_by(writer: StorageWriter, name: str) -> None:
     """Call a storage writer as DCP does on the coordinator of one rank."""
     plan, planner, metadata = _planned(name)
-    writer = cloudckpt.StorageWriter(uri, overwrite=overwrite, concurrency=1)
+    writer.reset(None)
     writer.set_up_storage_writer(True, rank=0, use_collectives=True)
     (plan,) = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
     results: Any = writer.write_data(plan, planner).value()

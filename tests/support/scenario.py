@@ -23,6 +23,8 @@ class Part(enum.Enum):
     DELETES = "deletes"
     COLLECTS = "collects garbage"
     CLEARS = "collects what lives as well"
+    PRUNES = "prunes the run"
+    SETS_ASIDE = "sets the checkpoint aside"
 
 
 class Limit(enum.Enum):
@@ -68,6 +70,14 @@ class RemoteStore(MemoryStore):
         return True
 
 
+class LaggingStore(MemoryStore):
+    """A store whose listings may be minutes old."""
+
+    @property
+    def lists_at_once(self) -> bool:
+        return False
+
+
 class LyingStore(IgnorantStore):
     """Ignores conditions, and says that it honours them."""
 
@@ -86,6 +96,10 @@ class Scenario:
     store: type[MemoryStore] = MemoryStore
     kinds: frozenset[Kind] = frozenset(Kind)
     """Faults of other kinds don't occur."""
+    lags: bool = False
+    """Listings show what was there up to ten minutes ago, each object at a time of its own."""
+    pauses: int = 0
+    """How often more time than that may pass in a run, while saves renew their markers."""
     limits: frozenset[Limit] = frozenset()
     """What is put up with."""
     numbers: dict[Hashable, int] = field(default_factory=dict)

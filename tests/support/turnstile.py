@@ -57,10 +57,16 @@ class Kind(enum.Enum):
     DIED = "done, and its actor dies"
     SENT = "its actor dies, and done later"
     ARRIVED = "arrives late"
+    OLD = "done, and the listing is minutes old"
+    UNMARKED = "done, and hidden objects and metadata are listed as they were minutes ago"
+    UNFILLED = "done, and data objects are listed as they were minutes ago"
+    UNCOMMITTED = "done, and metadata alone is listed as it was minutes ago"
+    LATER = "a quarter of an hour passes"
     OVER = "nothing more happens"
 
 
-CARRIED_OUT = frozenset({Kind.DONE, Kind.FAILED, Kind.UNHEARD, Kind.RETRIED, Kind.DIED})
+LAGGING = (Kind.OLD, Kind.UNMARKED, Kind.UNFILLED, Kind.UNCOMMITTED)
+CARRIED_OUT = frozenset({*LAGGING, Kind.DONE, Kind.FAILED, Kind.UNHEARD, Kind.RETRIED, Kind.DIED})
 DEADLY = frozenset({Kind.DIED, Kind.SENT})
 ANSWERS: Mapping[Kind, type[CheckpointError]] = {
     Kind.REFUSED: InjectedFault,
@@ -102,6 +108,8 @@ class Call:
     """What of the answer the caller can tell, free of ids and versions that differ from run to run."""
     condition: Condition | None = None
     data: bytes = b""
+    prefix: str = ""
+    """Of the names that are listed."""
     answer: Any = None
     error: CheckpointError | None = None
 
@@ -206,6 +214,10 @@ class Turnstile(ObjectStore):
         return self._store.is_remote
 
     @property
+    def lists_at_once(self) -> bool:
+        return self._store.lists_at_once
+
+    @property
     def capabilities(self) -> Capabilities:
         return self._store.capabilities
 
@@ -241,7 +253,8 @@ class Turnstile(ObjectStore):
         def seen(listing: Listing) -> object:
             return ", ".join(sorted(self._seen(info) for info in listing.objects if self._lists(info.name)))
 
-        return self._through("list", (), lambda: self._store.list(prefix, delimiter=delimiter), seen)
+        call = Call("list", (), lambda: self._store.list(prefix, delimiter=delimiter), seen, prefix=prefix)
+        return cast(Listing, self._turn(call))
 
     def delete(self, names: Iterable[str]) -> None:
         gone = tuple(names)

@@ -17,6 +17,7 @@ from cloudckpt.backends.errors import (
 )
 from support import roles
 from support.interleave import Violation
+from support.lagging import clock
 from support.scenario import WRITERS, Limit, Part
 from support.turnstile import METADATA, Actor
 from support.world import World
@@ -35,6 +36,8 @@ def judge(world: World) -> None:
             _judge_reader(world, actor)
         elif role.part is Part.DELETES:
             _judge_deleter(world, actor)
+        elif role.part is Part.PRUNES and METADATA in actor.taken and roles.is_misled(role):
+            raise Violation(f"{actor.name} deleted the newest step")
         elif isinstance(actor.outcome, CheckpointError) and not actor.faults:
             raise Violation(f"{actor.name} raised {actor.outcome!r}") from actor.outcome
     _judge_race(world)
@@ -68,7 +71,7 @@ def _is_overtaken(world: World, actor: Actor) -> bool:
 
 def _is_expected(world: World, outcome: CheckpointError) -> bool:
     """Whether a save may end like this although no fault was its own."""
-    bereft = world.scenario.has(Part.DELETES, Part.CLEARS)
+    bereft = world.scenario.has(Part.DELETES, Part.CLEARS, Part.PRUNES, Part.SETS_ASIDE)
     collected = world.scenario.has(Part.COLLECTS, Part.CLEARS) and Limit.UNMARKED in world.scenario.limits
     if collected and isinstance(outcome, ObjectNotFoundError | CommitError):
         return True
@@ -120,6 +123,7 @@ def _judge_what_is_left(world: World) -> None:
     label, uri = world.label(), world.scenario.uri
     if label is not None and not _is_state_of(roles.load(uri), label):
         raise Violation(f"the checkpoint of {label} does not load as it was saved")
+    clock.advance()
     roles.collect(uri)
     expected = {METADATA, *world.named[label]} if label is not None else set[str]()
     there = {info.name for info in world.store.list().objects}

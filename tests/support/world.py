@@ -13,17 +13,22 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from unittest import mock
 
+from fsspec.implementations.memory import MemoryFileSystem
+
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, PreconditionFailedError
+from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.target import Target
 from support.interleave import Strand, Violation
+from support.lagging import Past, RunOfTwo, clock, simulated
 from support.scenario import FIRST, Limit, Part, Role, Scenario
 from support.turnstile import (
     ANSWERS,
     CARRIED_OUT,
     DEADLY,
+    LAGGING,
     METADATA,
     Actor,
     Aliases,
@@ -36,7 +41,10 @@ from support.turnstile import (
 )
 
 POOLS = tuple(f"cloudckpt.backends.{module}.Workers" for module in ("side_by_side", "download", "upload"))
-OPENERS = tuple(f"cloudckpt.backends.{module}.open_store" for module in ("addressed", "delete", "gc"))
+OPENERS = (
+    *(f"cloudckpt.backends.{module}.open_store" for module in ("addressed", "delete", "gc")),
+    "cloudckpt.run.open_store",
+)
 T = TypeVar("T")
 
 _here = threading.local()
@@ -71,14 +79,18 @@ class World:
         self.late: list[Late] = []
         self.left = scenario.faults
         self.over = False
+        self.pauses = scenario.pauses
         self._lines: list[str] = []
         self._unwind = threading.Event()
+        clock.start()
         for name, data in scenario.first.items():
             self.aliases.shown(name, FIRST)
             self.sent[name] = data
             info = self.store.put(name, data, Overwrite())
             if name == METADATA:
                 self._note(FIRST, data, info)
+        self.past = Past()
+        self._pass_time()
         self.actors = [self._actor(index, role) for index, role in enumerate(scenario.roles)]
         for actor in self.actors:
             actor.strand.resume()
@@ -106,13 +118,15 @@ class World:
             for a in self.actors
         )
         late = tuple(one.actor.index for one in self.late)
-        return actors, tuple(objects), tuple(uploads), late, self.left, frozenset(self.committed), self.over
+        past = tuple(tuple(sorted(str(self._shown(i, None)) for i in infos)) for infos in self.past.states())
+        left = self.left, self.pauses, past if self.scenario.lags else ()
+        return actors, tuple(objects), tuple(uploads), late, left, frozenset(self.committed), self.over
 
     def choices(self) -> list[Step]:
         if self.over:
             return []
         waiting = [(actor, call) for actor in self.actors if (call := actor.waiting) is not None]
-        collected = self.scenario.has(Part.COLLECTS, Part.CLEARS)
+        collected = self.scenario.has(Part.COLLECTS, Part.CLEARS, Part.PRUNES)
         for actor, call in waiting:
             if is_private(call, collected=collected) or self._is_unnoticed(call):
                 return self._choices_of(actor, call)
@@ -123,6 +137,7 @@ class World:
             for step in self._choices_of(actor, call)
         ]
         steps += [Step(one.actor.index, Kind.ARRIVED) for one in self.late]
+        steps += [Step(-1, Kind.LATER)] if self.pauses and waiting else []
         return steps if waiting else [Step(-1, Kind.OVER), *steps]
 
     def _is_unnoticed(self, call: Call) -> bool:
@@ -136,12 +151,19 @@ class World:
 
     def _choices_of(self, actor: Actor, call: Call) -> list[Step]:
         kinds = [Kind.DONE]
+        if self.scenario.lags and call.operation == "list":
+            now = self.store.list(call.prefix)
+            kinds += [kind for kind in LAGGING if self.past.listing(kind, now, call.prefix) != now]
         if self.left and self.scenario.roles[actor.index].part is not Part.READS:
             kinds += [kind for kind in faults_of(call) if kind in self.scenario.kinds]
         return [Step(actor.index, kind) for kind in kinds]
 
     def take(self, choice: Step) -> None:
-        if choice.kind is Kind.OVER:
+        if choice.kind is Kind.LATER:
+            self.pauses -= 1
+            self._pass_time()
+            self._lines.append(Kind.LATER.value)
+        elif choice.kind is Kind.OVER:
             self.over = True
             self._judge(self)
         elif choice.kind is Kind.ARRIVED:
@@ -153,7 +175,13 @@ class World:
             self._turn(actor, call, choice.kind)
 
     def check(self) -> None:
-        """If it lists, it loads."""
+        """If it lists, it loads; and what was set aside a moment ago can be put back."""
+        there = {info.name for info in self.store.list().objects}
+        for name in there - self.past.then.keys():
+            if ASIDE.fullmatch(name) and (
+                lost := md.objects_of(pickle.loads(self.store.get(name)[0])) - there
+            ):
+                raise Violation(f"what was set aside lacks {[self.aliases.shown(one) for one in lost]}")
         if (label := self.label()) is None:
             return
         for name in self.named[label]:
@@ -204,13 +232,17 @@ class World:
     # The steps.
 
     def _turn(self, actor: Actor, call: Call, kind: Kind) -> None:
-        if kind is not Kind.DONE:
+        if kind is not Kind.DONE and kind not in LAGGING:
             self.left -= 1
             actor.faults += 1
             actor.unclean = actor.unclean or call.cleans
         if kind in CARRIED_OUT:
             try:
-                call.answer = self._carry_out(actor, call)
+                if kind in LAGGING:
+                    call.answer = self.past.listing(kind, self.store.list(call.prefix), call.prefix)
+                else:
+                    call.answer = self._carry_out(actor, call)
+                self.past.note(self.store.list().objects)
             except CheckpointError as error:
                 call.error = error
         elif kind in (Kind.LATE, Kind.SENT) and call.condition is not None:
@@ -220,7 +252,8 @@ class World:
         told = "nothing" if kind in DEADLY else call.told
         names = ", ".join(self.aliases.shown(name, actor.name) for name in call.names)
         self._lines.append(f"{actor.name}: {call.operation} {names}: {kind.value} → {told}")
-        event = (actor.history, call.operation, names, told)
+        # The time counts: what it made of the ages of what it saw.
+        event = (actor.history, call.operation, names, told, self.pauses)
         actor.history = self.scenario.numbers.setdefault(event, len(self.scenario.numbers) + 1)
         actor.call = None
         if kind in DEADLY:
@@ -242,6 +275,19 @@ class World:
             case _:
                 pass
         return call.act()
+
+    def _pass_time(self) -> None:
+        """Let more time pass than a listing lags. Those who live have renewed their leases."""
+        clock.advance()
+        alive = {a.name for a in getattr(self, "actors", ()) if not a.dead and not a.strand.done}
+        renewed = {
+            info.name
+            for info in self.store.list().objects
+            if info.name.startswith(".cloudckpt-") and self.aliases.owner(info.name) in alive
+        }
+        for name in renewed:
+            MemoryFileSystem.store[f"{self.store.uri.removeprefix('memory:/')}/{name}"].modified = clock.now
+        self.past = Past.of(self.store.list().objects, renewed)
 
     def _look(self, actor: Actor) -> None:
         label = self.label()
@@ -354,7 +400,9 @@ def in_flight_together(*, late: bool) -> Iterator[None]:
 def open_here(target: Target) -> ObjectStore:
     """Open an actor's own way to the store of its world, and to whoever is none the store itself."""
     store: ObjectStore | None = getattr(_here, "store", None)
-    return store if store is not None else MemoryStore(target)
+    if store is None:
+        return MemoryStore(target)
+    return store if store.uri == target.uri else RunOfTwo(store, target.uri)
 
 
 @contextlib.contextmanager
@@ -368,6 +416,7 @@ def many_worlds() -> Iterator[None]:
         stack.enter_context(mock.patch("cloudckpt.backends.marker._keep_renewed"))
         for pool in POOLS:
             stack.enter_context(mock.patch(pool, InlinePool))
+        stack.enter_context(simulated())
         logging.disable(logging.CRITICAL)
         stack.callback(logging.disable, logging.NOTSET)
         yield
