@@ -94,12 +94,16 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def settled(self) -> object:
         """Load, and turn the instances of stand-ins into instances of the real classes."""
-        loaded: object = self.load()
-        settle = object.__setattr__
-        for real, instances in self._made:
-            for instance in instances:
-                settle(instance, "__class__", real)
-        return loaded
+        try:
+            loaded: object = self.load()
+            settle = object.__setattr__
+            for real, instances in self._made:
+                for instance in instances:
+                    settle(instance, "__class__", real)
+            return loaded
+        finally:
+            for _, instances in self._made:  # a stand-in, which refers to them, lives until it is collected
+                instances.clear()
 
     def _stand_in(self, real: type) -> type:
         if real not in self._stand_ins:

@@ -119,8 +119,9 @@ def _verified(
     observer: Observer | None,
     begun: Callable[[int], None] | None,
 ) -> Verification:
-    data = committed(store, name, "there is no committed checkpoint here")
+    data = b""
     try:
+        data = committed(store, name, "there is no committed checkpoint here")
         metadata = md.load(data, uri=store.uri, name=name)
     except IntegrityError as error:
         return Verification(store.uri, 0, 0, len(data), 0, (Damage(name, error.message),))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
 
-from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
@@ -78,6 +78,8 @@ class ReadAhead:
                 self.metadata(folder)
             except CheckpointNotFoundError:  # begun, or deleted since the listing
                 self._drop(folder)
+            except IntegrityError:  # committed, and too large: its load says so
+                return folder
             else:
                 return folder
         return None

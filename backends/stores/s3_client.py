@@ -41,6 +41,7 @@ from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
+from cloudckpt.backends.stores.s3_redirects import StayingSession, stay
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -200,7 +201,10 @@ def _file_system(options: Options) -> s3fs.S3FileSystem:
         **core,
         "endpoint_url": endpoint,
         "client_kwargs": client,
-        "config_kwargs": _config(options, given.get("config_kwargs") or {}),
+        "config_kwargs": {
+            **_config(options, given.get("config_kwargs") or {}),
+            "http_session_cls": StayingSession,
+        },
         "s3_additional_kwargs": {**(given.get("s3_additional_kwargs") or {}), **_written(options)},
         "session": session,
         # Listings must show what other processes did a moment ago, and instances must not be shared.
@@ -260,6 +264,7 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
         arguments = {key: value for key, value in arguments.items() if key not in credentials}
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
+    named.pop("http_session_cls")  # aiobotocore's
     client = session.create_client("s3", config=Config(**named), **arguments)
     use_connections(client)
     client.meta.events.register("before-call.s3", _send_short_bodies_at_once)
@@ -303,6 +308,7 @@ def _prepared(session: _Session) -> _Session:
     """
     if not os.environ.get("AWS_DEFAULT_REGION") and (of_environment := os.environ.get("AWS_REGION")):
         session.set_config_variable("region", of_environment)
+    session.register("before-call.s3", stay(is_aws))
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session
 

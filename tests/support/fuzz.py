@@ -11,6 +11,7 @@ import codecs
 import collections
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import io
 import json
@@ -366,6 +367,7 @@ class LargeKind(StructuresKind):
     """The same of 4 to 64 MiB, most of it at the lower end."""
 
     def make(self, rng: random.Random) -> bytes:
+        gc.collect()  # what refers to itself stays until then
         return sealed(structures.structure(rng, int(4 * _MIB * 16 ** (rng.random() ** 3))))
 
 
