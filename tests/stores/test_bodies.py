@@ -152,19 +152,19 @@ def test_a_body_that_ends_early_is_an_error_that_says_where(pair: Callable[..., 
 
 
 def test_the_timeout_is_for_a_connection_without_a_byte(pair: Callable[..., _Pair]) -> None:
-    """It holds although the kernel waits for many bytes, and a byte now and then is progress."""
+    """It holds although the kernel waits for many bytes, and 1 KiB a second is progress."""
     both = pair(0.6)
     data, views = _buffers([1 << 19])
     answer = both.answer(_HEAD % (1 << 19))
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(fill, answer, views, None)
         for at in range(6):  # takes longer than the timeout
-            both.server.sendall(_BODY[at : at + 1])
+            both.server.sendall(_BODY[at << 10 : at + 1 << 10])
             time.sleep(0.25)
         assert not done.done()
         with pytest.raises(BrokenOffError, match="timed out"):
             done.result(20)
-    assert data[:6] == _BODY[:6]
+    assert data[: 6 << 10] == _BODY[: 6 << 10]
     assert both.client.gettimeout() == pytest.approx(0.6)
 
 
@@ -232,6 +232,47 @@ def test_a_peer_that_takes_nothing_more_is_a_timeout(pair: Callable[..., _Pair])
     body = BuffersBody([memoryview(bytes(64 << 20))])
     with pytest.raises(TimeoutError):
         body_loop.send(both.client, body.read, len(body))
+
+
+def test_an_answer_that_trickles_is_a_timeout(pair: Callable[..., _Pair]) -> None:
+    one = pair(timeout=0.5)
+    over = threading.Event()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                one.server.sendall(b"x")
+
+    answer = one.answer(_HEAD % len(_BODY))
+    trickling = threading.Thread(target=trickle, name="trickling")
+    trickling.start()
+    try:
+        with pytest.raises(BrokenOffError, match="timed out"):
+            fill(answer, [memoryview(bytearray(len(_BODY)))], None)
+    finally:
+        over.set()
+        trickling.join()
+
+
+def test_a_peer_that_takes_a_byte_now_and_then_is_a_timeout(pair: Callable[..., _Pair]) -> None:
+    one = pair(timeout=0.5)
+    for end, option in ((one.client, socket.SO_SNDBUF), (one.server, socket.SO_RCVBUF)):
+        end.setsockopt(socket.SOL_SOCKET, option, 4096)
+    over = threading.Event()
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while not over.wait(0.05):
+                one.server.recv(10)
+
+    taking = threading.Thread(target=take, name="taking")
+    taking.start()
+    try:
+        with pytest.raises(TimeoutError):
+            body_loop.send(one.client, BuffersBody([memoryview(bytes(8 << 20))]).read, 8 << 20)
+    finally:
+        over.set()
+        taking.join()
 
 
 def test_an_interrupt_ends_a_body_and_gives_its_memory_back(pair: Callable[..., _Pair]) -> None:

@@ -212,7 +212,6 @@ class _Loop:
     def _pump(self, body: Body) -> None:
         if body.has_ended:
             return
-        before = body.moved
         try:
             if body.is_cancelled:
                 raise InterruptedError("the transfer was cancelled")  # the thread that waits raises its own
@@ -228,7 +227,8 @@ class _Loop:
         except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
             self._end(body, error)
             return
-        if body.moved != before:
+        if body.moved - body.counted >= body.least:
+            body.counted = body.moved
             body.progressed = time.monotonic()
 
     def _await(self, body: Body, error: BaseException) -> None:

@@ -20,6 +20,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.http import body_loop
+from cloudckpt.backends.stores.http.bodies import LEAST_RATE
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.stores.http.reach import Reaching
 from cloudckpt.backends.stores.runs import runs
@@ -33,6 +34,9 @@ _SCRATCH: Final = 1 << 18
 """Bytes of memory that a connection has for small buffers, beyond ``memory_limit``."""
 _IN_PLACE: Final = 1 << 18
 """Bytes of a body from which it is worth handing over. Less is moved by the thread that asked."""
+
+_PATIENCE: Final = 60.0
+"""Seconds that a body may take which this thread reads, besides those of the least rate."""
 
 ReadInto = Callable[[Any], int]
 
@@ -207,7 +211,10 @@ def _views(buffers: Sequence[memoryview], arrived: Arrived | None) -> Iterator[m
 
 def _read_fully(readinto: ReadInto, view: memoryview) -> None:
     filled = 0
+    until = time.monotonic() + _PATIENCE + view.nbytes / LEAST_RATE
     while filled < view.nbytes:
+        if time.monotonic() > until:
+            raise BrokenOffError(f"{filled:,} bytes of a buffer of {view.nbytes:,} came in time")
         try:
             got = readinto(view[filled:])
         except (HTTPException, OSError) as error:  # of a level below what urllib3 wraps
