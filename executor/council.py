@@ -27,7 +27,7 @@ class Standing:
         call: how many saves this rank has been asked for.
         subject: what this rank comes to, such as ``the save of step 5 of s3://bucket/run``.
         generation: of the group that its checkpoint process is alive in.
-        failure: a pickled error, when this rank can't take part.
+        failure: the record of an error, when this rank can't take part.
         together: every rank must come to the same.
     """
 
@@ -40,15 +40,24 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How an attempt begins: by ``generation``, or not at all when there is a ``refusal``, a pickled error.
+    """How an attempt begins: by ``generation``, or not at all when there is a ``refusal``.
 
-    Ranks with as many calls as ``rejoin`` aren't refused; they try the next attempt.
+    A refusal is the record of an error. Ranks with as many calls as ``rejoin`` aren't refused. They try the
+    next attempt.
     """
 
     generation: int
     call: int = 0
     refusal: bytes | None = None
     rejoin: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Host and port of the store in which a new group meets; None for the same store. Or rank 0's failure."""
+
+    at: tuple[str, int] | None = None
+    failure: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

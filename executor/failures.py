@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends import tracebacks
 from cloudckpt.backends.errors import CheckpointError, ExecutorError, note_others
+from cloudckpt.backends.printable import one_line
+from cloudckpt.executor import error_records
 
 ANY = (Exception, CheckpointException)
 """What a save may raise, to be caught: DCP's own exception is not an ``Exception``."""
@@ -90,69 +90,43 @@ def with_traceback_of(own: BaseException | None, common: BaseException) -> BaseE
 
 
 def dumps(error: BaseException) -> bytes:
-    """Pickle an error with its notes.
+    """Return the record of an error with its notes.
 
-    Where its own way of pickling loses its class or text, as that of a class whose constructor takes two
-    arguments and hands on one, it is made again without its constructor. One that doesn't pickle at all is
-    replaced by a CheckpointError with its class and text.
+    Where a record can't hold all of it, as it holds an open file, or its class is that of a function, the
+    record is of a CheckpointError with its class and text.
     """
     whole = _whole(error)
     if whole is not None:
         return whole
-    return pickle.dumps((CheckpointError(f"{type(error).__name__}: {_text(error)}"), _notes(error)))
+    return error_records.packed(CheckpointError(f"{type(error).__name__}: {_text(error)}"), _notes(error))
 
 
 def loads(data: bytes) -> BaseException:
-    """The error that `dumps` pickled, in a process of the same job."""
+    """Return the error that `dumps` recorded, in a process of the same job. Nothing that it says is run."""
     try:
-        error, notes = pickle.loads(data)  # noqa: S301 - from a process of this job
+        error, notes = error_records.unpacked(data)
         str(error)
-    except Exception as unreadable:  # noqa: BLE001 - a class that only the other process can import
-        return CheckpointError(f"a failure could not be read here: {type(unreadable).__name__}: {unreadable}")
-    if not isinstance(error, BaseException):
-        return CheckpointError(f"no error but {error!r}")
+    except Exception as unreadable:  # noqa: BLE001 - whoever wrote it, it is no more than unreadable
+        return CheckpointError(
+            f"a failure could not be read here: {type(unreadable).__name__}: {one_line(unreadable)[:500]}"
+        )
     error.__notes__ = list(notes)
     return error
 
 
-class _Remade:
-    """Pickles as an error that is made without its class's constructor."""
-
-    def __init__(self, error: BaseException) -> None:
-        self._error = error
-
-    def __reduce__(self) -> Any:
-        return _remade, (type(self._error), self._error.args, dict(self._error.__dict__))
-
-
-def _remade(cls: type[E], args: Iterable[Any], fields: dict[str, Any]) -> E:
-    error = cls.__new__(cls, *args)
-    error.args = tuple(args)
-    error.__dict__.update(fields)
-    return error
-
-
 def _whole(error: BaseException) -> bytes | None:
-    """The pickled error, where it survives that."""
-    for form in (error, _Remade(error)):
-        data = _pickled(form, _notes(error))
-        if data is not None and _alike(loads(data), error):
-            return data
-    data = _pickled(
-        error, _notes(error)
-    )  # its text may hold the address of an object, which is another there
-    return data if data is not None and type(loads(data)) is type(error) else None
+    """Return the record of an error, where it can be made again from that."""
+    try:
+        data = error_records.packed(error, _notes(error))
+    except Exception:  # noqa: BLE001 - a class of the caller's own may fail in any way
+        return None
+    again = loads(data)
+    # Its text may hold the address of an object, which is another there.
+    return data if _alike(again, error) or type(again) is type(error) else None
 
 
 def _notes(error: BaseException) -> tuple[str, ...]:
     return tuple(map(str, getattr(error, "__notes__", ())))
-
-
-def _pickled(form: object, notes: tuple[str, ...]) -> bytes | None:
-    try:
-        return pickle.dumps((form, notes))
-    except Exception:  # noqa: BLE001 - a class of the caller's own may fail in any way
-        return None
 
 
 def _alike(error: BaseException, other: BaseException) -> bool:

@@ -8,7 +8,6 @@ snapshots lie there.
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +16,7 @@ from typing import Any, Final, Self
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.executor import memory_limits
+from cloudckpt.executor import memory_limits, wire
 from cloudckpt.executor.arena import memory_file
 from cloudckpt.executor.memory_limits import CURE, PROCESS_BYTES, Room, in_mib
 from cloudckpt.executor.rendezvous import MeetingPlace
@@ -79,6 +78,13 @@ def check(own: Need, every: Sequence[Need | None]) -> None:
             _log.warning("%s: a save may run out of memory. %s", told, cure)
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """The need of a rank; None where it could not be found out."""
+
+    need: Need | None
+
+
 class Comparison:
     """A block in which a rank finds its ``need``; at its end the needs of all ranks are compared.
 
@@ -113,13 +119,13 @@ class Comparison:
 
         def exchange() -> Sequence[Need | None]:
             store: Any = place.connect("memory", self._timeout)  # torch's stub lacks multi_get
-            store.set(f"{number}/{place.rank}", pickle.dumps(self.need).hex())
+            store.set(f"{number}/{place.rank}", wire.text(_Told(self.need)))
             if self.need is None:
                 return []
             keys = [f"{number}/{rank}" for rank in range(place.world_size)]
             store.wait(keys, timedelta(seconds=self._timeout))
-            told = store.multi_get(keys)
-            return [pickle.loads(bytes.fromhex(text.decode())) for text in told]  # noqa: S301 - of this job
+            told = zip(keys, store.multi_get(keys), strict=True)
+            return [wire.message(text, _Told, key).need for key, text in told]
 
         try:
             return place.bounded("compare their memory", exchange, self._timeout)

@@ -7,10 +7,10 @@ store of a decision waits for the next one. A rank that only missed others looks
 from __future__ import annotations
 
 import os
-import pickle
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NoReturn
 
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system_limits import in_thread
 from cloudckpt.backends.torch_private import wrap_exception
+from cloudckpt.executor import failures, wire
 from cloudckpt.executor.network import absence
 from cloudckpt.executor.network.hosting import Offer
 from cloudckpt.executor.network.network_options import NetworkOptions
@@ -36,6 +37,29 @@ from cloudckpt.executor.rendezvous import (
 
 Contact = Literal["none", "missed", "lost"]
 """The outcome of the last decision: none was made, ranks were missing, or its store can't be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Offered:
+    """An `Offer` on its way to another rank."""
+
+    candidates: tuple[str, ...]
+    port: int
+    namespace: str
+
+    def opened(self) -> Offer:
+        """Return the offer."""
+        return Offer(self.candidates, self.port, self.namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decision:
+    """Where the ranks meet: at an address, at an offer, or in training's store. Or rank 0's failure."""
+
+    prefix: str
+    address: tuple[str, int] | None = None
+    offer: _Offered | None = None
+    failure: bytes | None = None
 
 
 class Meeting:
@@ -84,7 +108,7 @@ class Meeting:
         if known is None:
             contact = "none"
         if self._rank == 0 and contact != "missed":
-            store.set(f"{key}/{self._decision + 1}", pickle.dumps(self._decided()).hex())
+            store.set(f"{key}/{self._decision + 1}", wire.text(self._decided()))
         # Without another decision a rank tries the store again, in which the others may wait for it.
         wait = {"none": timeout, "missed": None, "lost": timeout / 2}[contact]
         if not self._is_next(store, key, wait):
@@ -99,16 +123,19 @@ class Meeting:
         self._place = None
         while store.check([f"{key}/{self._decision + 1}"]):
             self._decision += 1
-        decided = pickle.loads(bytes.fromhex(store.get(f"{key}/{self._decision}").decode()))  # noqa: S301 - from rank 0
-        if isinstance(decided, BaseException):  # on every rank: the next call has rank 0 decide anew
-            raise decided
-        found, prefix = decided
-        hosted = isinstance(found, Offer)
+        at = f"{key}/{self._decision}"
+        decided = wire.message(store.get(at), _Decision, at)
+        if decided.failure is not None:  # on every rank: the next call has rank 0 decide anew
+            raise failures.loads(decided.failure)
+        offer, prefix = decided.offer, decided.prefix
+        hosted = offer is not None
         # Known from here on: where the store proves unreachable, the next call waits for another decision.
-        host, port = (found.candidates[0], found.port) if hosted else self._address(found)
+        host, port = (
+            (offer.candidates[0], offer.port) if offer is not None else self._address(decided.address)
+        )
         self._place = self._at(host, port, prefix, group, hosted=hosted)
-        if hosted:
-            host, port = self._reached(found, group, deadline)
+        if offer is not None:
+            host, port = self._reached(offer.opened(), group, deadline)
             self._place = self._at(host, port, prefix, group, hosted=True)
         return self._place
 
@@ -164,14 +191,19 @@ class Meeting:
             late = TimeoutError(f"no answer within {timeout:g} s")
             raise place.absent(error if isinstance(error, DistError) else late) from error
 
-    def _decided(self) -> tuple[tuple[str, int] | Offer | None, str] | CheckpointException:
-        """Rank 0's decision: an address, an offer, or None for the store that training has."""
+    def _decided(self) -> _Decision:
+        """Rank 0's decision: an address, an offer, or neither for the store that training has."""
         try:
-            return self._chosen(), f"cloudckpt/{uuid.uuid4().hex}"
+            found = self._chosen()
         except Exception as error:  # noqa: BLE001 - every rank raises it
-            return CheckpointException(
+            failed = CheckpointException(
                 "find a store for the checkpoint processes", {0: wrap_exception(error)}
             )
+            return _Decision("", failure=failures.dumps(failed))
+        prefix = f"cloudckpt/{uuid.uuid4().hex}"
+        if isinstance(found, Offer):
+            return _Decision(prefix, offer=_Offered(found.candidates, found.port, found.namespace))
+        return _Decision(prefix, address=found)
 
     def _prefers_training(self) -> bool:
         return self._use_prefix_store is None and "DCP_USE_PREFIX_STORE" not in os.environ

@@ -11,18 +11,17 @@ A round takes a rank eight requests, and the last one to come two more.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
-from cloudckpt.executor import failures
+from cloudckpt.executor import failures, wire
 from cloudckpt.executor.network import absence
 from cloudckpt.executor.rendezvous import MeetingPlace, unreached
 
@@ -49,12 +48,28 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Word:
-    """The end of a round: ``said`` is a rank's word, or the pickled error of a refusal."""
+    """The end of a round: ``said`` is a rank's word, or the record of a refusal's error."""
 
     kind: Literal["alike", "said", "refused"]
     call: Call
     rank: int
     said: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Posted:
+    """A rank's call in a round, and when it was posted: a rank may post the same call again."""
+
+    call: Call
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Followed:
+    """The value that rank 0 gives in a call."""
+
+    call: Call
+    value: bool
 
 
 class RollCall:
@@ -86,14 +101,18 @@ class RollCall:
             absence.withdraw(self._place.group, self._place.rank)
             number = first
             self._joined = first
-            while (word := _ended(store, number)) is not None:
-                if word.kind != "refused" and word.call == call:
-                    break  # this rank has posted its call before, or another one has had its say
-                self._hear(store, number)
-                number = self._joined = number + 1
-            else:
-                self._join(store, number, call, said)
-                word = self._awaited(store, number, call, until, timeout)
+            try:
+                while (word := _ended(store, number)) is not None:
+                    if word.kind != "refused" and word.call == call:
+                        break  # this rank has posted its call before, or another one has had its say
+                    self._hear(store, number)
+                    number = self._joined = number + 1
+                else:
+                    self._join(store, number, call, said)
+                    word = self._awaited(store, number, call, until, timeout)
+            except ExecutorError:  # what ends the round is no word of a rank's: the next call passes it
+                self._heard = number
+                raise
             self._hear(store, number)
             self._idle = store, time.monotonic()
             return word
@@ -106,7 +125,7 @@ class RollCall:
         return word.said
 
     def refuse(self, call: Call, failure: bytes, timeout: float) -> None:
-        """End the round that this rank is in with a pickled error, unless it has ended.
+        """End the round that this rank is in with the record of an error, unless it has ended.
 
         Raises:
             ExecutorError: the store can't be reached.
@@ -133,7 +152,7 @@ class RollCall:
         def ask() -> tuple[bool, int]:
             store = self._connected(timeout)
             if self._place.rank == 0:
-                store.set(_followed(first), _text((call, value)))
+                store.set(_followed(first), wire.text(_Followed(call, value)))
                 found = value, first
             else:
                 found = self._read(store, first, call, timeout)
@@ -158,18 +177,19 @@ class RollCall:
         except DistStoreError as error:
             raise missing(self._place, [0], call.name, timeout) from error
         while True:
-            said, followed = _value(store.get(_followed(topic)))
+            self._topic = topic + 1  # where nothing can be read, the next call goes on
+            told = wire.message(store.get(_followed(topic)), _Followed, _followed(topic))
             if store.add(f"{_followed(topic)}/heard-by", 1) == self._place.world_size - 1:
                 store.delete_key(_followed(topic))
                 store.delete_key(f"{_followed(topic)}/heard-by")
-            if said == call or not store.check([_followed(topic + 1)]):
-                return followed, topic
+            if told.call == call or not store.check([_followed(topic + 1)]):
+                return told.value, topic
             topic += 1
 
     def _join(self, store: Store, number: int, call: Call, said: bytes | None) -> None:
         """Post this rank's call in a round, and end the round if that is what it takes."""
         own, word = _posted(number, self._place.rank), f"{number}/word"
-        posted = _text((call, time.monotonic_ns()))
+        posted = wire.text(_Posted(call, time.monotonic_ns()))
         # A try of this rank's that was cut off has counted it.
         counted = store.compare_set(own, "", posted) != posted.encode()
         if counted:
@@ -190,12 +210,14 @@ class RollCall:
             away = [one for one in every if not store.check([_posted(number, one)])]
             late = failures.dumps(missing(self._place, away, call.name, timeout))
             _write_once(store, word, _Word("refused", call, self._place.rank, late))
-        found: _Word = _value(store.get(word))
-        return found
+        return wire.message(store.get(word), _Word, word)
 
     def _compared(self, store: Store, number: int, call: Call) -> _Word:
         keys = [_posted(number, rank) for rank in range(self._place.world_size)]
-        calls = {rank: _value(posted)[0] for rank, posted in enumerate(store.multi_get(keys))}
+        calls = {
+            rank: wire.message(posted, _Posted, key).call
+            for rank, (key, posted) in enumerate(zip(keys, store.multi_get(keys), strict=True))
+        }
         if set(calls.values()) == {call}:
             return _Word("alike", call, self._place.rank)
         return _Word("refused", call, self._place.rank, failures.dumps(different(calls)))
@@ -279,18 +301,8 @@ def _posted(number: int, rank: int) -> str:
 
 def _ended(store: Store, number: int) -> _Word | None:
     key = f"{number}/word"
-    found: _Word | None = _value(store.get(key)) if store.check([key]) else None
-    return found
+    return wire.message(store.get(key), _Word, key) if store.check([key]) else None
 
 
 def _write_once(store: Store, key: str, word: _Word) -> None:
-    store.compare_set(key, "", _text(word))
-
-
-def _text(value: object) -> str:
-    """A value as the store takes it, which is text."""
-    return pickle.dumps(value).hex()
-
-
-def _value(text: bytes) -> Any:
-    return pickle.loads(bytes.fromhex(text.decode()))  # noqa: S301 - written by a trainer of this job
+    store.compare_set(key, "", wire.text(word))

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, cast
 
 from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
-from cloudckpt.executor import failures, roll_call
-from cloudckpt.executor.council import Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor import failures, roll_call, wire
+from cloudckpt.executor.council import Address, Agreement, Council, Standing, Trial, Verdict
 from cloudckpt.executor.network import absence
 from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 
@@ -54,21 +52,21 @@ class StoreCouncil(Council):
     def group(self, generation: int, timeout: float) -> tuple[ProcessGroupInfo, MeetingPlace | None]:
         key = f"{generation}/address"
 
-        def agree() -> tuple[str, int] | BaseException | None:
+        def agree() -> Address:
             store = self._place.connect("council", timeout)
             if self._place.rank == 0:
                 try:
-                    address: object = self._address_now()
+                    address = Address(self._address_now())
                 except CheckpointError as error:
-                    address = error
-                store.set(key, _text(address))
+                    address = Address(failure=failures.dumps(error))
+                store.set(key, wire.text(address))
             store.wait([key], timedelta(seconds=timeout))
-            return cast("tuple[str, int] | BaseException | None", _value(store.get(key)))
+            return wire.message(store.get(key), Address, key)
 
         address = self._place.bounded("agree where their checkpoint processes meet", agree, timeout)
-        if isinstance(address, BaseException):
-            raise address
-        place = self._place.read_again(address)
+        if address.failure is not None:
+            raise failures.loads(address.failure)
+        place = self._place.read_again(address.at)
         return place.info, place
 
     def leave(self, timeout: float) -> None:
@@ -96,7 +94,7 @@ class StoreCouncil(Council):
         while True:
             while store.check([f"{attempt}/agreement"]):
                 attempt += 1  # it began or was given up without this rank
-            store.set(f"{attempt}/standing/{self._place.rank}", _text(standing))
+            store.set(f"{attempt}/standing/{self._place.rank}", wire.text(standing))
             self._forget(store, attempt - 2)
             # A rank counts once, also when a try of its own that was given up comes back to life.
             first = store.add(f"{attempt}/came/{self._place.rank}", 1) == 1
@@ -108,7 +106,8 @@ class StoreCouncil(Council):
             except DistStoreError:
                 given_up = self._given_up(store, attempt, standing, timeout)
                 _write_once(store, f"{attempt}/agreement", given_up)
-            agreement: Agreement = _value(store.get(f"{attempt}/agreement"))
+            key = f"{attempt}/agreement"
+            agreement = wire.message(store.get(key), Agreement, key)
             if agreement.rejoin != standing.call:
                 return agreement, attempt
             attempt += 1
@@ -146,7 +145,10 @@ class StoreCouncil(Council):
     def _standings(self, store: Store, attempt: int) -> dict[int, Standing]:
         keys = [f"{attempt}/standing/{rank}" for rank in range(self._place.world_size)]
         values = store.multi_get(keys)
-        return {rank: _value(value) for rank, value in enumerate(values)}
+        return {
+            rank: wire.message(value, Standing, key)
+            for rank, (key, value) in enumerate(zip(keys, values, strict=True))
+        }
 
     def _forget(self, store: Store, attempt: int) -> None:
         """Drop what nobody can ask for any more. Agreements stay: they tell a late rank to go on."""
@@ -195,7 +197,7 @@ class _StoreTrial(Trial):
         try:
             store = self._place.connect("council", timeout)
             store.wait([key], timedelta(seconds=timeout))
-            self._verdict = _value(store.get(key))
+            self._verdict = wire.message(store.get(key), Verdict, key)
             if store.add(f"{self.attempt}/heard-by", 1) == self._place.world_size:
                 store.set(f"{self.attempt}/heard", "1")
         except (DistError, CheckpointError) as error:
@@ -210,11 +212,13 @@ class _StoreTrial(Trial):
                 _write_once(store, f"{self.attempt}/verdict", Verdict(sound=False, failure=failure))
                 return
             if failure is not None:
-                store.compare_set(f"{self.attempt}/failure", "", _text(failure))
+                _write_once(store, f"{self.attempt}/failure", Verdict(sound=True, failure=failure))
             if store.add(f"{self.attempt}/reported", 1) == self._place.world_size:
                 first = f"{self.attempt}/failure"
-                found = _value(store.get(first)) if store.check([first]) else None
-                _write_once(store, f"{self.attempt}/verdict", Verdict(sound=True, failure=found))
+                found = Verdict(sound=True)
+                if store.check([first]):
+                    found = wire.message(store.get(first), Verdict, first)
+                _write_once(store, f"{self.attempt}/verdict", found)
         except (DistError, CheckpointError) as error:
             self._lost = f"{type(error).__name__}: {error}"
             self._wake()
@@ -231,14 +235,5 @@ def _different(standings: dict[int, Standing]) -> ConfigurationError:
     )
 
 
-def _write_once(store: Store, key: str, value: Agreement | Verdict | bytes | None) -> None:
-    store.compare_set(key, "", _text(value))
-
-
-def _text(value: object) -> str:
-    """A value as the store takes it, which is text."""
-    return pickle.dumps(value).hex()
-
-
-def _value(text: bytes) -> Any:
-    return pickle.loads(bytes.fromhex(text.decode()))  # noqa: S301 - written by a trainer of this job
+def _write_once(store: Store, key: str, message: Agreement | Verdict) -> None:
+    store.compare_set(key, "", wire.text(message))

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import queue
 import random
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
+from support.commanded import PHASES, Rank
 from support.hosts import inside
 from support.partition import Cut, Network, network
-from support.sites import Host
-from support.trainers import of_rank
 
 SAVE_TIMEOUT = 6.0
-START_TIMEOUT = 30.0
-PHASES = ("waiting", "planning", "writing", "committing", "committed")
 CUTS: dict[str, Cut] = {
     "the ranks from each other": (1, 2),
     "rank 0 from the bucket": (1, 3),
@@ -34,61 +28,8 @@ CUTS: dict[str, Cut] = {
     "the bucket from all": (3,),
 }
 NOT_KNOWN = re.compile("may be committed|is committed")
-PATIENCE = START_TIMEOUT + SAVE_TIMEOUT + 60.0
-
-
-class Rank:
-    """A rank of the job on a host."""
-
-    def __init__(self, host: Host, rank: int, master: str, uri: str, environment: dict[str, str]) -> None:
-        options = {"save_timeout": SAVE_TIMEOUT, "start_timeout": START_TIMEOUT, "timeout": 2.0}
-        self._process = subprocess.Popen(
-            host.command(sys.executable, "-m", "support.partition_job", uri, json.dumps(options)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=of_rank(rank, 2, master, 29500, LOCAL_RANK="0", **environment),
-        )
-        self.told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, name=f"rank-{rank}", daemon=True)
-        self._reader.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._reader.join()
-
-    def ask(self, *command: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{json.dumps(command)}\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> dict[str, Any]:
-        """Return the next report that is no phase."""
-        while "phase" in (told := self.told.get(timeout=PATIENCE)):
-            pass
-        return told
-
-    def enter(self, phase: str) -> bool:
-        """Wait until the save is in a phase; False if it ended before."""
-        at = PHASES.index(phase)
-        while "phase" in (told := self.told.get(timeout=PATIENCE)):
-            if told["phase"] in PHASES and PHASES.index(told["phase"]) >= at:
-                return True
-        self._put_back(told)
-        return False
-
-    def _put_back(self, told: dict[str, Any]) -> None:
-        self.told.put(told)  # nothing follows an answer until the next command
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.told.put(json.loads(line))
-        self.told.put({"gone": True})
+OPTIONS = {"save_timeout": SAVE_TIMEOUT, "start_timeout": 30.0, "timeout": 2.0}
+MASTER_PORT = 29500
 
 
 @dataclass
@@ -149,7 +90,14 @@ def partitioned(net: Network, cuts: int, seed: int) -> Tally:
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(
-                Rank(host, number, net.hosts[0].ipv4, f"s3://{bucket}/run", net.server.environment)
+                Rank(
+                    number,
+                    (net.hosts[0].ipv4, MASTER_PORT),
+                    f"s3://{bucket}/run",
+                    OPTIONS,
+                    host=host,
+                    environment=net.server.environment,
+                )
             )
             for number, host in enumerate(net.hosts)
         ]
