@@ -222,8 +222,6 @@ def cause_of(error: BaseException, route: Route, *, connecting: bool) -> Cause |
     check, reason = _unreached(found, words(error))
     if proxy is not None:
         return Cause(f"the proxy {proxy} {reason}", proxy.cure(host), "proxy")
-    elsewhere = next((_redirected(link, host) for link in found if _redirected(link, host)), None)
-    at = f"{elsewhere}, to which it redirected," if elsewhere else at
     return Cause(f"{at} {reason}", _cure(check, settings), check)
 
 
@@ -269,13 +267,6 @@ def _unreached(found: list[BaseException], said: str) -> tuple[str, str]:
     ):
         return "connection", "did not answer an attempt to connect in time"
     return "connection", f"did not connect ({said})"
-
-
-def _redirected(link: BaseException, host: str) -> str | None:
-    """Return the address that aiohttp could not connect to, where it had followed a redirection there."""
-    if not isinstance(link, aiohttp.ClientConnectorError) or link.host == host:
-        return None
-    return host_and_port(link.host, link.port or 0)
 
 
 def _cure(check: str, settings: str) -> str:

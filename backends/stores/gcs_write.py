@@ -11,6 +11,7 @@ from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, object_info
 from cloudckpt.backends.stores.gcs_client import Client
+from cloudckpt.backends.stores.gcs_endpoint import elsewhere, is_of
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
@@ -63,9 +64,12 @@ def begin_session(requests: Requests, client: Client, name: str) -> str:
     )
     answer.drain_conn()
     answer.release_conn()
-    if "Location" not in answer.headers:
+    url = answer.headers.get("Location", "")
+    if not url.startswith(("http://", "https://")):
         raise lacking("the URL of an upload", client.endpoint)
-    return answer.headers["Location"]
+    if not is_of(url, client.endpoint):
+        raise elsewhere(url, client.endpoint)
+    return url
 
 
 def delete(requests: Requests, client: Client, name: str, generation: str | None = None) -> None:
