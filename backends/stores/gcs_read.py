@@ -11,17 +11,21 @@ from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import (
     FIELDS,
+    check_listing,
     content_length,
     document,
     downloaded_info,
+    entries,
     lacking,
     object_info,
     whole_size,
+    written_info,
 )
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.http.connections import fill
 
+_PIECE: Final = 8 << 20
 _READS: Final = 5
 """Downloads of an object that changes while its generation is looked up."""
 
@@ -31,7 +35,7 @@ def stat(requests: Requests, name: str) -> ObjectInfo:
 
     def ask(client: Client) -> ObjectInfo:
         answer = client.request("get", "GET", requests.path(client, name), parameters={"fields": FIELDS})
-        return object_info(document(answer, client.endpoint), requests.prefix, client.endpoint)
+        return written_info(document(answer, client.endpoint), requests.prefix, client.endpoint, name)
 
     return requests.read(ask, name)
 
@@ -41,10 +45,8 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
-        data = memoryview(bytearray(content_length(answer, client.endpoint)))
-        fill(answer, [data], None)
-        answer.release_conn()
-        return bytes(data), downloaded_info(name, data.nbytes, answer.headers)
+        data = _whole(answer, content_length(answer, client.endpoint))
+        return data, downloaded_info(name, len(data), answer.headers)
 
     for _ in range(_READS):
         data, info = requests.read(read, name)
@@ -80,20 +82,30 @@ def read_into(
 
 def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
     """Return the objects and common prefixes below a prefix of names."""
+    whole = requests.prefix + prefix
     objects: list[ObjectInfo] = []
     prefixes: set[str] = set()
     parameters = {
-        "prefix": requests.prefix + prefix,
-        "fields": f"items({FIELDS}),prefixes,nextPageToken",
+        "prefix": whole,
+        "fields": f"kind,items({FIELDS}),prefixes,nextPageToken",
         **({"delimiter": "/"} if delimiter else {}),
     }
 
     def ask(client: Client) -> tuple[dict[str, Any], list[ObjectInfo]]:
         answer = client.request("list", "GET", client.objects(requests.bucket), parameters=parameters)
         page = document(answer, client.endpoint)
+        check_listing(page, client.endpoint)
         # A key that ends in a slash is the folder that a web console shows, not an object of ours.
-        items = [item for item in page.get("items", ()) if not str(item.get("name", "")).endswith("/")]
-        return page, [object_info(item, requests.prefix, client.endpoint) for item in items]
+        items = [
+            item
+            for item in entries(page, "items", dict, client.endpoint)
+            if not str(item.get("name", "")).endswith("/")
+        ]
+        found = [object_info(item, requests.prefix, client.endpoint) for item in items]
+        below = entries(page, "prefixes", str, client.endpoint)
+        if not all(one.startswith(whole) for one in (*below, *(requests.prefix + one.name for one in found))):
+            raise lacking(f"names that begin with {whole!r}", client.endpoint)
+        return page, found
 
     while True:
         page, found = requests.ask(ask)
@@ -101,8 +113,23 @@ def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
         prefixes.update(one.removeprefix(requests.prefix) for one in page.get("prefixes", ()))
         if not (token := page.get("nextPageToken")):
             break
-        parameters["pageToken"] = token
+        parameters["pageToken"] = str(token)
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
+
+
+def _whole(answer: urllib3.BaseHTTPResponse, size: int) -> bytes:
+    """Return the body of an answer. It is read in pieces: the length that it promises may be any number."""
+    pieces: list[bytearray] = []
+    try:
+        while size:
+            pieces.append(bytearray(min(size, _PIECE)))
+            fill(answer, [memoryview(pieces[-1])], None)
+            size -= len(pieces[-1])
+    except BaseException:
+        answer.close()
+        raise
+    answer.release_conn()
+    return b"".join(pieces)
 
 
 def _download(

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
 from cloudckpt.backends.stores.causes import words
-from cloudckpt.backends.stores.gcs_answers import lacking, parsed
+from cloudckpt.backends.stores.gcs_answers import lacking, parsed, size_of
 from cloudckpt.backends.stores.gcs_capabilities import Server
 from cloudckpt.backends.stores.gcs_errors import CANCELLED, GoneError, RefusedError, judge
 from cloudckpt.backends.stores.retry import Reply
@@ -86,7 +86,7 @@ class Session:
             resource = parsed(said, client.endpoint)
             if resource.get("size") is None:
                 raise lacking("a size", client.endpoint)
-            if int(resource["size"]) != size:
+            if size_of(resource["size"], client.endpoint) != size:
                 error = WrongSizeError(f"the object has {resource['size']} bytes, and its parts {size}")
                 error.generation = resource.get("generation")
                 raise error

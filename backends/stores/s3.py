@@ -167,7 +167,10 @@ class S3Store(ObjectStore):
         def head(clients: Clients) -> ObjectInfo:
             answer = clients.data.head_object(**self._of(clients, "head_object", name))
             version = _version(answer, clients, "HeadObject")
-            return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
+            size = answer.get("ContentLength", -1)
+            if size < 0:
+                raise not_s3(clients.route, answer, "HeadObject without a Content-Length")
+            return ObjectInfo(name, size, version, answer.get("LastModified"))
 
         return read_object(self._requests, self._target, name, head)
 

@@ -32,9 +32,11 @@ _OTHER_ROOTS: Final[Mapping[str, str]] = {"CreateMultipartUpload": "InitiateMult
 """Root elements of gofakes3, and so of rclone."""
 _BARE: Final = frozenset({"AbortMultipartUpload", "DeleteObject", "PutObject", "UploadPart"})
 """Operations whose answers have no body."""
+_START: Final = 1024
+"""Bytes of a document within which its root begins."""
 _REDIRECTIONS: Final = frozenset({301, 302, 303, 307, 308})
 _ROOT: Final = re.compile(
-    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>)?\s*(?:<!--.*?-->\s*)*<(?:[\w.-]+:)?([\w.-]+)[\s/>]", re.DOTALL
+    rb"\s*(?:<\?xml[^>]*\?>)?\s*(?:<!--.*?-->\s*)*<(?:[\w.-]+:)?([\w.-]+)[\s/>]", re.DOTALL
 )
 """The name of a document's root. A document type declaration comes before it, and does not match."""
 
@@ -66,7 +68,7 @@ def check_answers(client: Any, route: Route, *, follows_regions: bool) -> None:
             _check(operation, response_dict, route)
         elif status in _REDIRECTIONS and not _names_region(response_dict):
             if operation == "HeadBucket":
-                # botocore looks for the region by this request, also for the region of this request, for ever.
+                # botocore asks for the region by this request, and so for that of this request, without end.
                 response_dict["status_code"] = int(HTTPStatus.BAD_REQUEST)
             elif _root_of(response_dict["body"]) != b"Error":
                 raise _foreign(route, response_dict)
@@ -103,7 +105,7 @@ def _check(operation: str, response: Mapping[str, Any], route: Route) -> None:
         return
     body: bytes = response["body"]
     if root is None:
-        is_right = not body.strip()
+        is_right = not body[:_START].strip()
     else:
         is_right = (_root_of(body) or b"").decode() in (root, _OTHER_ROOTS.get(operation))
     if not is_right:
@@ -111,7 +113,7 @@ def _check(operation: str, response: Mapping[str, Any], route: Route) -> None:
 
 
 def _root_of(body: bytes) -> bytes | None:
-    found = _ROOT.match(body)
+    found = _ROOT.match(body[:_START].removeprefix(b"\xef\xbb\xbf"))
     return found[1] if found is not None else None
 
 
@@ -129,4 +131,4 @@ def _foreign(route: Route, response: Mapping[str, Any], what: str = "") -> Stora
 def _what(operation: str, root: str | None, body: bytes) -> str:
     if root is None:
         return f"{operation} with a body"
-    return f"{operation} without {root}" if body.strip() else f"{operation} with no body"
+    return f"{operation} without {root}" if body[:_START].strip() else f"{operation} with no body"

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.response import StreamingBody
 
-from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.causes import Route, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
+from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
+
+_PIECE: Final = 8 << 20
 
 
 def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
@@ -27,7 +29,8 @@ def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict
     with _body(answer, clients.route) as body:
         if not answer.get("ETag"):
             raise without_etag(clients.route, "GetObject", answer)
-        return body.read(), answer
+        # In pieces: the length that an answer promises may be any number.
+        return b"".join(iter(lambda: body.read(_PIECE), b"")), answer
 
 
 def read_range(
@@ -49,9 +52,9 @@ def read_range(
     if arrived is not None:
         arrived(0)
     with _body(answer, clients.route) as body:
-        _check(answer, offset, size, clients.route)
+        whole = _whole_size(answer, offset, size, clients.route)
         _fill(body, buffers, arrived)
-        return _whole_size(answer)
+        return whole
 
 
 @contextlib.contextmanager
@@ -65,27 +68,18 @@ def _body(answer: dict[str, Any], route: Route) -> Iterator[StreamingBody]:
             raise BrokenBodyError(said) from error
 
 
-def _check(answer: dict[str, Any], offset: int, size: int, route: Route) -> None:
+def _whole_size(answer: dict[str, Any], offset: int, size: int, route: Route) -> int | None:
+    """Return the size of the whole object, once the answer is found to have the range."""
     if not answer.get("ETag"):
         raise without_etag(route, "GetObject", answer)
-    given = answer.get("ContentRange")
-    if given is None:
-        if offset:
-            raise StorageError(f"the endpoint {route} ignores ranges")
-    elif not given.startswith(f"bytes {offset}-"):
-        raise StorageError(f"the endpoint {route} answered with another range than was asked for")
-    if answer["ContentLength"] < size:
-        end = offset + answer["ContentLength"]
-        raise IntegrityError(f"the object ends at byte {end}, before byte {offset + size}")
-
-
-def _whole_size(answer: dict[str, Any]) -> int | None:
-    """Return what stands behind the slash in ``Content-Range: bytes 0-9/100``."""
-    given = answer.get("ContentRange")
-    if given is None:
-        return int(answer["ContentLength"])
-    size = given.rpartition("/")[2]
-    return int(size) if size.isdigit() else None
+    return whole_size(
+        status=answer["ResponseMetadata"]["HTTPStatusCode"],
+        given=answer.get("ContentRange"),
+        length=answer.get("ContentLength"),
+        offset=offset,
+        size=size,
+        server=str(route),
+    )
 
 
 def _fill(body: StreamingBody, buffers: Sequence[memoryview], arrived: Arrived | None) -> None:
