@@ -27,6 +27,7 @@ from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.stores.http.bounded import TooLongError
 from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
 
 _T = TypeVar("_T")
@@ -35,6 +36,7 @@ USER_OF_PROXY: Final = "A proxy wants a user and password, as in HTTPS_PROXY=htt
 _NOT_HTTP: Final = (
     http.client.BadStatusLine,
     http.client.LineTooLong,
+    TooLongError,
     http.client.UnknownProtocol,
     http.client.UnknownTransferEncoding,
     urllib3.exceptions.InvalidChunkLength,
@@ -231,6 +233,8 @@ def _no_http(parser: BaseException, route: Route) -> Cause:
     if first.strip("'\"").startswith(_TLS_RECORDS):
         cure = f"Write https:// in {route.settings}"
         return Cause(f"{route} speaks TLS, and was sent plain HTTP", cure, "http", sent=True)
+    if isinstance(parser, TooLongError):
+        return Cause(f"{route} answered with {parser}", _no_http_cure(route), "http", sent=True)
     what = f"{route} answered with malformed HTTP ({_said(parser)})"
     return Cause(what, _no_http_cure(route), "http", sent=True)
 

@@ -36,6 +36,7 @@ from cloudckpt.backends.stores.gcs_endpoint import (
     serves_xml,
 )
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
@@ -110,6 +111,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         body: BuffersBody | bytes | None = None,
         fine: tuple[int, ...] = (),
+        is_object: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request and return its answer, whose body is still to be read.
 
@@ -121,6 +123,7 @@ class Client:
             headers: besides those that all have.
             body: what is sent.
             fine: statuses that are no failure, besides success.
+            is_object: the body of the answer is an object's, of any length.
 
         Raises:
             RefusedError: it was answered with another status.
@@ -139,6 +142,7 @@ class Client:
             url += ("&" if "?" in url else "?") + urlencode(query, quote_via=quote)
         if body is not None:
             sent["Content-Length"] = str(len(body))
+        bounded.expect(is_object=is_object)
         response = self._pool.urlopen(
             method, url, body=body, headers=sent, preload_content=False, decode_content=False, redirect=False
         )

@@ -202,6 +202,8 @@ def listed(requests: Requests, client: Client, prefix: str, following: Mapping[s
         headers=client.payer,
     )
     root = _root(answer, "ListMultipartUploadsResult", client, doing, _MOST_OF_A_PAGE)
+    if not gcs_xml.text(root, "Bucket"):
+        raise lacking("the bucket of a listing", client.endpoint, "XML")
     markers = {
         "key-marker": gcs_xml.text(root, "NextKeyMarker"),
         "upload-id-marker": gcs_xml.text(root, "NextUploadIdMarker"),

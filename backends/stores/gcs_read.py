@@ -45,6 +45,8 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
+        if "Content-Range" in answer.headers:
+            raise lacking("the whole object, and with a range of it instead", client.endpoint)
         data = _whole(answer, content_length(answer, client.endpoint))
         return data, downloaded_info(name, len(data), answer.headers)
 
@@ -136,4 +138,4 @@ def _download(
     requests: Requests, client: Client, name: str, headers: dict[str, str]
 ) -> urllib3.BaseHTTPResponse:
     where = f"/download{requests.path(client, name)}"
-    return client.request("get", "GET", where, parameters={"alt": "media"}, headers=headers)
+    return client.request("get", "GET", where, parameters={"alt": "media"}, headers=headers, is_object=True)

@@ -134,7 +134,7 @@ class Session:
             ) from lost
         status, _, held = self.ask(client, "upload", "bytes */*", b"")
         if status != _MORE:
-            raise StorageError("the upload has been completed already")
+            raise _completed(client)
         return held
 
     def ask(
@@ -207,10 +207,17 @@ class Sending:
             self._lost = None if judge(error).reply is Reply.NEVER_ASKED else error
             raise
         if status != _MORE:
-            raise StorageError("the upload has been completed already")
+            raise _completed(client)
         if held <= start:
             raise StorageError(f"the upload took none of {self._size - done} bytes")
         return held
+
+
+def _completed(client: Client) -> StorageError:
+    return StorageError(
+        f"the endpoint {client.endpoint} answered that the upload has been completed already",
+        hint="Save or copy again. If it goes on, check endpoint_url, proxies and gateways before the server",
+    )
 
 
 def cut(buffers: Sequence[memoryview], start: int, stop: int | None = None) -> list[memoryview]:

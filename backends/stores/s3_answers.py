@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.stores.causes import Route, origin
+from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.s3_errors import not_s3
 
 _AWS_HOSTS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
@@ -52,7 +53,8 @@ def check_answers(client: Any, route: Route, *, follows_regions: bool) -> None:
     """
     home = urlsplit(str(client.meta.endpoint_url))
 
-    def check_host(request: Any, **_: Any) -> None:
+    def check_host(request: Any, event_name: str, **_: Any) -> None:
+        bounded.expect(is_object=event_name.endswith(".GetObject"))
         parts = urlsplit(str(request.url))
         host = parts.hostname or ""
         is_home = host == home.hostname or host.endswith(f".{home.hostname}")
@@ -74,7 +76,8 @@ def check_answers(client: Any, route: Route, *, follows_regions: bool) -> None:
                 raise _foreign(route, response_dict)
 
     client.meta.events.register_first("before-send.s3", check_host)
-    client.meta.events.register_last("before-parse.s3", check_answer)  # after it that looks for an error
+    # Before botocore's own handler of `before-parse.s3.*`, which makes status 500 of an answer that is no XML.
+    client.meta.events.register_first("before-parse.*.*", check_answer)
 
 
 def check_key(answer: Mapping[str, Any], key: str, route: Route, operation: str) -> None:
@@ -105,9 +108,10 @@ def _check(operation: str, response: Mapping[str, Any], route: Route) -> None:
         return
     body: bytes = response["body"]
     if root is None:
-        is_right = not body[:_START].strip()
+        is_right = _root_of(body) == b"Error" or not body[:_START].strip()
     else:
-        is_right = (_root_of(body) or b"").decode() in (root, _OTHER_ROOTS.get(operation))
+        # An error may come with status 200, which botocore finds.
+        is_right = (_root_of(body) or b"").decode() in (root, "Error", _OTHER_ROOTS.get(operation))
     if not is_right:
         raise _foreign(route, response, _what(operation, root, body))
 

@@ -18,7 +18,7 @@ from cloudckpt.backends.stores.causes import Route, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
+from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3, without_etag
 
 _PIECE: Final = 8 << 20
 
@@ -29,6 +29,8 @@ def read_whole(clients: Clients, arguments: dict[str, Any]) -> tuple[bytes, dict
     with _body(answer, clients.route) as body:
         if not answer.get("ETag"):
             raise without_etag(clients.route, "GetObject", answer)
+        if "ContentRange" in answer:
+            raise not_s3(clients.route, answer, "a range of the object, where all of it was asked for")
         # In pieces: the length that an answer promises may be any number.
         return b"".join(iter(lambda: body.read(_PIECE), b"")), answer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from cloudckpt.backends.store import ObjectStore, Overwrite, Part, Upload
 
@@ -38,7 +38,7 @@ ANSWERS: Final[Mapping[str, bytes]] = {
     "blank": answer(b" \r\n" * 100),
     "no length": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n",
     "a huge length": b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 900000000000000\r\n\r\n<a/>',
-    "a negative length": b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: -7\r\nConnection: close\r\n\r\n<a/>',
+    "a negative length": b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: -7\r\n\r\n<a/>',
     "a foreign document": _xml("Welcome", "<to>this proxy</to>"),
     "a document type": answer(b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>'),
     "deep XML": answer(b"<a>" * 100_000),
@@ -193,6 +193,13 @@ OPERATIONS: Final[Mapping[str, Callable[[Stage], bool]]] = {
 """By the name of the request that is spoilt."""
 
 
+WELL_FORMED: Final = frozenset(
+    {("PutObject", "dates that are none")}
+    | {("HeadObject", kind) for kind in ("a huge length", "another range", "a range that is none")}
+)
+"""Answers that say nothing but what the server's own could say, by operation."""
+
+
 def stage(store: ObjectStore, source: ObjectStore, found: Callable[[str], bytes | None]) -> Stage:
     """Put what the operations need, and begin an upload."""
     store.delete([info.name for info in store.list().objects])
@@ -200,6 +207,3 @@ def stage(store: ObjectStore, source: ObjectStore, found: Callable[[str], bytes 
     source.put("copied", DATA, Overwrite())
     upload = store.begin_upload("upload")
     return Stage(store, source, found, upload, store.upload_part(upload, 1, 0, [memoryview(DATA)]))
-
-
-Spoil = Callable[[str, Any], None]

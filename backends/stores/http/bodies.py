@@ -47,7 +47,12 @@ class Body(abc.ABC):
         self.has_ended = False
         self.is_cancelled = False
         self.timeout = connection.gettimeout()
-        self.began = self.progressed = time.monotonic()
+        self.began = self.progressed = self.period = time.monotonic()
+        """The latter is the start of a period, in which a least number of bytes must be moved."""
+        self.before = 0
+        """Of ``moved``, at the start of the period."""
+        self.sharing = 1
+        """The most bodies that the loop had at once in the period."""
         self._view = memoryview(b"")
         """The memory that is being filled or sent, up to ``_at``."""
         self._at = 0

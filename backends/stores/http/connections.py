@@ -7,6 +7,7 @@ that makes the request, as urllib3 does.
 
 from __future__ import annotations
 
+import functools
 import io
 import ssl
 import time
@@ -19,7 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from cloudckpt.backends.store import Arrived
-from cloudckpt.backends.stores.http import body_loop
+from cloudckpt.backends.stores.http import body_loop, bounded
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.stores.http.reach import Reaching
 from cloudckpt.backends.stores.runs import runs
@@ -45,6 +46,7 @@ class _BodySender:
     """A mixin for urllib3's connections that has a loop send :class:`BuffersBody`."""
 
     sock: Any
+    response_class: Any = bounded.Response
     _asked: float
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
@@ -54,11 +56,26 @@ class _BodySender:
         self._asked = time.monotonic()
 
     def getresponse(self) -> Any:
+        if isinstance(early := self.response_class, functools.partial):  # botocore's, of an early answer
+            self.response_class = functools.partial(bounded.EarlyResponse, **early.keywords)
         response = super().getresponse()  # type: ignore[misc]
         rates().answered(time.monotonic() - self._asked)
         return response
 
+    def _handle_expect_response(self, message_body: Any) -> None:
+        """Read the answer to ``Expect: 100-continue`` with bounds, and send the body."""
+        self.sock = bounded.FirstLine(self.sock)
+        try:
+            super()._handle_expect_response(message_body)  # type: ignore[misc]
+        finally:
+            self._use_socket()
+
+    def _use_socket(self) -> None:
+        if isinstance(self.sock, bounded.FirstLine):
+            self.sock = self.sock.sock
+
     def send(self, data: Any) -> None:
+        self._use_socket()
         if not isinstance(data, Rest):
             super().send(data)  # type: ignore[misc]
         elif not getattr(self, "_response_received", False):  # botocore's: the answer came before the body
