@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -152,20 +152,76 @@ def test_a_body_that_ends_early_is_an_error_that_says_where(pair: Callable[..., 
 
 
 def test_the_timeout_is_for_a_connection_without_a_byte(pair: Callable[..., _Pair]) -> None:
-    """It holds although the kernel waits for many bytes, and a byte now and then is progress."""
+    """It holds although the kernel waits for many bytes."""
     both = pair(0.6)
     data, views = _buffers([1 << 19])
     answer = both.answer(_HEAD % (1 << 19))
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(fill, answer, views, None)
         for at in range(6):  # takes longer than the timeout
-            both.server.sendall(_BODY[at : at + 1])
+            both.server.sendall(_BODY[at << 16 : at + 1 << 16])
             time.sleep(0.25)
         assert not done.done()
         with pytest.raises(BrokenOffError, match="timed out"):
             done.result(20)
-    assert data[:6] == _BODY[:6]
+    assert data[: 6 << 16] == _BODY[: 6 << 16]
     assert both.client.gettimeout() == pytest.approx(0.6)
+
+
+_TRICKLES = 200
+"""Bytes that a peer sends or takes one by one, for longer than any timeout here."""
+
+
+def test_a_body_that_trickles_in_is_given_up(pair: Callable[..., _Pair]) -> None:
+    """A byte now and then is no progress."""
+    both = pair(0.6)
+    answer = both.answer(_HEAD % (1 << 19))
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(fill, answer, _buffers([1 << 19])[1], None)
+        trickled = _trickle(done, lambda: both.server.sendall(b"x"))
+        with pytest.raises(BrokenOffError, match="bytes in"):
+            done.result(20)
+    assert trickled < _TRICKLES
+
+
+def test_a_body_that_trickles_out_is_given_up(pair: Callable[..., _Pair]) -> None:
+    both = pair(0.6)
+    body = BuffersBody([memoryview(bytes(32 << 20))])
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(body_loop.send, both.client, body.read, len(body))
+        trickled = _trickle(done, lambda: both.server.recv(1))
+        with pytest.raises(TimeoutError):
+            done.result(20)
+    assert trickled < _TRICKLES
+
+
+def _trickle(done: Future[None], once: Callable[[], object]) -> int:
+    """Send or take bytes one by one until the other end has given up; return how many."""
+    for count in range(_TRICKLES):
+        if done.done():
+            return count
+        once()
+        time.sleep(0.05)
+    return _TRICKLES
+
+
+def test_bodies_that_share_a_slow_link_are_not_given_up(pair: Callable[..., _Pair]) -> None:
+    """Each of them has its share of the least rate alone."""
+    pairs = [pair(1.0) for _ in range(16)]
+    answers = [both.answer(_HEAD % (1 << 19)) for both in pairs]
+    with ThreadPoolExecutor(16) as pool:
+        filled = [pool.submit(fill, answer, _buffers([1 << 19])[1], None) for answer in answers]
+        for at in range(
+            12
+        ):  # 12 KiB in a quarter of a second: less than the least rate, and more than a share
+            for both in pairs:
+                both.server.sendall(_BODY[at * 6144 : (at + 1) * 6144])
+            time.sleep(0.25)
+        assert not any(one.done() for one in filled)
+        for both in pairs:
+            both.server.sendall(_BODY[12 * 6144 : 1 << 19])
+        for one in filled:
+            one.result(20)
 
 
 def test_an_error_of_a_checksum_ends_its_own_body_alone(pair: Callable[..., _Pair]) -> None:

@@ -15,8 +15,10 @@ from typing import Any, Final
 from botocore.awsrequest import AWSHTTPResponse
 
 MOST: Final = 16 << 20
-"""Bytes of an answer that is not an object's: a page of a listing has 1000 names, of 1024 bytes each, and each
-byte may be escaped."""
+"""Bytes of an answer that is not an object's.
+
+A page of a listing has 1000 names of 1024 bytes, each of which may be escaped.
+"""
 _LEAST_RATE: Final = 16 << 10
 """Bytes a second that an answer has in each period of a timeout, once it has begun."""
 
