@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cloudckpt.backends.errors import CheckpointError, StorageError
-from support.foreign import ANSWERS, OPERATIONS, WELL_FORMED
+from support.foreign import ANSWERS, OPERATIONS, READS, WELL_FORMED
 from support.gcs import GCSServer
 from support.servers import S3Server
 from support.spoilt import STORES, Spoilt, is_of, spoilt
@@ -29,8 +29,9 @@ def test_a_foreign_answer_is_never_a_success(place: Spoilt, operation: str) -> N
     if place.kind == "gcs sessions" and operation == "ListMultipartUploads":
         pytest.skip("GCS lists no sessions")
     wrong: list[str] = []
+    made = place.stage()
     for kind, answer in ANSWERS.items():
-        made = place.stage()
+        made = made if operation in READS else place.stage()
         place.spoil(operation, answer)
         count = place.proxy.count
         try:

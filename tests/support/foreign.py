@@ -37,8 +37,12 @@ ANSWERS: Final[Mapping[str, bytes]] = {
     "empty": answer(b""),
     "blank": answer(b" \r\n" * 100),
     "no length": b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n",
-    "a huge length": b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 900000000000000\r\n\r\n<a/>',
-    "a negative length": b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: -7\r\n\r\n<a/>',
+    "a huge length": (
+        b'HTTP/1.1 200 OK\r\nETag: "x"\r\nConnection: close\r\nContent-Length: 900000000000000\r\n\r\n<a/>'
+    ),
+    "a negative length": (
+        b'HTTP/1.1 200 OK\r\nETag: "x"\r\nConnection: close\r\nContent-Length: -7\r\n\r\n<a/>'
+    ),
     "a foreign document": _xml("Welcome", "<to>this proxy</to>"),
     "a document type": answer(b'<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult>&b;</ListBucketResult>'),
     "deep XML": answer(b"<a>" * 100_000),
@@ -193,6 +197,8 @@ OPERATIONS: Final[Mapping[str, Callable[[Stage], bool]]] = {
 """By the name of the request that is spoilt."""
 
 
+READS: Final = ("ListObjectsV2", "GetObject", "GetRange", "HeadObject", "ListMultipartUploads")
+"""Operations that change nothing."""
 WELL_FORMED: Final = frozenset(
     {("PutObject", "dates that are none")}
     | {("HeadObject", kind) for kind in ("a huge length", "another range", "a range that is none")}

@@ -262,6 +262,13 @@ class Proxy:
         self.trickled: list[int] = []
         """Pieces of each trickling answer or request that has ended."""
 
+    def ended(self) -> list[int]:
+        """Return the pieces of each trickling answer or request so far, once all of them have ended."""
+        deadline = time.monotonic() + _STALL_SECONDS
+        while self.in_flight and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return list(self.trickled)
+
     @property
     def exchanges(self) -> list[Exchange]:
         """Requests that were answered, in the order of their answers."""

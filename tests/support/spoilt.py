@@ -18,7 +18,7 @@ from support.proxy import Proxy, RawAnswer, Request, Spoiling, proxied
 from support.servers import S3Server
 
 STORES = ("s3", "gcs", "gcs sessions")
-TOKEN = "s3cr3t-t0ken"
+TOKEN = "s3cr3t-t0ken"  # noqa: S105 - of no account
 """The session token of the store of S3."""
 
 

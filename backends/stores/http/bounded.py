@@ -1,6 +1,6 @@
 """Answers with bounds: on the bytes of a head and of a document, and on the seconds that both may take.
 
-The timeout of a socket bounds each wait for bytes. A server that sends a byte now and then passes it for ever,
+The timeout of a socket bounds each wait for bytes. A server that sends a byte now and then never exceeds it,
 and http.client reads a document of any length into memory. So answers are read through a stream that counts.
 """
 
