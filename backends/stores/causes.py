@@ -27,6 +27,7 @@ from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 from cloudckpt.backends.endpoint_url import host_and_port
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.stores.http.bounded import TooLongError
 from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
 
 _T = TypeVar("_T")
@@ -35,6 +36,7 @@ USER_OF_PROXY: Final = "A proxy wants a user and password, as in HTTPS_PROXY=htt
 _NOT_HTTP: Final = (
     http.client.BadStatusLine,
     http.client.LineTooLong,
+    TooLongError,
     http.client.UnknownProtocol,
     http.client.UnknownTransferEncoding,
     urllib3.exceptions.InvalidChunkLength,
@@ -222,8 +224,6 @@ def cause_of(error: BaseException, route: Route, *, connecting: bool) -> Cause |
     check, reason = _unreached(found, words(error))
     if proxy is not None:
         return Cause(f"the proxy {proxy} {reason}", proxy.cure(host), "proxy")
-    elsewhere = next((_redirected(link, host) for link in found if _redirected(link, host)), None)
-    at = f"{elsewhere}, to which it redirected," if elsewhere else at
     return Cause(f"{at} {reason}", _cure(check, settings), check)
 
 
@@ -233,6 +233,8 @@ def _no_http(parser: BaseException, route: Route) -> Cause:
     if first.strip("'\"").startswith(_TLS_RECORDS):
         cure = f"Write https:// in {route.settings}"
         return Cause(f"{route} speaks TLS, and was sent plain HTTP", cure, "http", sent=True)
+    if isinstance(parser, TooLongError):
+        return Cause(f"{route} answered with {parser}", _no_http_cure(route), "http", sent=True)
     what = f"{route} answered with malformed HTTP ({_said(parser)})"
     return Cause(what, _no_http_cure(route), "http", sent=True)
 
@@ -269,13 +271,6 @@ def _unreached(found: list[BaseException], said: str) -> tuple[str, str]:
     ):
         return "connection", "did not answer an attempt to connect in time"
     return "connection", f"did not connect ({said})"
-
-
-def _redirected(link: BaseException, host: str) -> str | None:
-    """Return the address that aiohttp could not connect to, where it had followed a redirection there."""
-    if not isinstance(link, aiohttp.ClientConnectorError) or link.host == host:
-        return None
-    return host_and_port(link.host, link.port or 0)
 
 
 def _cure(check: str, settings: str) -> str:

@@ -23,7 +23,7 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores import gcs_read, gcs_session, gcs_write
-from cloudckpt.backends.stores.gcs_answers import object_info
+from cloudckpt.backends.stores.gcs_answers import written_info
 from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, PutSupport, server_of
 from cloudckpt.backends.stores.gcs_copy import copied
 from cloudckpt.backends.stores.gcs_delete import delete_objects
@@ -172,7 +172,7 @@ class GCSStore(ObjectStore):
             if isinstance(outcome.error, WrongSizeError) and not self._supports_status(upload.name):
                 # Such a server ends a session whatever it holds. One of Google's may have ended before.
                 self._discard(upload.name, outcome.error.generation)
-            return object_info(outcome.result(), self._requests.prefix, client.endpoint)
+            return written_info(outcome.result(), self._requests.prefix, client.endpoint, upload.name)
 
     def abort_upload(self, upload: Upload) -> None:
         if not _is_session(upload):

@@ -11,6 +11,8 @@ from typing import Final
 
 AT_ONCE: Final = 100
 """Requests that one batch may have."""
+_HEAD: Final = 4096
+"""Bytes of the head of a part."""
 _STATUS: Final = re.compile(rb"^HTTP/[0-9.]+ ([0-9]{3})[^\r\n]*\r?$", re.MULTILINE)
 
 
@@ -26,11 +28,11 @@ def deletions(paths: Sequence[str]) -> tuple[str, bytes]:
     return f'multipart/mixed; boundary="{border}"', ("".join(parts) + f"--{border}--\r\n").encode()
 
 
-def answers(content_type: str, body: bytes) -> dict[int, tuple[int, bytes]]:
+def answers(content_type: str, body: bytes, count: int) -> dict[int, tuple[int, bytes]]:
     """Return status and body of each answer in a batch's, by the number of the request.
 
-    A part without a Content-ID answers the request at its own place. gcp-storage-emulator sends none, and no
-    blank line before the status line either.
+    Where no part has a Content-ID and there is one for each of ``count`` requests, each answers the request
+    at its own place. gcp-storage-emulator sends none, and no blank line before the status line either.
 
     Raises:
         ValueError: it is not the answer to a batch.
@@ -41,14 +43,21 @@ def answers(content_type: str, body: bytes) -> dict[int, tuple[int, bytes]]:
     if document.get_content_maintype() != "multipart" or not boundary:
         raise ValueError(f"it is {content_type}")
     found: dict[int, tuple[int, bytes]] = {}
+    numbered = 0
     for place, part in enumerate(_parts(body, boundary.encode("latin-1"))):
         status = _STATUS.search(part)
         if status is None:
             raise ValueError(f"a part of it has no status: {part[:100]!r}")
         rest = part[status.end() :]
         end = re.search(rb"\r?\n\r?\n", rest)
-        number = _number(part[: status.start()])
-        found[place if number is None else number] = (int(status[1]), rest[end.end() :] if end else b"")
+        number = _number(part[: min(status.start(), _HEAD)])
+        numbered += number is not None
+        number = place if number is None else number
+        if number in found or number >= count:
+            raise ValueError(f"it has a part for request {number} of {count}, or two")
+        found[number] = (int(status[1]), rest[end.end() :] if end else b"")
+    if numbered != len(found) and (numbered or len(found) != count):
+        raise ValueError("it has parts without a Content-ID, which answer an unknown request")
     return found
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import google.auth.exceptions
 import requests
@@ -27,8 +27,16 @@ from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options, where_credentials_belong
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.stores.gcs_endpoint import configured_endpoint, is_google, serves_xml
+from cloudckpt.backends.stores.gcs_endpoint import (
+    configured_endpoint,
+    elsewhere,
+    is_google,
+    is_of,
+    same_origin,
+    serves_xml,
+)
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
@@ -40,8 +48,10 @@ from cloudckpt.backends.version import __version__
 _CONNECT_SECONDS: Final = 5.0
 _ASKED: Final = 1 << 17
 """Bytes that http.client asks a body for; ``BuffersBody`` hands out more at a time."""
-_OF_OTHERS: Final = (301, 302, 303, 307, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
+_OF_OTHERS: Final = (*range(300, 308), HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 """Statuses that GCS does not answer with."""
+_REDIRECTION: Final = int(HTTPStatus.PERMANENT_REDIRECT)
+"""Status that GCS answers with to a session alone, where it is no redirection."""
 _ERROR_BYTES: Final = 1 << 16
 _PAYER: Final = "x-goog-user-project"
 _OF_FSSPEC: Final = frozenset(
@@ -101,6 +111,7 @@ class Client:
         headers: Mapping[str, str] | None = None,
         body: BuffersBody | bytes | None = None,
         fine: tuple[int, ...] = (),
+        is_object: bool = False,
     ) -> urllib3.BaseHTTPResponse:
         """Send a request and return its answer, whose body is still to be read.
 
@@ -112,26 +123,32 @@ class Client:
             headers: besides those that all have.
             body: what is sent.
             fine: statuses that are no failure, besides success.
+            is_object: the body of the answer is an object's, of any length.
 
         Raises:
             RefusedError: it was answered with another status.
-            PageError: a web page was the answer.
+            PageError: a web page or a redirection was the answer.
+            StorageError: ``where`` is a URL of another server. Nothing is sent.
         """
         use(self._pool, self)
         sent = {"User-Agent": f"cloudckpt/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
-        if urlsplit(url).netloc == urlsplit(self.endpoint).netloc:  # a token is for nobody else
+        if not is_of(url, self.endpoint):
+            raise elsewhere(url, self.endpoint)
+        if same_origin(url, self.endpoint):  # a token is for nobody else
             self.fs.credentials.apply(sent)
         query = {**({} if _PAYER in sent else self._always), **(parameters or {})}
         if query:
             url += ("&" if "?" in url else "?") + urlencode(query, quote_via=quote)
         if body is not None:
             sent["Content-Length"] = str(len(body))
+        bounded.expect(is_object=is_object)
         response = self._pool.urlopen(
             method, url, body=body, headers=sent, preload_content=False, decode_content=False, redirect=False
         )
         came, is_success = response.headers, response.status < 300  # noqa: PLR2004 - 308 is no redirection here
-        if response.status in _OF_OTHERS or (is_success and _is_page(response)):
+        is_foreign = response.status in _OF_OTHERS or (response.status == _REDIRECTION and not fine)
+        if is_foreign or (is_success and _is_page(response)):
             response.close()
             raise PageError(doing, response.status, came.get("Location"))
         if is_success or response.status in fine:

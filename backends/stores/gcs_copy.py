@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import ObjectInfo
-from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, object_info
+from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, written_info
 from cloudckpt.backends.stores.gcs_capabilities import server_of
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import explained, status_of
@@ -64,7 +64,12 @@ def _rewritten(requests: Requests, original: Requests, info: ObjectInfo) -> Obje
         where = f"{client.objects(original.bucket)}/{key}/{there}"
         headers = {"Content-Type": "application/json; charset=UTF-8"}
         answer = client.request("copy", "POST", where, parameters=parameters, headers=headers, body=resource)
-        return document(answer, client.endpoint)
+        told = document(answer, client.endpoint)
+        if not told.get("done") and not isinstance(told.get("rewriteToken"), str):
+            raise lacking("a rewriteToken", client.endpoint)
+        if told.get("done") and not isinstance(told.get("resource"), dict):
+            raise lacking("the resource of a copy", client.endpoint)
+        return told
 
     endpoint = requests.client.endpoint
     with explained(requests.target, requests.client.route, info.name):
@@ -75,12 +80,8 @@ def _rewritten(requests: Requests, original: Requests, info: ObjectInfo) -> Obje
             answer = outcome.result()
             if answer.get("done"):
                 break
-            if "rewriteToken" not in answer:
-                raise lacking("a rewriteToken", endpoint)
             parameters["rewriteToken"] = answer["rewriteToken"]
-        if "resource" not in answer:
-            raise lacking("the resource of a copy", endpoint)
-        return object_info(answer["resource"], requests.prefix, endpoint)
+        return written_info(answer["resource"], requests.prefix, endpoint, info.name)
 
 
 def _is_unchanged(original: Requests, info: ObjectInfo) -> bool:

@@ -67,14 +67,13 @@ class _Batch:
             "delete", "POST", "/batch/storage/v1", headers={"Content-Type": kind}, body=body
         )
         try:
-            results = gcs_batch.answers(answer.headers.get("Content-Type", ""), answer.data)
+            results = gcs_batch.answers(answer.headers.get("Content-Type", ""), answer.data, len(paths))
         except ValueError as error:
             raise lacking("the answers to a batch", client.endpoint) from error
         failed = {
             self._left[number]: RefusedError("delete", status, said)
             for number, (status, said) in sorted(results.items())
-            if status >= 300 and status != HTTPStatus.NOT_FOUND  # noqa: PLR2004 - all that is no success
-            if number < len(self._left)
+            if not 200 <= status < 300 and status != HTTPStatus.NOT_FOUND  # noqa: PLR2004 - success
         }
         # One that was not answered counts as not deleted.
         self._left = [

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from http import HTTPStatus
 from typing import Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import urllib3
 
@@ -92,6 +92,7 @@ def begin(requests: Requests, client: Client, name: str) -> str:
     upload_id = gcs_xml.text(root, "UploadId").strip()
     if not upload_id:
         raise lacking("the ID of an upload", client.endpoint, "XML")
+    _check_key(root, requests, name, client)
     return upload_id
 
 
@@ -161,9 +162,12 @@ def complete(requests: Requests, client: Client, upload: Upload, parts: Sequence
             headers={**client.payer, "Content-Type": "application/xml"},
             body=gcs_xml.parts_list((part.number, part.etag) for part in parts),
         )
-        _root(answer, "CompleteMultipartUploadResult", client, doing)
+        root = _root(answer, "CompleteMultipartUploadResult", client, doing)
     except RefusedError as error:
         raise _gone(error) from error
+    if not gcs_xml.text(root, "ETag"):
+        raise lacking("the ETag of a completed object", client.endpoint, "XML")
+    _check_key(root, requests, upload.name, client)
     return Completed(answer.headers.get("x-goog-generation"), crc32c_of(answer.headers))
 
 
@@ -198,13 +202,15 @@ def listed(requests: Requests, client: Client, prefix: str, following: Mapping[s
         headers=client.payer,
     )
     root = _root(answer, "ListMultipartUploadsResult", client, doing, _MOST_OF_A_PAGE)
+    if not gcs_xml.text(root, "Bucket"):
+        raise lacking("the bucket of a listing", client.endpoint, "XML")
     markers = {
         "key-marker": gcs_xml.text(root, "NextKeyMarker"),
         "upload-id-marker": gcs_xml.text(root, "NextUploadIdMarker"),
     }
     truncated = gcs_xml.text(root, "IsTruncated").strip().lower() == "true"
     return Page(
-        [_pending(requests, element) for element in gcs_xml.children(root, "Upload")],
+        [_pending(requests, client, element, prefix) for element in gcs_xml.children(root, "Upload")],
         {name: value for name, value in markers.items() if value and truncated},
         truncated,
     )
@@ -243,14 +249,24 @@ def _bucket_path(requests: Requests) -> str:
     return f"/{quote(requests.bucket, safe='')}"
 
 
-def _pending(requests: Requests, element: ET.Element) -> PendingUpload:
-    name = gcs_xml.text(element, "Key").removeprefix(requests.prefix)
+def _check_key(root: ET.Element, requests: Requests, name: str, client: Client) -> None:
+    """Check that an answer is about the object that was asked for, where it names one."""
+    key, full = gcs_xml.text(root, "Key"), requests.prefix + name
+    if key and full not in (key, unquote(key)):
+        raise lacking(f"the object {full!r}", client.endpoint, "XML")
+
+
+def _pending(requests: Requests, client: Client, element: ET.Element, prefix: str) -> PendingUpload:
+    key, upload_id = gcs_xml.text(element, "Key"), gcs_xml.text(element, "UploadId").strip()
+    if not upload_id or not key.startswith(requests.prefix + prefix):
+        raise lacking(f"an upload whose name begins with {prefix!r}", client.endpoint, "XML")
+    name = key.removeprefix(requests.prefix)
     started = gcs_xml.text(element, "Initiated").strip()
     try:
         begun = datetime.fromisoformat(started) if started else None
     except ValueError:
         begun = None
-    return PendingUpload(Upload(name, gcs_xml.text(element, "UploadId").strip()), begun)
+    return PendingUpload(Upload(name, upload_id), begun)
 
 
 def _read(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:

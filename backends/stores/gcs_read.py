@@ -12,18 +12,22 @@ from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import (
     FIELDS,
+    check_listing,
     content_length,
     document,
     downloaded_info,
+    entries,
     lacking,
     object_info,
     whole_size,
+    written_info,
 )
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.http.connections import fill
 from cloudckpt.backends.stores.whole import check_whole
 
+_PIECE: Final = 8 << 20
 _READS: Final = 5
 """Downloads of an object that changes while its generation is looked up."""
 
@@ -33,7 +37,7 @@ def stat(requests: Requests, name: str) -> ObjectInfo:
 
     def ask(client: Client) -> ObjectInfo:
         answer = client.request("get", "GET", requests.path(client, name), parameters={"fields": FIELDS})
-        return object_info(document(answer, client.endpoint), requests.prefix, client.endpoint)
+        return written_info(document(answer, client.endpoint), requests.prefix, client.endpoint, name)
 
     return requests.read(ask, name)
 
@@ -43,16 +47,16 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
+        if "Content-Range" in answer.headers:
+            raise lacking("the whole object, and with a range of it instead", client.endpoint)
         size = content_length(answer, client.endpoint)
         try:
             check_whole(requests.target, name, size)
         except IntegrityError:
             answer.close()  # its bytes are still on their way
             raise
-        data = memoryview(bytearray(size))
-        fill(answer, [data], None)
-        answer.release_conn()
-        return bytes(data), downloaded_info(name, data.nbytes, answer.headers)
+        data = _whole(answer, size)
+        return data, downloaded_info(name, len(data), answer.headers)
 
     for _ in range(_READS):
         data, info = requests.read(read, name)
@@ -88,20 +92,30 @@ def read_into(
 
 def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
     """Return the objects and common prefixes below a prefix of names."""
+    whole = requests.prefix + prefix
     objects: list[ObjectInfo] = []
     prefixes: set[str] = set()
     parameters = {
-        "prefix": requests.prefix + prefix,
-        "fields": f"items({FIELDS}),prefixes,nextPageToken",
+        "prefix": whole,
+        "fields": f"kind,items({FIELDS}),prefixes,nextPageToken",
         **({"delimiter": "/"} if delimiter else {}),
     }
 
     def ask(client: Client) -> tuple[dict[str, Any], list[ObjectInfo]]:
         answer = client.request("list", "GET", client.objects(requests.bucket), parameters=parameters)
         page = document(answer, client.endpoint)
+        check_listing(page, client.endpoint)
         # A key that ends in a slash is the folder that a web console shows, not an object of ours.
-        items = [item for item in page.get("items", ()) if not str(item.get("name", "")).endswith("/")]
-        return page, [object_info(item, requests.prefix, client.endpoint) for item in items]
+        items = [
+            item
+            for item in entries(page, "items", dict, client.endpoint)
+            if not str(item.get("name", "")).endswith("/")
+        ]
+        found = [object_info(item, requests.prefix, client.endpoint) for item in items]
+        below = entries(page, "prefixes", str, client.endpoint)
+        if not all(one.startswith(whole) for one in (*below, *(requests.prefix + one.name for one in found))):
+            raise lacking(f"names that begin with {whole!r}", client.endpoint)
+        return page, found
 
     while True:
         page, found = requests.ask(ask)
@@ -109,12 +123,27 @@ def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
         prefixes.update(one.removeprefix(requests.prefix) for one in page.get("prefixes", ()))
         if not (token := page.get("nextPageToken")):
             break
-        parameters["pageToken"] = token
+        parameters["pageToken"] = str(token)
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
+
+
+def _whole(answer: urllib3.BaseHTTPResponse, size: int) -> bytes:
+    """Return the body of an answer. It is read in pieces: the length that it promises may be any number."""
+    pieces: list[bytearray] = []
+    try:
+        while size:
+            pieces.append(bytearray(min(size, _PIECE)))
+            fill(answer, [memoryview(pieces[-1])], None)
+            size -= len(pieces[-1])
+    except BaseException:
+        answer.close()
+        raise
+    answer.release_conn()
+    return b"".join(pieces)
 
 
 def _download(
     requests: Requests, client: Client, name: str, headers: dict[str, str]
 ) -> urllib3.BaseHTTPResponse:
     where = f"/download{requests.path(client, name)}"
-    return client.request("get", "GET", where, parameters={"alt": "media"}, headers=headers)
+    return client.request("get", "GET", where, parameters={"alt": "media"}, headers=headers, is_object=True)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
 from cloudckpt.backends.stores.causes import Route, readable
-from cloudckpt.backends.stores.gcs_answers import document
+from cloudckpt.backends.stores.gcs_answers import check_listing, document, entries
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, foreign, judge, status_of
 from cloudckpt.backends.stores.retry import Outcome, Retries
@@ -137,12 +137,12 @@ class Requests:
     def _listing(self, name: str) -> Callable[[Client], bool]:
         # In the order of names the object comes first of all whose names begin with its own.
         full = self.prefix + name
-        parameters = {"prefix": full, "maxResults": "1", "fields": "items(name)"}
+        parameters = {"prefix": full, "maxResults": "1", "fields": "kind,items(name)"}
 
         def lists(client: Client) -> bool:
             answer = client.request("list", "GET", client.objects(self.bucket), parameters=parameters)
-            return any(
-                item.get("name") == full for item in document(answer, client.endpoint).get("items", ())
-            )
+            page = document(answer, client.endpoint)
+            check_listing(page, client.endpoint)
+            return any(item.get("name") == full for item in entries(page, "items", dict, client.endpoint))
 
         return lists

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
 from cloudckpt.backends.stores.causes import words
-from cloudckpt.backends.stores.gcs_answers import lacking, parsed
+from cloudckpt.backends.stores.gcs_answers import lacking, parsed, size_of
 from cloudckpt.backends.stores.gcs_capabilities import Server
 from cloudckpt.backends.stores.gcs_errors import CANCELLED, GoneError, RefusedError, judge
 from cloudckpt.backends.stores.retry import Reply
@@ -86,7 +86,7 @@ class Session:
             resource = parsed(said, client.endpoint)
             if resource.get("size") is None:
                 raise lacking("a size", client.endpoint)
-            if int(resource["size"]) != size:
+            if size_of(resource["size"], client.endpoint) != size:
                 error = WrongSizeError(f"the object has {resource['size']} bytes, and its parts {size}")
                 error.generation = resource.get("generation")
                 raise error
@@ -134,7 +134,7 @@ class Session:
             ) from lost
         status, _, held = self.ask(client, "upload", "bytes */*", b"")
         if status != _MORE:
-            raise StorageError("the upload has been completed already")
+            raise _completed(client)
         return held
 
     def ask(
@@ -207,10 +207,17 @@ class Sending:
             self._lost = None if judge(error).reply is Reply.NEVER_ASKED else error
             raise
         if status != _MORE:
-            raise StorageError("the upload has been completed already")
+            raise _completed(client)
         if held <= start:
             raise StorageError(f"the upload took none of {self._size - done} bytes")
         return held
+
+
+def _completed(client: Client) -> StorageError:
+    return StorageError(
+        f"the endpoint {client.endpoint} answered that the upload has been completed already",
+        hint="Save or copy again. If it goes on, check endpoint_url, proxies and gateways before the server",
+    )
 
 
 def cut(buffers: Sequence[memoryview], start: int, stop: int | None = None) -> list[memoryview]:

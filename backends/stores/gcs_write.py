@@ -6,13 +6,18 @@ import json
 import os
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Final
 
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.store import ObjectInfo
-from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, object_info
+from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, written_info
 from cloudckpt.backends.stores.gcs_client import Client
+from cloudckpt.backends.stores.gcs_endpoint import elsewhere, is_of
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.s3_body import BuffersBody
+
+_NOTHING: Final = (b"", b"null", b"{}")
+"""Bodies of the answer to a deletion. Google's is the first, those of emulators are the others."""
 
 
 def insert(
@@ -40,7 +45,8 @@ def insert(
         headers={"Content-Type": f"multipart/related; boundary={border}"},
         body=BuffersBody(pieces),
     )
-    return object_info(document(answer, client.endpoint), requests.prefix, client.endpoint)
+    resource = document(answer, client.endpoint)
+    return written_info(resource, requests.prefix, client.endpoint, name, len(data))
 
 
 def begin_session(requests: Requests, client: Client, name: str) -> str:
@@ -63,9 +69,12 @@ def begin_session(requests: Requests, client: Client, name: str) -> str:
     )
     answer.drain_conn()
     answer.release_conn()
-    if "Location" not in answer.headers:
+    url = answer.headers.get("Location", "")
+    if not url.startswith(("http://", "https://")):
         raise lacking("the URL of an upload", client.endpoint)
-    return answer.headers["Location"]
+    if not is_of(url, client.endpoint):
+        raise elsewhere(url, client.endpoint)
+    return url
 
 
 def delete(requests: Requests, client: Client, name: str, generation: str | None = None) -> None:
@@ -77,5 +86,5 @@ def delete(requests: Requests, client: Client, name: str, generation: str | None
     fine = (int(HTTPStatus.NOT_FOUND), *((int(HTTPStatus.PRECONDITION_FAILED),) if generation else ()))
     parameters = {"ifGenerationMatch": generation} if generation else {}
     answer = client.request("delete", "DELETE", requests.path(client, name), parameters=parameters, fine=fine)
-    answer.drain_conn()
-    answer.release_conn()
+    if answer.data.strip() not in _NOTHING and answer.status not in fine:
+        raise lacking("nothing else than that it deleted", client.endpoint)

@@ -33,6 +33,7 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
+from cloudckpt.backends.stores.s3_answers import check_key
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.stores.s3_capabilities import PutSupport, server_of
 from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters, proves
@@ -42,7 +43,6 @@ from cloudckpt.backends.stores.s3_delete import Deleter
 from cloudckpt.backends.stores.s3_errors import (
     code_of,
     is_of_credentials,
-    is_page,
     not_s3,
     status_of,
     unanswered,
@@ -171,7 +171,10 @@ class S3Store(ObjectStore):
         def head(clients: Clients) -> ObjectInfo:
             answer = clients.data.head_object(**self._of(clients, "head_object", name))
             version = _version(answer, clients, "HeadObject")
-            return ObjectInfo(name, answer["ContentLength"], version, answer.get("LastModified"))
+            size = answer.get("ContentLength", -1)
+            if size < 0:
+                raise not_s3(clients.route, answer, "HeadObject without a Content-Length")
+            return ObjectInfo(name, size, version, answer.get("LastModified"))
 
         return read_object(self._requests, self._target, name, head)
 
@@ -208,8 +211,9 @@ class S3Store(ObjectStore):
         def begin(clients: Clients) -> str:
             arguments = self._of(clients, "create_multipart_upload", name, **declared)
             answer = clients.data.create_multipart_upload(**arguments)
-            if "UploadId" not in answer:
-                raise not_s3(clients.route, answer)
+            if not answer.get("UploadId"):
+                raise not_s3(clients.route, answer, "CreateMultipartUpload without an UploadId")
+            check_key(answer, arguments["Key"], clients.route, "CreateMultipartUpload")
             return str(answer["UploadId"])
 
         return self._requests.outcome(begin)
@@ -250,8 +254,9 @@ class S3Store(ObjectStore):
         def complete(clients: Clients) -> dict[str, Any]:
             arguments = self._of(clients, "complete_multipart_upload", upload.name, **own)
             answer = clients.completion(**arguments)
-            if is_page(answer):
-                raise not_s3(clients.route, answer)
+            if not answer.get("ETag"):
+                raise not_s3(clients.route, answer, "CompleteMultipartUpload without an ETag")
+            check_key(answer, arguments["Key"], clients.route, "CompleteMultipartUpload")
             return answer
 
         size, tag = sum(part.size for part in parts), None

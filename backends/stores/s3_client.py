@@ -1,11 +1,10 @@
-"""The clients of an S3 store: one s3fs file system, and botocore clients made from the same configuration.
+"""The clients of an S3 store: botocore clients made from the configuration of an s3fs file system.
 
 s3fs takes the options first, so that whatever ``storage_options`` holds means here what it means there. It
-lists and deletes; boto3's core carries the bytes, on connections of its own.
+makes no request: aiohttp below it follows redirections and sends the session token along, to any host.
 
-Neither asks again: :mod:`~cloudckpt.backends.stores.retry` does, above both. botocore's standard mode with
-one attempt still follows a bucket into its region. s3fs's own loop is set to a single attempt. aiohttp below
-it repeats a listing once where the connection is lost, which no option turns off and which does no harm.
+botocore does not retry: :mod:`~cloudckpt.backends.stores.retry` does, above it. Its standard mode with one
+attempt still follows a bucket into its region, and :mod:`~.s3_answers` checks the host that it goes to.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.endpoint_url import is_address
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.options import Options
+from cloudckpt.backends.stores import s3_answers
 from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
@@ -41,7 +41,6 @@ from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
-from cloudckpt.backends.stores.s3_redirects import StayingSession, stay
 from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
@@ -56,7 +55,6 @@ _PATIENCE: Final = 10
 """Timeouts that an answer to CompleteMultipartUpload may take: S3 takes minutes for large objects."""
 _ONE_ATTEMPT: Final = {"mode": "standard", "total_max_attempts": 1}
 _CREDENTIALS: Final = frozenset({"aws_access_key_id", "aws_secret_access_key", "aws_session_token"})
-_AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 
 
 class Clients:
@@ -80,6 +78,7 @@ class Clients:
         self._lock = threading.Lock()
         self._patient: Any = None
         self._completion: Completion | None = None
+        self._follows_regions = endpoint is None
         self.data: Any = _client(self._session, self.fs, self.fs.config_kwargs)
         """botocore's S3 client, whose methods are generated at run time."""
         self.endpoint = _without_secrets(str(self.data.meta.endpoint_url))
@@ -91,6 +90,7 @@ class Clients:
             self.verify,
         )
         """For errors and doctor."""
+        self._check(self.data)
         if self.endpoint.startswith("https:"):
             _check_authorities(self.route.verify, shown="verify" not in self.fs.client_kwargs)
         self._filter = ParamKwargsHelper(self.data)
@@ -105,6 +105,7 @@ class Clients:
                 connections = max(given["max_pool_connections"], ON_BEHALF)
                 own = {"read_timeout": seconds, "max_pool_connections": connections}
                 self._patient = _client(self._session, self.fs, {**given, **own})
+                self._check(self._patient)
             return self._patient
 
     @property
@@ -155,8 +156,13 @@ class Clients:
         common: dict[str, Any] = {**self.fs.s3_additional_kwargs, **self.fs.req_kw}
         return {**self._filter.filter_dict(method, common), **own}
 
+    def _check(self, client: Any) -> None:
+        """Have a client check hosts and answers."""
+        follows = self._follows_regions and self.is_aws
+        s3_answers.check_answers(client, self.route, follows_regions=follows)
+
     def close(self) -> None:
-        """Close the connections for data; those of s3fs close with its instance."""
+        """Close the connections for data."""
         self.data.close()
         with self._lock:
             if self._patient is not None:
@@ -181,7 +187,7 @@ def _check_authorities(verify: bool | str, *, shown: bool) -> None:
 
 def is_aws(endpoint: str) -> bool:
     """Return True if an endpoint is S3 itself, and not another server that speaks its protocol."""
-    return (urlsplit(endpoint).hostname or "").endswith(_AWS_HOSTS)
+    return s3_answers.is_aws(urlsplit(endpoint).hostname or "")
 
 
 def _file_system(options: Options) -> s3fs.S3FileSystem:
@@ -201,10 +207,7 @@ def _file_system(options: Options) -> s3fs.S3FileSystem:
         **core,
         "endpoint_url": endpoint,
         "client_kwargs": client,
-        "config_kwargs": {
-            **_config(options, given.get("config_kwargs") or {}),
-            "http_session_cls": StayingSession,
-        },
+        "config_kwargs": _config(options, given.get("config_kwargs") or {}),
         "s3_additional_kwargs": {**(given.get("s3_additional_kwargs") or {}), **_written(options)},
         "session": session,
         # Listings must show what other processes did a moment ago, and instances must not be shared.
@@ -215,9 +218,7 @@ def _file_system(options: Options) -> s3fs.S3FileSystem:
         arguments["anon"] = True
     if options.requester_pays:
         arguments["requester_pays"] = True
-    fs = s3fs.S3FileSystem(**arguments)
-    fs.retries = 1
-    return fs
+    return s3fs.S3FileSystem(**arguments)
 
 
 def _written(options: Options) -> dict[str, str]:
@@ -264,7 +265,6 @@ def _client(session: botocore.session.Session, fs: Any, config: dict[str, Any]) 
         arguments = {key: value for key, value in arguments.items() if key not in credentials}
     # Given as a whole, it is not put together anew for every request, which takes a tenth of one's time.
     named: dict[str, Any] = {"user_agent": f"cloudckpt/{__version__} {session.user_agent()}", **config}
-    named.pop("http_session_cls")  # aiobotocore's
     client = session.create_client("s3", config=Config(**named), **arguments)
     use_connections(client)
     client.meta.events.register("before-call.s3", _send_short_bodies_at_once)
@@ -308,7 +308,6 @@ def _prepared(session: _Session) -> _Session:
     """
     if not os.environ.get("AWS_DEFAULT_REGION") and (of_environment := os.environ.get("AWS_REGION")):
         session.set_config_variable("region", of_environment)
-    session.register("before-call.s3", stay(is_aws))
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     return session
 

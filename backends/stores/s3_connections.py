@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from botocore import exceptions as boto
 from urllib3.util import wait_for_read
 
-from cloudckpt.backends.stores.http import tls_sessions
+from cloudckpt.backends.stores.http import bounded, tls_sessions
 from cloudckpt.backends.stores.http.addresses import addresses_of
 from cloudckpt.backends.stores.proxies import Proxy
 from cloudckpt.backends.stores.tls import context as tls_context
@@ -43,6 +43,8 @@ class Answer:
 
 class _Connection(http.client.HTTPConnection):
     """Sends the head of a request and its body as one packet, which saves both sides a tenth."""
+
+    response_class = bounded.Response
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -107,6 +109,7 @@ class Connections:
         connection = self._borrowed(parts.scheme, parts.netloc, url)
         whole = False
         try:
+            bounded.expect(is_object=False)
             with _as_botocores(url):
                 sock = connection.sock
                 connection.request("POST", f"{parts.path}?{parts.query}", body, headers)

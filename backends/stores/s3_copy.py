@@ -73,8 +73,8 @@ class Copying:
     def _at_once(self, original: Original) -> bool:
         def copy(clients: Clients) -> None:
             answer = clients.patient.copy_object(**self._own(clients, "copy_object", **original.arguments))
-            if "CopyObjectResult" not in answer:
-                raise not_s3(clients.route)
+            if not answer.get("CopyObjectResult", {}).get("ETag"):
+                raise not_s3(clients.route, answer, "CopyObject without an ETag")
 
         outcome = self._requests.outcome(copy, patient=True)
         return not _is_refused(outcome) and outcome.result() is None
@@ -99,7 +99,7 @@ class Copying:
             answer = clients.patient.upload_part_copy(**self._own(clients, "upload_part_copy", **own))
             result: dict[str, Any] = answer.get("CopyPartResult") or {}
             if "ETag" not in result:
-                raise not_s3(clients.route)
+                raise not_s3(clients.route, answer, "UploadPartCopy without an ETag")
             found = ((name, result.get(f"Checksum{name.upper()}")) for name in ALGORITHMS)
             checksum = next((f"{name}:{value}" for name, value in found if value), None)
             return Part(own["PartNumber"], size, result["ETag"], checksum)

@@ -64,16 +64,22 @@ class Deleter:
             if self._server.deletes_in_batches:
                 outcome = self._requests.outcome(functools.partial(self._delete_objects, batch))
                 if not _may_lack_batches(outcome.error):
-                    outcome.result()
+                    unnamed = outcome.result()
+                    self._delete_each(unnamed)
+                    self._server.deletes_in_batches = len(unnamed) < len(batch)
                     continue
             self._delete_each(batch)
             self._server.deletes_in_batches = False
 
-    def _delete_objects(self, keys: Sequence[str], clients: Clients) -> None:
-        listed = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+    def _delete_objects(self, keys: Sequence[str], clients: Clients) -> list[str]:
+        """Delete keys, and return those that the answer does not name: they may still be there."""
+        listed = {"Objects": [{"Key": key} for key in keys]}
         arguments = clients.arguments("delete_objects", Bucket=self._bucket, Delete=listed)
-        if failures := clients.data.delete_objects(**arguments).get("Errors"):
+        answer = clients.data.delete_objects(**arguments)
+        if failures := answer.get("Errors"):
             raise self._not_deleted(failures)
+        named = {deleted.get("Key") for deleted in answer.get("Deleted", ())}
+        return [key for key in keys if key not in named]
 
     def _delete_each(self, keys: Sequence[str]) -> None:
         def deletion(key: str) -> Callable[[], None]:
@@ -81,6 +87,8 @@ class Deleter:
                 functools.partial(self._delete_object, key), key.removeprefix(self._prefix)
             )
 
+        if not keys:
+            return
         if len(keys) == 1:  # without a pool of threads, which an interpreter that exits starts no more
             deletion(keys[0])()
         else:

@@ -80,8 +80,14 @@ def explained(target: Target, route: Route, name: str | None = None) -> Iterator
         raise _error_for(error, target, route).located(uri=target.uri, object_name=name) from error
 
 
-def not_s3(route: Route, answer: Mapping[str, Any] | None = None) -> StorageError:
-    """Return the error for an answer that no S3 server would give, with its status if given."""
+def not_s3(route: Route, answer: Mapping[str, Any] | None = None, what: str = "") -> StorageError:
+    """Return the error for an answer that no S3 server would give.
+
+    Args:
+        route: to the server.
+        answer: that as botocore has it, for its status.
+        what: what is wrong with the answer.
+    """
     meta = (answer or {}).get("ResponseMetadata", {})
     status, location = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders", {}).get("location")
     told = f", a redirection to {origin(location)}" if location else ""
@@ -91,7 +97,8 @@ def not_s3(route: Route, answer: Mapping[str, Any] | None = None) -> StorageErro
         hint = f"{USER_OF_PROXY}. {hint}"
     if route.proxy is not None:
         hint = f"{hint}. {route.proxy.cure(route.host)}"
-    return StorageError(f"the endpoint {route} answered, but not as an S3 server does{told}", hint=hint)
+    why = f": {what}" if what else ""
+    return StorageError(f"the endpoint {route} answered, but not as an S3 server does{told}{why}", hint=hint)
 
 
 def without_etag(route: Route, operation: str, answer: Mapping[str, Any]) -> StorageError:

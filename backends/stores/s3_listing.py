@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.errors import StorageError, UnsupportedError
 from cloudckpt.backends.store import Listing, ObjectInfo, PendingUpload, Upload
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import is_page, not_s3, plain, status_of
+from cloudckpt.backends.stores.s3_errors import is_page, not_s3, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
 
 _UNSUPPORTED = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
@@ -29,14 +29,20 @@ def listed_objects(
     arguments: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix + below}
     if delimiter:
         arguments["Delimiter"] = "/"
+    whole = prefix + below
     for page in _pages(requests, "list_objects_v2", arguments, _OBJECT_TOKENS):
         for item in page.get("Contents", ()):
-            name = item["Key"].removeprefix(prefix)
+            name = _key_of(requests, "Key", item, whole).removeprefix(prefix)
+            if "Size" not in item:
+                raise _foreign(requests, "an object without a size")
             # A key that ends in a slash is the folder that a web console shows, not an object of ours.
             if name and not name.endswith("/"):
                 tag = str(item.get("ETag", "")).strip('"') or None
                 objects.append(ObjectInfo(name, item["Size"], tag, item.get("LastModified")))
-        prefixes += [item["Prefix"].removeprefix(prefix) for item in page.get("CommonPrefixes", ())]
+        prefixes += [
+            _key_of(requests, "Prefix", item, whole).removeprefix(prefix)
+            for item in page.get("CommonPrefixes", ())
+        ]
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
 
 
@@ -49,7 +55,11 @@ def listed_uploads(requests: Requests, bucket: str, prefix: str, below: str) -> 
     arguments = {"Bucket": bucket, "Prefix": prefix + below}
     for page in _pages(requests, "list_multipart_uploads", arguments, _UPLOAD_TOKENS):
         for item in page.get("Uploads", ()):
-            upload = Upload(item["Key"].removeprefix(prefix), item["UploadId"])
+            if not item.get("UploadId"):
+                raise _foreign(requests, "an upload without an ID")
+            upload = Upload(
+                _key_of(requests, "Key", item, prefix + below).removeprefix(prefix), item["UploadId"]
+            )
             yield PendingUpload(upload, item.get("Initiated"))
 
 
@@ -59,14 +69,27 @@ def check_supported(error: Exception | None) -> None:
     Raises:
         UnsupportedError: it is one.
     """
-    answer = error and plain(error)  # s3fs raises an OSError in its place
-    if not isinstance(answer, ClientError):
+    if not isinstance(error, ClientError):
         return
     # A web server answers 405 as well, where only a server of S3 would say so in S3's own form.
-    is_s3 = status_of(answer) == HTTPStatus.NOT_IMPLEMENTED or not is_page(answer.response)
-    if is_s3 and status_of(answer) in _UNSUPPORTED:
-        what = f"the server does not support {answer.operation_name} ({status_of(answer)})"
-        raise UnsupportedError(what) from answer
+    is_s3 = status_of(error) == HTTPStatus.NOT_IMPLEMENTED or not is_page(error.response)
+    if is_s3 and status_of(error) in _UNSUPPORTED:
+        what = f"the server does not support {error.operation_name} ({status_of(error)})"
+        raise UnsupportedError(what) from error
+
+
+def _key_of(requests: Requests, field: str, item: Mapping[str, Any], prefix: str) -> str:
+    """Return the key of an entry of a listing of the keys that begin with ``prefix``."""
+    key = str(item.get(field, ""))
+    if not key.startswith(prefix):
+        raise _foreign(requests, f"keys that do not begin with {prefix!r}")
+    return key
+
+
+def _foreign(requests: Requests, what: str) -> StorageError:
+    route = requests.clients.route
+    with requests.explained():
+        raise not_s3(route, what=f"the listing has {what}")
 
 
 def _pages(
@@ -90,7 +113,7 @@ def _pages(
 
 
 def _page(method: str, arguments: Mapping[str, Any], clients: Clients) -> dict[str, Any]:
-    page: dict[str, Any] = clients.fs.call_s3(method, **arguments)
+    page: dict[str, Any] = getattr(clients.data, method)(**clients.arguments(method, **arguments))
     if "Name" not in page and "Bucket" not in page:
         raise not_s3(clients.route, page)
     return page

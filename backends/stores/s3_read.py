@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.response import StreamingBody
 
-from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.causes import Route, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
+from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import BrokenBodyError, without_etag
-from cloudckpt.backends.stores.whole import check_whole, limit_of
+from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3, without_etag
+from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.target import Target
+
+_PIECE: Final = 8 << 20
 
 
 def read_whole(
@@ -35,11 +37,16 @@ def read_whole(
     with _body(answer, clients.route) as body:
         if not answer.get("ETag"):
             raise without_etag(clients.route, "GetObject", answer)
+        if "ContentRange" in answer:
+            raise not_s3(clients.route, answer, "a range of the object, where all of it was asked for")
         check_whole(target, name, answer.get("ContentLength") or 0)
-        limit = limit_of(target, name)
-        data = body.read(limit + 1) if answer.get("ContentLength") is None else body.read()
-        check_whole(target, name, len(data))
-        return data, answer
+        pieces: list[bytes] = []
+        size = 0
+        while piece := body.read(_PIECE):  # the length that an answer promises may be any number, or none
+            pieces.append(piece)
+            size += len(piece)
+            check_whole(target, name, size)
+        return b"".join(pieces), answer
 
 
 def read_range(
@@ -61,9 +68,9 @@ def read_range(
     if arrived is not None:
         arrived(0)
     with _body(answer, clients.route) as body:
-        _check(answer, offset, size, clients.route)
+        whole = _whole_size(answer, offset, size, clients.route)
         _fill(body, buffers, arrived)
-        return _whole_size(answer)
+        return whole
 
 
 @contextlib.contextmanager
@@ -77,27 +84,18 @@ def _body(answer: dict[str, Any], route: Route) -> Iterator[StreamingBody]:
             raise BrokenBodyError(said) from error
 
 
-def _check(answer: dict[str, Any], offset: int, size: int, route: Route) -> None:
+def _whole_size(answer: dict[str, Any], offset: int, size: int, route: Route) -> int | None:
+    """Return the size of the whole object, once the answer is found to have the range."""
     if not answer.get("ETag"):
         raise without_etag(route, "GetObject", answer)
-    given = answer.get("ContentRange")
-    if given is None:
-        if offset:
-            raise StorageError(f"the endpoint {route} ignores ranges")
-    elif not given.startswith(f"bytes {offset}-"):
-        raise StorageError(f"the endpoint {route} answered with another range than was asked for")
-    if answer["ContentLength"] < size:
-        end = offset + answer["ContentLength"]
-        raise IntegrityError(f"the object ends at byte {end}, before byte {offset + size}")
-
-
-def _whole_size(answer: dict[str, Any]) -> int | None:
-    """Return what stands behind the slash in ``Content-Range: bytes 0-9/100``."""
-    given = answer.get("ContentRange")
-    if given is None:
-        return int(answer["ContentLength"])
-    size = given.rpartition("/")[2]
-    return int(size) if size.isdigit() else None
+    return whole_size(
+        status=answer["ResponseMetadata"]["HTTPStatusCode"],
+        given=answer.get("ContentRange"),
+        length=answer.get("ContentLength"),
+        offset=offset,
+        size=size,
+        server=str(route),
+    )
 
 
 def _fill(body: StreamingBody, buffers: Sequence[memoryview], arrived: Arrived | None) -> None:

@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_GET(self) -> None:
-        document = b'{"name": "name", "size": "4", "generation": "1"}'
+        document = b'{"name": "run/name", "size": "4", "generation": "1"}'
         self.send_response(200)
         for name, value in (("Content-Length", str(len(document))), ("Connection", "close")):
             self.send_header(name, value)

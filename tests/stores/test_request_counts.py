@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends.gc import collect_garbage
-from cloudckpt.backends.stores import s3_client
+from cloudckpt.backends.stores import s3_answers
 from cloudckpt.backends.target import Target
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run
@@ -35,7 +35,7 @@ CONFIRMED = {"retention": 4}
 
 @pytest.fixture
 def place(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Place, Proxy]]:
-    monkeypatch.setattr(s3_client, "_AWS_HOSTS", ("127.0.0.1",))
+    monkeypatch.setattr(s3_answers, "_AWS_HOSTS", ("127.0.0.1",))
     with proxied(moto.endpoint) as proxy:
         yield Place.on_server(moto, moto.new_bucket()).behind(proxy.endpoint).child("run"), proxy
 

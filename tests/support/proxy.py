@@ -27,6 +27,8 @@ from urllib.parse import parse_qs, urlsplit
 _HOST = "127.0.0.1"
 _UPSTREAM_SECONDS = 60.0
 _STALL_SECONDS = 60.0
+MOST_PIECES = 400
+"""Pieces that a trickling answer or request has at most."""
 _OF_A_CONNECTION = frozenset(
     {"connection", "content-length", "transfer-encoding", "date", "server", "expect"}
 )
@@ -109,6 +111,27 @@ class Stall:
 
 
 @dataclass(frozen=True, slots=True)
+class Trickle:
+    """Send these bytes in the server's place, then more of them again and again, a piece at a time.
+
+    It ends with the connection, or after so many pieces that no client should wait for.
+    """
+
+    data: bytes
+    piece: bytes = b" "
+    seconds: float = 0.05
+    """Between two pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sip:
+    """Take the body of the request byte by byte, and answer nothing."""
+
+    seconds: float = 0.05
+    """Between two bytes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Delay:
     """Let the server act, and answer so many seconds late."""
 
@@ -144,6 +167,8 @@ Spoiling = (
     | EditAnswer
     | StallAnswer
     | Stall
+    | Trickle
+    | Sip
     | Delay
     | DenyMissing
     | SendAs
@@ -234,6 +259,15 @@ class Proxy:
         self._spoilings: dict[str, Iterator[Spoiling]] = {}
         self._rule: Rule | None = None
         self._in_flight = 0
+        self.trickled: list[int] = []
+        """Pieces of each trickling answer or request that has ended."""
+
+    def ended(self) -> list[int]:
+        """Return the pieces of each trickling answer or request so far, once all of them have ended."""
+        deadline = time.monotonic() + _STALL_SECONDS
+        while self.in_flight and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return list(self.trickled)
 
     @property
     def exchanges(self) -> list[Exchange]:
@@ -286,6 +320,7 @@ class Proxy:
             self._spoilings.clear()
             self._rule = None
             self.clock = 0.0
+            self.trickled = []
 
     def next_for(self, request: Request) -> Spoiling:
         """Return what to do with the request."""
@@ -359,6 +394,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         length = int(headers.get("content-length", 0))
         spoiling = self.proxy.next_for(Request(self.command, self.path, headers, b""))
+        if isinstance(spoiling, Sip):
+            self.proxy.keep(Request(self.command, self.path, headers, b""))
+            self._trickle(lambda: self.rfile.read(1) and True, spoiling.seconds)
+            return
         wanted = min(length, spoiling.after) if isinstance(spoiling, CutRequest) else length
         request = Request(self.command, self.path, headers, self.rfile.read(wanted))
         self.proxy.keep(request)
@@ -371,6 +410,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             case CutRequest():
                 self.close_connection = True
+            case Trickle(data, piece, seconds):
+                self.wfile.write(data)
+                self._trickle(lambda: self.wfile.write(piece), seconds)
             case Stall():
                 self._hold()
             case _:
@@ -438,6 +480,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _hold(self) -> None:
         self.proxy.released.wait(_STALL_SECONDS)
         self.close_connection = True
+
+    def _trickle(self, once: Callable[[], object], seconds: float) -> None:
+        """Do it again and again, until the client has ended the connection."""
+        self.close_connection = True
+        count = 0
+        try:
+            while count < MOST_PIECES and not self.proxy.released.is_set() and once():
+                count += 1
+                time.sleep(seconds)
+        except OSError:
+            pass
+        finally:
+            self.proxy.trickled.append(count)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
         """Stay silent."""

@@ -20,9 +20,6 @@ _WAKE_AT: Final = 512 << 10
 _RECORD: Final = 17 << 10
 """Bytes of a TLS record. OpenSSL can hold as many that the kernel does not count any more."""
 
-LEAST_RATE: Final = 1024
-"""Bytes a second below which a body counts as stalled: one byte now and then would keep it for days."""
-
 Source = Callable[[], memoryview]
 """Returns the next bytes to send, or an empty view at the end."""
 
@@ -50,12 +47,12 @@ class Body(abc.ABC):
         self.has_ended = False
         self.is_cancelled = False
         self.timeout = connection.gettimeout()
-        self.began = self.progressed = time.monotonic()
-        """When the last ``least`` bytes had been moved."""
-        self.least = max(1, round((self.timeout or 0.0) * LEAST_RATE))
-        """Bytes that must be moved within the timeout, of a body that is not about to end."""
-        self.counted = 0
-        """Of ``moved``, at ``progressed``."""
+        self.began = self.progressed = self.period = time.monotonic()
+        """The latter is the start of a period, in which a least number of bytes must be moved."""
+        self.before = 0
+        """Of ``moved``, at the start of the period."""
+        self.sharing = 1
+        """The most bodies that the loop had at once in the period."""
         self._view = memoryview(b"")
         """The memory that is being filled or sent, up to ``_at``."""
         self._at = 0

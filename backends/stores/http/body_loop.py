@@ -22,10 +22,12 @@ from typing import Final
 
 from cloudckpt.backends import descriptors, system_limits
 from cloudckpt.backends.stores.http.bodies import Body, Receiving, Sending, Source
-from cloudckpt.backends.stores.http.rates import SlowConnectionError, rates
+from cloudckpt.backends.stores.http.rates import LEAST, SlowConnectionError, rates
 
 _TICK: Final = 0.05
 """Seconds between two looks at the clock: for timeouts and slow connections."""
+_LATE: Final = 1.0
+"""Seconds between two looks from which the thread was kept from running."""
 _IDLE: Final = 2.0
 """Seconds without a body after which the thread of a loop ends."""
 _CPUS_FOR_TWO: Final = 2
@@ -187,8 +189,8 @@ class _Loop:
             if now - looked >= _TICK:
                 used, cpu = time.thread_time() - cpu, time.thread_time()
                 rates().tick(self._bodies, now - looked, used)
-                looked = now
-                self._look_at_the_clock(now)
+                late, looked = now - looked, now
+                self._look_at_the_clock(now, late if late > _LATE else 0.0)
             if self._bodies:
                 idle_since = now
             elif now - idle_since >= _IDLE and self._ends(woken):
@@ -205,13 +207,14 @@ class _Loop:
         while self._coming:
             body = self._coming.popleft()
             self._bodies[body] = 0
-            body.began = body.progressed = time.monotonic()
+            body.began = body.progressed = body.period = time.monotonic()
             # OpenSSL may hold bytes of the body already, and a socket has mostly room to send.
             self._hot.add(body)
 
     def _pump(self, body: Body) -> None:
         if body.has_ended:
             return
+        before = body.moved
         try:
             if body.is_cancelled:
                 raise InterruptedError("the transfer was cancelled")  # the thread that waits raises its own
@@ -227,8 +230,7 @@ class _Loop:
         except BaseException as error:  # noqa: BLE001 - the thread that waits raises it
             self._end(body, error)
             return
-        if body.moved - body.counted >= body.least:
-            body.counted = body.moved
+        if body.moved != before:
             body.progressed = time.monotonic()
 
     def _await(self, body: Body, error: BaseException) -> None:
@@ -260,16 +262,37 @@ class _Loop:
         finally:
             body.end(error)
 
-    def _look_at_the_clock(self, now: float) -> None:
+    def _look_at_the_clock(self, now: float, late: float) -> None:
+        """Look for bodies that have stalled, trickle, or are slow.
+
+        Args:
+            now: the time.
+            late: seconds for which this thread did not run, as in a process that was stopped.
+        """
+        count = len(self._bodies)
         for body in list(self._bodies):
+            body.sharing = max(body.sharing, count)
+            body.period += late
             if body.is_cancelled:
                 self._pump(body)
             elif body.timeout is not None and now - body.progressed > body.timeout:
                 self._pump(body)  # fewer bytes may have come than the kernel reports the socket for
                 if not body.has_ended and now - body.progressed > body.timeout:
                     self._end(body, TimeoutError("timed out"))
+            elif body.timeout is not None and now - body.period > body.timeout:
+                self._pump(body)
+                if not body.has_ended:
+                    self._end_period(body, now, body.timeout)
             elif rates().is_slow(body):
                 self._end(body, SlowConnectionError(f"{body.moved:,} bytes in {now - body.began:.1f} s"))
+
+    def _end_period(self, body: Body, now: float, seconds: float) -> None:
+        """Begin another period of a body, or end a body that trickles."""
+        moved = body.moved - body.before
+        if moved * body.sharing < seconds * LEAST:
+            self._end(body, TimeoutError(f"{moved:,} bytes in {now - body.period:.0f} s"))
+        else:
+            body.period, body.before, body.sharing = now, body.moved, 1
 
 
 def _drain(woken: socket.socket) -> None:

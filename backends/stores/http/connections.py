@@ -7,6 +7,7 @@ that makes the request, as urllib3 does.
 
 from __future__ import annotations
 
+import functools
 import io
 import ssl
 import time
@@ -19,8 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from cloudckpt.backends.store import Arrived
-from cloudckpt.backends.stores.http import body_loop
-from cloudckpt.backends.stores.http.bodies import LEAST_RATE
+from cloudckpt.backends.stores.http import body_loop, bounded
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.stores.http.reach import Reaching
 from cloudckpt.backends.stores.runs import runs
@@ -35,9 +35,6 @@ _SCRATCH: Final = 1 << 18
 _IN_PLACE: Final = 1 << 18
 """Bytes of a body from which it is worth handing over. Less is moved by the thread that asked."""
 
-_PATIENCE: Final = 60.0
-"""Seconds that a body may take which this thread reads, besides those of the least rate."""
-
 ReadInto = Callable[[Any], int]
 
 
@@ -49,6 +46,7 @@ class _BodySender:
     """A mixin for urllib3's connections that has a loop send :class:`BuffersBody`."""
 
     sock: Any
+    response_class: Any = bounded.Response
     _asked: float
 
     def request(self, method: str, url: str, body: Any = None, headers: Any = None, **options: Any) -> None:
@@ -58,11 +56,26 @@ class _BodySender:
         self._asked = time.monotonic()
 
     def getresponse(self) -> Any:
+        if isinstance(early := self.response_class, functools.partial):  # botocore's, of an early answer
+            self.response_class = functools.partial(bounded.EarlyResponse, **early.keywords)
         response = super().getresponse()  # type: ignore[misc]
         rates().answered(time.monotonic() - self._asked)
         return response
 
+    def _handle_expect_response(self, message_body: Any) -> None:
+        """Read the answer to ``Expect: 100-continue`` with bounds, and send the body."""
+        self.sock = bounded.FirstLine(self.sock)
+        try:
+            super()._handle_expect_response(message_body)  # type: ignore[misc]
+        finally:
+            self._use_socket()
+
+    def _use_socket(self) -> None:
+        if isinstance(self.sock, bounded.FirstLine):
+            self.sock = self.sock.sock
+
     def send(self, data: Any) -> None:
+        self._use_socket()
         if not isinstance(data, Rest):
             super().send(data)  # type: ignore[misc]
         elif not getattr(self, "_response_received", False):  # botocore's: the answer came before the body
@@ -211,10 +224,7 @@ def _views(buffers: Sequence[memoryview], arrived: Arrived | None) -> Iterator[m
 
 def _read_fully(readinto: ReadInto, view: memoryview) -> None:
     filled = 0
-    until = time.monotonic() + _PATIENCE + view.nbytes / LEAST_RATE
     while filled < view.nbytes:
-        if time.monotonic() > until:
-            raise BrokenOffError(f"{filled:,} bytes of a buffer of {view.nbytes:,} came in time")
         try:
             got = readinto(view[filled:])
         except (HTTPException, OSError) as error:  # of a level below what urllib3 wraps

@@ -21,6 +21,9 @@ NEAR: Final = 0.004
 
 Nearby, connections differ because processors are short, and a new one is no faster.
 """
+LEAST: Final = 64 << 10
+"""Bytes a second that all bodies of a loop must move together, each of them its share, in each period of a
+timeout. A peer that takes or sends a byte now and then passes every wait for bytes."""
 _KEPT: Final = 8
 """Ended bodies whose last rates are remembered. The fewer are left, the faster each one is: the last
 count."""
