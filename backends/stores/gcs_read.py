@@ -8,7 +8,7 @@ from typing import Any, Final
 import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.errors import IntegrityError
+from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import (
     FIELDS,
@@ -117,13 +117,21 @@ def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
             raise lacking(f"names that begin with {whole!r}", client.endpoint)
         return page, found
 
+    seen: set[str] = set()
     while True:
         page, found = requests.ask(ask)
         objects += found
         prefixes.update(one.removeprefix(requests.prefix) for one in page.get("prefixes", ()))
         if not (token := page.get("nextPageToken")):
             break
-        parameters["pageToken"] = str(token)
+        if token in seen:
+            raise StorageError(
+                "the next page of a listing begins where one before did",
+                uri=requests.target.uri,
+                hint="Check the option endpoint_url, and gateways and caches before the server",
+            )
+        seen.add(token)
+        parameters["pageToken"] = token
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
 
 

@@ -97,19 +97,24 @@ def _pages(
 ) -> Iterator[dict[str, Any]]:
     """Yield the pages of a listing, where ``tokens`` says which fields of a page ask for the next."""
     following: dict[str, str] = {}
+    seen: set[int] = set()
     while True:
         with requests.explained():
             outcome = requests.outcome(functools.partial(_page, method, {**arguments, **following}))
             check_supported(outcome.error)
             page = outcome.result()
         yield page
-        before = following
         following = {token: page[field] for token, field in tokens.items() if page.get(field)}
         if not page.get("IsTruncated"):
             return
-        if following in ({}, before):
+        mark = hash(frozenset(following.items()))
+        if not following or mark in seen:
             with requests.explained():
-                raise StorageError(f"{method}: the server's next page begins where this one did, or nowhere")
+                raise StorageError(
+                    f"{method}: the server's next page begins where one before did, or nowhere",
+                    hint="Check the option endpoint_url, and gateways and caches before the server",
+                )
+        seen.add(mark)
 
 
 def _page(method: str, arguments: Mapping[str, Any], clients: Clients) -> dict[str, Any]:

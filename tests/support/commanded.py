@@ -49,7 +49,7 @@ class Rank:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=of_rank(rank, 2, *master, LOCAL_RANK="0", **(environment or {})),
+            env={**of_rank(rank, 2, *master, LOCAL_RANK="0"), **(environment or {})},
         )
         self.told: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, name=f"rank-{rank}", daemon=True)
