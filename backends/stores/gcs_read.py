@@ -46,9 +46,7 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
-        if "Content-Range" in answer.headers:
-            raise lacking("the whole object, and with a range of it instead", client.endpoint)
-        data = _whole(answer, content_length(answer, client.endpoint))
+        data = _whole(answer, client.endpoint)
         return data, downloaded_info(name, len(data), answer.headers)
 
     for _ in range(_READS):
@@ -128,16 +126,19 @@ def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
 
 
-def _whole(answer: urllib3.BaseHTTPResponse, size: int) -> bytes:
+def _whole(answer: urllib3.BaseHTTPResponse, endpoint: str) -> bytes:
     """Return the body of an answer. It is read in pieces: the length that it promises may be any number."""
     pieces: list[bytearray] = []
     try:
+        if "Content-Range" in answer.headers:
+            raise lacking("the whole object, and with a range of it instead", endpoint)
+        size = content_length(answer, endpoint)
         while size:
             pieces.append(bytearray(min(size, _PIECE)))
             fill(answer, [memoryview(pieces[-1])], None)
             size -= len(pieces[-1])
     except BaseException:
-        answer.close()
+        answer.close()  # what is left of it would be taken for the next answer
         raise
     answer.release_conn()
     return b"".join(pieces)
