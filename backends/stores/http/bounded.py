@@ -141,7 +141,7 @@ class Response(_Bounded):
     """An answer of http.client with bounds."""
 
 
-class EarlyResponse(_Bounded, AWSHTTPResponse):  # type: ignore[misc]
+class EarlyResponse(_Bounded, AWSHTTPResponse):
     """The same of an answer whose first line was read before the body of its request was sent."""
 
 
