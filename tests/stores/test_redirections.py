@@ -79,6 +79,7 @@ def test_no_redirection_of_an_operation_is_followed_to_another_host(place: Spoil
             assert not seen, f"{status} sent {seen[0]}"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # botocore leaves connections
 def test_a_server_that_redirects_everything_is_soon_given_up(place: Spoilt) -> None:
     """botocore looks for the region of a bucket by HeadBucket, and for that of HeadBucket likewise."""
     made = place.stage()
