@@ -154,7 +154,10 @@ class Client:
         if is_success or response.status in fine:
             return response
         said = response.read(_ERROR_BYTES)
-        response.release_conn()
+        if response.length_remaining == 0:
+            response.release_conn()
+        else:
+            response.close()
         raise RefusedError(doing, response.status, said, came.get("Retry-After"), came.get("Date"))
 
     def renew(self) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.errors import IntegrityError, StorageError
+from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs_answers import (
     FIELDS,
@@ -47,15 +47,7 @@ def get(requests: Requests, name: str) -> tuple[bytes, ObjectInfo]:
 
     def read(client: Client) -> tuple[bytes, ObjectInfo]:
         answer = _download(requests, client, name, {})
-        if "Content-Range" in answer.headers:
-            raise lacking("the whole object, and with a range of it instead", client.endpoint)
-        size = content_length(answer, client.endpoint)
-        try:
-            check_whole(requests.target, name, size)
-        except IntegrityError:
-            answer.close()  # its bytes are still on their way
-            raise
-        data = _whole(answer, size)
+        data = _whole(answer, client.endpoint, lambda size: check_whole(requests.target, name, size))
         return data, downloaded_info(name, len(data), answer.headers)
 
     for _ in range(_READS):
@@ -135,16 +127,23 @@ def listed(requests: Requests, prefix: str, *, delimiter: bool) -> Listing:
     return Listing(tuple(sorted(objects, key=lambda info: info.name)), tuple(sorted(prefixes)))
 
 
-def _whole(answer: urllib3.BaseHTTPResponse, size: int) -> bytes:
-    """Return the body of an answer. It is read in pieces: the length that it promises may be any number."""
+def _whole(answer: urllib3.BaseHTTPResponse, endpoint: str, check: Callable[[int], None]) -> bytes:
+    """Return the body of an answer, once its length has been checked.
+
+    It is read in pieces: the length that it promises may be any number.
+    """
     pieces: list[bytearray] = []
     try:
+        if "Content-Range" in answer.headers:
+            raise lacking("the whole object, and with a range of it instead", endpoint)
+        size = content_length(answer, endpoint)
+        check(size)
         while size:
             pieces.append(bytearray(min(size, _PIECE)))
             fill(answer, [memoryview(pieces[-1])], None)
             size -= len(pieces[-1])
     except BaseException:
-        answer.close()
+        answer.close()  # what is left of it would be taken for the next answer
         raise
     answer.release_conn()
     return b"".join(pieces)

@@ -14,7 +14,7 @@ from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.response import StreamingBody
 
 from cloudckpt.backends.store import Arrived
-from cloudckpt.backends.stores.causes import Route, words
+from cloudckpt.backends.stores.causes import Route, ended_cure, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3_client import Clients
@@ -81,7 +81,7 @@ def _body(answer: dict[str, Any], route: Route) -> Iterator[StreamingBody]:
             yield body
         except (HTTPClientError, IncompleteReadError, BrokenOffError) as error:
             said = f"the answer of {route} broke off while it was read ({words(error)})"
-            raise BrokenBodyError(said) from error
+            raise BrokenBodyError(said, hint=ended_cure(route)) from error
 
 
 def _whole_size(answer: dict[str, Any], offset: int, size: int, route: Route) -> int | None:

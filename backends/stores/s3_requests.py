@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
+import urllib3.exceptions
+
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
-from cloudckpt.backends.stores.causes import Route, readable
+from cloudckpt.backends.stores.causes import Route, ended_cure, readable, words
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.stores.s3_client import SETTINGS, Clients
-from cloudckpt.backends.stores.s3_errors import explained
+from cloudckpt.backends.stores.s3_errors import BrokenBodyError, explained
 from cloudckpt.backends.stores.s3_shared import SharedClients
 from cloudckpt.backends.stores.s3_verdict import judge
 from cloudckpt.backends.target import Target
@@ -77,7 +79,11 @@ class Requests:
         def attempt() -> _T:
             nonlocal used
             used = self._shared.get()
-            return readable(lambda: act(used), used.route)
+            try:
+                return readable(lambda: act(used), used.route)
+            except urllib3.exceptions.HTTPError as error:  # botocore reads errors of GetObject unguarded
+                said = f"the answer of {used.route} broke off while it was read ({words(error)})"
+                raise BrokenBodyError(said, hint=ended_cure(used.route)) from error
 
         return retries.outcome(attempt, renew=lambda: self._shared.renew(used))
 

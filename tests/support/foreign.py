@@ -151,7 +151,7 @@ def _delete(stage: Stage) -> bool:
 def _read(stage: Stage) -> bool:
     memory = bytearray(len(DATA) - 100)
     whole = stage.store.read_into("name", 100, [memoryview(memory)])
-    return memory == DATA[100:] and whole in (None, len(DATA))
+    return bytes(memory) == DATA[100:] and whole in (None, len(DATA))
 
 
 def _copy(stage: Stage) -> bool:

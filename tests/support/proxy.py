@@ -260,7 +260,9 @@ class Proxy:
         self._rule: Rule | None = None
         self._in_flight = 0
         self.trickled: list[int] = []
-        """Pieces of each trickling answer or request that has ended."""
+        """Pieces of each trickling answer that has ended."""
+        self.sipped: list[int] = []
+        """Bytes of each request that was taken byte by byte, once that has ended."""
 
     def ended(self) -> list[int]:
         """Return the pieces of each trickling answer or request so far, once all of them have ended."""
@@ -320,7 +322,7 @@ class Proxy:
             self._spoilings.clear()
             self._rule = None
             self.clock = 0.0
-            self.trickled = []
+            self.trickled, self.sipped = [], []
 
     def next_for(self, request: Request) -> Spoiling:
         """Return what to do with the request."""
@@ -396,7 +398,7 @@ class _Handler(BaseHTTPRequestHandler):
         spoiling = self.proxy.next_for(Request(self.command, self.path, headers, b""))
         if isinstance(spoiling, Sip):
             self.proxy.keep(Request(self.command, self.path, headers, b""))
-            self._trickle(lambda: self.rfile.read(1) and True, spoiling.seconds)
+            self._trickle(lambda: self.rfile.read(1) and True, spoiling.seconds, self.proxy.sipped)
             return
         wanted = min(length, spoiling.after) if isinstance(spoiling, CutRequest) else length
         request = Request(self.command, self.path, headers, self.rfile.read(wanted))
@@ -412,7 +414,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
             case Trickle(data, piece, seconds):
                 self.wfile.write(data)
-                self._trickle(lambda: self.wfile.write(piece), seconds)
+                self._trickle(lambda: self.wfile.write(piece), seconds, self.proxy.trickled)
             case Stall():
                 self._hold()
             case _:
@@ -481,7 +483,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.released.wait(_STALL_SECONDS)
         self.close_connection = True
 
-    def _trickle(self, once: Callable[[], object], seconds: float) -> None:
+    def _trickle(self, once: Callable[[], object], seconds: float, counts: list[int]) -> None:
         """Do it again and again, until the client has ended the connection."""
         self.close_connection = True
         count = 0
@@ -492,7 +494,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             pass
         finally:
-            self.proxy.trickled.append(count)
+            counts.append(count)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it
         """Stay silent."""

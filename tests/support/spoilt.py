@@ -83,7 +83,7 @@ def spoilt(kind: str, moto: S3Server, gcs: GCSServer, **options: Any) -> Iterato
 
             def in_bucket(name: str) -> bytes | None:
                 listed = client.list_objects_v2(Bucket=bucket, Prefix=f"run/{name}")
-                if f"run/{name}" not in [one["Key"] for one in listed.get("Contents", ())]:
+                if f"run/{name}" not in [one.get("Key") for one in listed.get("Contents", ())]:
                     return None
                 return client.get_object(Bucket=bucket, Key=f"run/{name}")["Body"].read()
 

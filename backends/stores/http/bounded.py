@@ -19,6 +19,7 @@ MOST: Final = 16 << 20
 
 A page of a listing has 1000 names of 1024 bytes, each of which may be escaped.
 """
+_MOST_OF_A_HEAD: Final = 1 << 16
 _LEAST_RATE: Final = 16 << 10
 """Bytes a second that an answer has in each period of a timeout, once it has begun."""
 
@@ -156,7 +157,7 @@ class FirstLine:
 
     def makefile(self, mode: str, buffering: int) -> Stream:
         """Return a stream over the socket. botocore reads lines for ever after the end of the connection."""
-        return Stream(self.sock.makefile(mode, buffering), has_end=False)
+        return Stream(self.sock.makefile(mode, buffering), _MOST_OF_A_HEAD, has_end=False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sock, name)
