@@ -11,13 +11,13 @@ from cloudckpt.backends.errors import CheckpointError, StorageError
 from support.foreign import ANSWERS, OPERATIONS, READS, WELL_FORMED
 from support.gcs import GCSServer
 from support.servers import S3Server
-from support.spoilt import STORES, Spoilt, is_of, spoilt
+from support.spoilt import TRIED, Spoilt, is_of, spoilt
 
 _MUST_FAIL = ("empty", "blank", "a foreign document", "an empty list", "deep XML", "deep JSON")
 """Answers that no operation can do anything with."""
 
 
-@pytest.fixture(scope="module", params=STORES)
+@pytest.fixture(scope="module", params=TRIED)
 def place(request: pytest.FixtureRequest, moto: S3Server, gcs: GCSServer) -> Iterator[Spoilt]:
     with spoilt(request.param, moto, gcs) as made:
         yield made

@@ -20,7 +20,7 @@ from support.foreign import OPERATIONS
 from support.gcs import GCSServer
 from support.proxy import AddHeaders, RawAnswer, Request, Rule
 from support.servers import S3Server
-from support.spoilt import STORES, TOKEN, Spoilt, is_of, spoilt
+from support.spoilt import TOKEN, TRIED, Spoilt, is_of, spoilt
 
 _REDIRECTIONS = (
     *((status, "") for status in (301, 302, 303, 307, 308)),
@@ -52,7 +52,7 @@ def _trap() -> Iterator[tuple[str, list[tuple[str, dict[str, str]]]]]:
         yield url, seen
 
 
-@pytest.fixture(scope="module", params=STORES)
+@pytest.fixture(scope="module", params=TRIED)
 def place(request: pytest.FixtureRequest, moto: S3Server, gcs: GCSServer) -> Iterator[Spoilt]:
     with spoilt(request.param, moto, gcs) as made:
         yield made

@@ -20,7 +20,7 @@ from support.answers import serving
 from support.gcs import GCSServer
 from support.proxy import MOST_PIECES, RawAnswer, Request, Sip, Spoiling, Trickle
 from support.servers import S3Server
-from support.spoilt import STORES, Spoilt, spoilt
+from support.spoilt import TRIED, Spoilt, spoilt
 
 _OK = b'HTTP/1.1 200 OK\r\nETag: "x"\r\n'
 _XML = b"Content-Type: application/xml\r\n"
@@ -47,7 +47,7 @@ _LONG = {
 """Documents of gigabytes, by how they are sent."""
 
 
-@pytest.fixture(scope="module", params=STORES)
+@pytest.fixture(scope="module", params=TRIED)
 def place(request: pytest.FixtureRequest, moto: S3Server, gcs: GCSServer) -> Iterator[Spoilt]:
     with spoilt(request.param, moto, gcs, timeout=2.0) as made:
         yield made

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import gcs_capabilities, s3_capabilities
 from cloudckpt.backends.stores.gcs import GCSStore
@@ -18,6 +20,8 @@ from support.proxy import Proxy, RawAnswer, Request, Spoiling, proxied
 from support.servers import S3Server
 
 STORES = ("s3", "gcs", "gcs sessions")
+TRIED = ("s3", "gcs", pytest.param("gcs sessions", marks=pytest.mark.soak))
+"""Parameters of a fixture: `make test` leaves the sessions out, which an upload to GCS is no more."""
 TOKEN = "s3cr3t-t0ken"  # noqa: S105 - of no account
 """The session token of the store of S3."""
 
