@@ -122,7 +122,7 @@ def _plain(value: Any, depth: int) -> Any:
         case None | bool():
             return value
         case str() if type(value) is str:
-            return value[:_TEXT].encode(errors="replace").decode()
+            return value[:_TEXT]
         case int() if type(value) is int and abs(value) <= _EXACT:
             return value
         case float() if type(value) is float:

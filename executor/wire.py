@@ -7,6 +7,7 @@ version and every field are checked.
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any, Final, TypeVar
 
 import pydantic
@@ -30,7 +31,8 @@ def text(message: object) -> str:
         ExecutorError: the message is longer than 1 MiB.
     """
     kind: Any = type(message)
-    body = _adapter(kind).dump_json(message).decode()
+    fields = _adapter(kind).dump_python(message, mode="json")
+    body = json.dumps(fields, ensure_ascii=False).encode(errors="replace").decode()  # no lone surrogates
     if len(body) > MOST:
         raise ExecutorError(
             f"a {type(message).__name__} of {len(body)} bytes is too long for the store of the job"

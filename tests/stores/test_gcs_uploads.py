@@ -472,7 +472,8 @@ def _page(*uploads: Upload, following: str = "") -> RawAnswer:
         f"<Upload><Key>run/{one.name}</Key><UploadId>{one.upload_id}</UploadId></Upload>" for one in uploads
     )
     document = (
-        f"<ListMultipartUploadsResult><IsTruncated>{'true' if following else 'false'}</IsTruncated>"
+        "<ListMultipartUploadsResult><Bucket>b</Bucket>"
+        f"<IsTruncated>{'true' if following else 'false'}</IsTruncated>"
         f"<NextKeyMarker>{following}</NextKeyMarker>{told}</ListMultipartUploadsResult>"
     )
     return _answered(document.encode())
@@ -495,7 +496,7 @@ def test_a_page_that_leads_nowhere_is_an_error(
     store: GCSStore, gcs_proxy: Proxy, pages: list[Upload], second: str
 ) -> None:
     truncated = _answered(
-        b"<ListMultipartUploadsResult><IsTruncated>true</IsTruncated></ListMultipartUploadsResult>"
+        b"<ListMultipartUploadsResult><Bucket>b</Bucket><IsTruncated>true</IsTruncated></ListMultipartUploadsResult>"
     )
     gcs_proxy.spoil(
         "ListMultipartUploads", itertools.repeat(_page(*pages[:2], following=second) if second else truncated)
