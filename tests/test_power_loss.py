@@ -302,7 +302,7 @@ FULL = (
 def test_a_disk_that_is_full_from_any_write_on_and_a_power_cut_lose_nothing(
     what: str, most: tuple[int, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    total = Verdict()
+    total, room = Verdict(), 0
     for room in itertools.count():
         (tmp_path / f"{room}").mkdir()
         verdict, was_full = judge(OURS[what], tmp_path / f"{room}", most, full_at=room)

@@ -35,7 +35,7 @@ def answering(
             requests.append(f"{self.command} {self.path}\n{self.headers}")
             answer(self)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Print nothing."""
 
     for verb in ("GET", "PUT", "POST", "HEAD", "DELETE"):

@@ -49,7 +49,7 @@ SECONDS_A_MIB = 4
 """and that each MiB of it may take besides."""
 _MIB = 1 << 20
 _MEMORY = 48 * _MIB
-"""Bytes that one input may cost beyond what was there, and 40 for each of its own."""
+"""Bytes that one input may cost beyond what was there, and 64 for each of its own."""
 _ADDRESS_SPACE = 4096 * _MIB
 _FINDINGS = 20
 
@@ -146,7 +146,7 @@ class Sandbox:
         for error in _causes(failure):
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 self._find(data, f"asked for memory: {type(error).__name__}: {str(error)[:80]}")
-        if grown > _MEMORY + 40 * len(data):
+        if grown > _MEMORY + 64 * len(data):
             self._find(data, f"grew by {grown // _MIB // 16 * 16} MiB")
         for error in _raised(failure):
             if not (isinstance(error, CheckpointError) or _is_of_dcp(error)):
