@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Container, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -29,7 +29,7 @@ from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.torch_private import StorageInfo
-from cloudckpt.backends.unpickler import MetadataUnpickler, is_index
+from cloudckpt.backends.unpickler import MetadataUnpickler, is_index, is_offset
 
 _T = TypeVar("_T")
 
@@ -44,6 +44,14 @@ _SEALED = len(_SEAL) + _DIGITS
 _METADATA = re.compile(r"(__\d+)?\.metadata")
 _LARGEST = (1 << 63) - 1
 """Bytes that an offset can count."""
+_LONGEST = 4096
+"""Characters of an object's name. S3 and GCS take 1,024 bytes, and Linux 4,096 of a path."""
+_ALGORITHM = 32
+"""Characters of a checksum in which its algorithm's name is."""
+_QUOTED = 500
+"""Characters of an error that are repeated: one may name what is as long as the metadata."""
+_CHUNK = 16
+"""Bytes of a chunk at least, all of whose fields lie elsewhere."""
 
 
 def metadata_name(rank: int | None = None) -> str:
@@ -83,7 +91,7 @@ def algorithms_of(metadata: Metadata) -> dict[str, Algorithm]:
     """The algorithm of the checksums in each object, which is that of its own, where it is known here."""
     found: dict[str, Algorithm] = {}
     for name, checksum in _noted(metadata, "checksum", str).items():
-        if (algorithm := ALGORITHMS.get(checksum.partition(":")[0])) is not None:
+        if (algorithm := ALGORITHMS.get(checksum[:_ALGORITHM].partition(":")[0])) is not None:
             found[name] = algorithm
     return found
 
@@ -128,8 +136,11 @@ def _noted(metadata: Metadata, what: str, kind: type[_T]) -> dict[str, _T]:
     objects = _extras(metadata).get("objects")
     if not isinstance(objects, dict):
         return {}
-    values = {str(name): held.get(what) for name, held in objects.items() if isinstance(held, dict)}
-    return {name: value for name, value in values.items() if isinstance(value, kind)}
+    return {
+        name: value
+        for name, held in objects.items()
+        if isinstance(name, str) and isinstance(held, dict) and isinstance(value := held.get(what), kind)
+    }
 
 
 def save_id_of(metadata: Metadata) -> str | None:
@@ -143,7 +154,13 @@ def notes_of(metadata: Metadata) -> dict[str, float]:
     notes = _extras(metadata).get("notes")
     if not isinstance(notes, dict):
         return {}
-    return {str(name): float(value) for name, value in notes.items() if isinstance(value, int | float)}
+    return {
+        name: float(value) for name, value in notes.items() if isinstance(name, str) and _is_number(value)
+    }
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= _LARGEST)
 
 
 def version_of(metadata: Metadata) -> str | None:
@@ -222,12 +239,12 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
             metadata = pickle.loads(data) if trust else MetadataUnpickler(data, uri, name).settled()  # noqa: S301
         if _has_lost_its_seal(data, metadata):
             raise _damaged("the checkpoint's metadata is damaged: its checksum is gone", uri, name)
-        sound = _is_sound(metadata)
+        sound = _Sound(len(data) + _LONGEST).metadata(metadata)
     except (UnsafeCheckpointError, IntegrityError):
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise IntegrityError(
-            f"the checkpoint's metadata cannot be read: {type(error).__name__}: {error}",
+            f"the checkpoint's metadata cannot be read: {type(error).__name__}: {str(error)[:_QUOTED]}",
             uri=uri,
             object_name=name,
             hint="It is damaged or not a DCP checkpoint; load another step",
@@ -246,71 +263,114 @@ def _damaged(message: str, uri: str, name: str) -> IntegrityError:
     return IntegrityError(message, uri=uri, object_name=name, hint="Load another step")
 
 
-def _is_sound(metadata: object) -> bool:
-    if not isinstance(metadata, Metadata):
-        return False
-    algorithms = algorithms_of(metadata)
-    return (
-        isinstance(metadata.state_dict_metadata, dict)
-        and all(_is_entry(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items())
-        and isinstance(metadata.storage_data, dict)
-        and all(
-            _is_place(index, info) and _has_sound_checks(info, algorithms)
-            for index, info in metadata.storage_data.items()
+class _Sound:
+    """A look at metadata that was read: whether all in it is of the right kind and size.
+
+    Args:
+        left: bytes of lists and tuples that may be looked at, one an element: a million items may have one
+            long list in common.
+    """
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+        self._names: set[str] = set()
+        """Names of objects that are sound."""
+
+    def metadata(self, metadata: object) -> bool:
+        """Return True if this is sound metadata."""
+        if not isinstance(metadata, Metadata):
+            return False
+        algorithms = algorithms_of(metadata)
+        return (
+            isinstance(metadata.state_dict_metadata, dict)
+            and all(self._entry(fqn, entry) for fqn, entry in metadata.state_dict_metadata.items())
+            and isinstance(metadata.storage_data, dict)
+            and all(
+                self._place(index, info) and self._checks(info, algorithms)
+                for index, info in metadata.storage_data.items()
+            )
         )
-    )
 
+    def _affords(self, elements: list[Any] | tuple[Any, ...], size: int = 1) -> bool:
+        """Return True if so many elements of a size may still be looked at."""
+        self._left -= len(elements) * size
+        return self._left >= 0
 
-def _has_sound_checks(info: StorageInfo, algorithms: Mapping[str, Algorithm]) -> bool:
-    checks = checks_of(info, algorithms)
-    return checks is None or (
-        isinstance(checks.spans, tuple)
-        and all(isinstance(span, int) for span in checks.spans)
-        and isinstance(checks.sums, bytes)
-        and is_consistent(checks, info.length)
-    )
-
-
-def _is_entry(fqn: object, entry: object) -> bool:
-    if not isinstance(fqn, str):
-        return False
-    if not isinstance(entry, TensorStorageMetadata):
-        return isinstance(entry, BytesStorageMetadata)
-    return (
-        isinstance(entry.properties.dtype, torch.dtype)
-        and isinstance(entry.size, torch.Size)
-        and isinstance(entry.chunks, list)
-        and all(
-            isinstance(chunk, ChunkStorageMetadata)
-            and isinstance(chunk.offsets, torch.Size)
-            and isinstance(chunk.sizes, torch.Size)
-            and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
-            and min(chunk.offsets, default=0) >= 0
-            and min(chunk.sizes, default=0) >= 0
-            for chunk in entry.chunks
+    def _checks(self, info: StorageInfo, algorithms: Mapping[str, Algorithm]) -> bool:
+        checks = checks_of(info, algorithms)
+        return checks is None or (
+            isinstance(checks.spans, tuple)
+            and self._affords(checks.spans)
+            and all(isinstance(span, int) for span in checks.spans)
+            and isinstance(checks.sums, bytes)
+            and is_consistent(checks, info.length)
         )
-    )
 
+    def _entry(self, fqn: object, entry: object) -> bool:
+        if not isinstance(fqn, str):
+            return False
+        if not isinstance(entry, TensorStorageMetadata):
+            return isinstance(entry, BytesStorageMetadata)
+        return (
+            isinstance(entry.properties.dtype, torch.dtype)
+            and is_offset(entry.size)
+            and isinstance(entry.chunks, list)
+            and self._affords(entry.chunks, _CHUNK)
+            and all(
+                isinstance(chunk, ChunkStorageMetadata)
+                and isinstance(chunk.offsets, torch.Size)
+                and isinstance(chunk.sizes, torch.Size)
+                and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+                and min(chunk.offsets, default=0) >= 0
+                and min(chunk.sizes, default=0) >= 0
+                for chunk in entry.chunks
+            )
+        )
 
-def _is_place(index: object, info: object) -> bool:
-    if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, StorageInfo)):
-        return False
-    name, offset, length, noted = info.relative_path, info.offset, info.length, info.__dict__
-    return (
-        isinstance(name, str)
-        and _is_name(name)
-        and isinstance(offset, int)
-        and isinstance(length, int)
-        and offset >= 0
-        and length >= 0
-        and offset + length <= _LARGEST
-        and ("payload_offset" not in noted or _is_payload(length, noted))
-        and ((transforms := info.transform_descriptors) is None or _are_names(transforms))
-    )
+    def _place(self, index: object, info: object) -> bool:
+        if not (isinstance(index, MetadataIndex) and is_index(index) and isinstance(info, StorageInfo)):
+            return False
+        offset, length, noted = info.offset, info.length, info.__dict__
+        return (
+            self._name(info.relative_path)
+            and isinstance(offset, int)
+            and isinstance(length, int)
+            and offset >= 0
+            and length >= 0
+            and offset + length <= _LARGEST
+            and ("payload_offset" not in noted or self._payload(length, noted))
+            and ((transforms := info.transform_descriptors) is None or self._transforms(transforms))
+        )
 
+    def _name(self, name: object) -> bool:
+        if not isinstance(name, str) or len(name) > _LONGEST:
+            return False
+        if name not in self._names and _is_name(name):
+            self._names.add(name)
+        return name in self._names
 
-def _are_names(transforms: object) -> bool:
-    return isinstance(transforms, list | tuple) and all(isinstance(one, str) for one in transforms)
+    def _payload(self, length: int, noted: Mapping[str, object]) -> bool:
+        offset, stride = noted["payload_offset"], noted.get("stride")
+        return (
+            isinstance(offset, int)
+            and isinstance(noted.get("dtype"), torch.dtype)
+            and 0 <= offset <= length
+            and (
+                stride is None
+                or (
+                    isinstance(stride, tuple)
+                    and self._affords(stride)
+                    and all(isinstance(s, int) and 0 <= s <= _LARGEST for s in stride)
+                )
+            )
+        )
+
+    def _transforms(self, transforms: object) -> bool:
+        return (
+            isinstance(transforms, list | tuple)
+            and self._affords(transforms)
+            and all(isinstance(one, str) for one in transforms)
+        )
 
 
 def _is_name(name: str) -> bool:
@@ -321,16 +381,3 @@ def _is_name(name: str) -> bool:
         except UnicodeEncodeError:  # a lone surrogate
             return False
     return not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
-
-
-def _is_payload(length: int, noted: Mapping[str, object]) -> bool:
-    offset, stride = noted["payload_offset"], noted.get("stride")
-    return (
-        isinstance(offset, int)
-        and isinstance(noted.get("dtype"), torch.dtype)
-        and 0 <= offset <= length
-        and (
-            stride is None
-            or (isinstance(stride, tuple) and all(isinstance(s, int) and 0 <= s <= _LARGEST for s in stride))
-        )
-    )

@@ -86,12 +86,14 @@ class Span:
             this entry has and the number that it had.
         pushes: weights.
         memo: codes.
+        cost: bytes of memory that it takes.
     """
 
     parts: list[bytes]
     far: list[tuple[int, int, int]]
     pushes: Sequence[Weight]
     memo: bytes
+    cost: int
     pattern: re.Pattern[bytes] = field(init=False)
     following: Span | None = None
     """The span that came after it last time."""
@@ -171,6 +173,7 @@ class Spans:
         pushes: Sequence[Weight],
         memo: bytes,
         codes: Sequence[int],
+        cost: int,
     ) -> None:
         """Learn a span from one that was weighed.
 
@@ -179,6 +182,7 @@ class Spans:
             pushes: what it left on the stack.
             memo: the codes of what it added to the memo.
             codes: of all entries of the memo.
+            cost: bytes of memory that it takes.
         """
         if len(self._known) >= _MOST or len(positions) <= _FEWEST_OPS:
             return
@@ -203,7 +207,7 @@ class Spans:
                 parts.append(re.escape(data[first:end]))
             else:
                 return
-        self._known.insert(0, Span(parts, far, tuple(pushes), memo))
+        self._known.insert(0, Span(parts, far, tuple(pushes), memo, cost))
 
 
 def is_end(code: int, following: int, held: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 from array import array
 from typing import Final
 
@@ -18,8 +19,31 @@ OTHER: Final = "other"
 """The kind of objects whose hash is computed from what is in them."""
 KEPT: Final = "kept"
 """The kind of a dict that the memo has, too, and of what holds one."""
+FIELDS: Final = "fields"
+"""The kind of a tuple of three or more: the fields of an object that sets its own state."""
+STATES: Final = frozenset({"fresh", FIELDS})
+"""Kinds of what may be the state of an object in metadata."""
 KEYS: Final = frozenset({"plain", "named", INSTANCE})
 """Kinds of what may be a key in metadata."""
+
+OF_EACH: Final = 8
+"""Bytes of memory that each element of a container takes at least."""
+_BYTES: Final = {
+    "EMPTY_LIST LIST": 72,
+    "APPEND": 40,
+    "APPENDS": 40,
+    "EMPTY_DICT DICT": 80,
+    "SETITEM SETITEMS": 168,
+    "EMPTY_SET FROZENSET": 232,
+    "TUPLE TUPLE1 TUPLE2 TUPLE3": 72,
+    "REDUCE INST OBJ": 128,
+    "NEWOBJ NEWOBJ_EX": 192,
+}
+_NAMES: Final = {name: taken for names, taken in _BYTES.items() for name in names.split()}
+BYTES: Final = [0] * 256
+"""Bytes of memory that an instruction's object takes in CPython, by the instruction's code."""
+for _op in pickletools.opcodes:
+    BYTES[ord(_op.code)] = _NAMES.get(_op.name, 0)
 
 
 def kept(weight: Weight) -> Weight:

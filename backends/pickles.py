@@ -6,6 +6,8 @@ A few dozen bytes can cost as much as their writer likes, before a single object
 - It makes room for a string of bytes of whatever length is named, before it looks for them.
 - A tuple of the same tuple twice, forty times over, is hashed 2**40 times when it becomes a key.
 - A tuple nested 200,000 deep overflows the C stack when it is hashed.
+- An empty set is one byte in a pickle, and 232 in memory.
+- A dict that thousands of objects have for their state is copied for each.
 
 So the instructions are followed, without making what they make: of every object only its nodes, shared ones
 counted as often as they are met, and its depth.
@@ -19,12 +21,16 @@ from collections.abc import Callable, Sequence
 from cloudckpt.backends.pickle_spans import Spans, is_end, is_too_long
 from cloudckpt.backends.pickle_weights import (
     ATOM,
+    BYTES,
+    FIELDS,
     FRESH,
     INSTANCE,
     KEPT,
     KEYS,
     NAMED,
+    OF_EACH,
     OTHER,
+    STATES,
     Memo,
     Weight,
     kept,
@@ -37,6 +43,10 @@ _REPEATING = 64 << 10
 """Bytes from which a pickle is long enough for spans of it to repeat."""
 _KEY_NODES = 1_000
 """Of a key: hashing it takes this long, each time."""
+_TAKEN = 128
+"""Bytes of memory for containers, for each byte of the pickle. Honest pickles of nothing but dicts take 36."""
+_TAKEN_STRICTLY = 48
+"""The same of metadata, which takes 10 to 20."""
 _LONG_TEXT = 1024
 """Bytes from which text weighs more than an atom: a call may copy it."""
 _HASHED_AS_IT_IS = 8
@@ -61,6 +71,7 @@ def claims_too_much(data: bytes, *, called: bool = False, strictly: bool = False
     With ``strictly`` it must be as DCP's metadata is, else it is said to claim too much. A key is text, a
     number of up to 56 bits or an instance of a class: thousands of others can have the same hash, and each is
     compared with all before it. No two objects have the same dict for their state: it is copied for each.
+    It takes less memory, too.
     """
     try:
         _Scales(data, called=called, strictly=strictly).weigh()
@@ -79,6 +90,8 @@ class _Scales:
         self._called = called
         self._strictly = strictly
         self._most = _NODES * max(_SMALL, len(data))
+        self._left = (_TAKEN_STRICTLY if strictly else _TAKEN) * max(_SMALL, len(data))
+        """Bytes of memory that may still be taken, and nodes of text that may be compared."""
         self._stack: list[Weight] = []
         self._marks: list[int] = []
         self._memo = Memo()
@@ -100,6 +113,9 @@ class _Scales:
                 span, at = found
                 self._stack.extend(span.pushes)
                 memo.codes.frombytes(span.memo)
+                self._left -= span.cost
+                if self._left < 0:
+                    raise _TooMuchError
             else:
                 at = self._span(at)
                 if not (memo.is_in_order and spans.is_worthwhile):
@@ -116,13 +132,14 @@ class _Scales:
             stack.append(self._memo[data[at]])
             at += 1
         elif (length := _ATOMS[code]) is not None:
-            stack.append(ATOM if code != _EMPTY_DICT else FRESH)
+            stack.append(ATOM)
             at += length
         elif code == _STOP:
             return -1
         else:
             first, at = at, self._after(code, at)
-            if at > len(data):
+            self._left -= BYTES[code]
+            if at > len(data) or self._left < 0:
                 raise _TooMuchError
             _STEPS[code](self, data[first:at])
         return at
@@ -133,7 +150,7 @@ class _Scales:
         own: list[Weight] = []
         own_marks: list[int] = []
         self._stack, self._marks = own, own_marks
-        before, positions, last = len(self._memo), [at], 0
+        before, positions, last, left = len(self._memo), [at], 0, self._left
         try:
             while 0 <= at < len(data) and not is_too_long(len(positions)):
                 code = data[at]
@@ -143,7 +160,8 @@ class _Scales:
                 if 0 <= at < len(data) and not own_marks and is_end(last, data[at], len(own)):
                     if self._memo.is_in_order:
                         codes = self._memo.codes
-                        self._spans.learn(positions, own, codes[before:].tobytes(), codes)
+                        added = codes[before:].tobytes()
+                        self._spans.learn(positions, own, added, codes, left - self._left)
                     break
         except LookupError:  # an instruction needs what lies below
             self._stack, self._marks = outer, marks
@@ -190,12 +208,14 @@ class _Scales:
         mark = self._marks.pop()
         parts = self._stack[mark:]
         del self._stack[mark:]
+        self._left -= OF_EACH * len(parts)
         return parts
 
     def _hash(self, keys: Sequence[Weight]) -> None:
         for nodes, _, kind in keys:
             if (nodes > _KEY_NODES and kind != "plain") or (self._strictly and kind not in KEYS):
                 raise _TooMuchError
+            self._left -= nodes - 1  # text is compared with text of the same hash
 
     def _call(self, parts: Sequence[Weight], kind: str = OTHER) -> None:
         # The loader would say so, and write out what may be as large as a list of lists.
@@ -216,6 +236,12 @@ class _Scales:
     def push_text(self, argument: bytes) -> None:
         size = len(argument)
         self._stack.append(ATOM if size < _LONG_TEXT else (1 + size // 8, 0, "plain"))
+
+    def push_empty(self, _: bytes) -> None:
+        self._stack.append(ATOM)
+
+    def push_dict(self, _: bytes) -> None:
+        self._stack.append(FRESH)
 
     def push_named(self, _: bytes) -> None:
         self._stack.append(NAMED)
@@ -267,7 +293,7 @@ class _Scales:
         self._stack.append(kept(self._stack[-1]))
 
     def build(self, _: bytes) -> None:
-        if self._stack.pop()[2] == KEPT and self._strictly:
+        if self._stack.pop()[2] not in STATES and self._strictly:
             raise _TooMuchError
 
     def make_of_one(self, _: bytes) -> None:
@@ -288,6 +314,10 @@ class _Scales:
     def make_of_marked(self, _: bytes) -> None:
         self._make(self._take_marked())
 
+    def make_tuple(self, _: bytes) -> None:
+        parts = self._take_marked()
+        self._make(parts, FIELDS if len(parts) > 2 else OTHER)  # of two: a dict and another
+
     def make_of_keys(self, _: bytes) -> None:
         parts = self._take_marked()
         self._hash(parts)
@@ -296,7 +326,7 @@ class _Scales:
     def make_of_items(self, _: bytes) -> None:
         parts = self._take_marked()
         self._hash(parts[::2])
-        self._make(parts)
+        self._make(parts, FRESH[2])
 
     def add_item(self, _: bytes) -> None:
         self._hash(self._take(2)[:1])
@@ -316,7 +346,6 @@ def _code(name: str) -> int:
 
 
 _MEMOIZE, _BINGET, _STOP = _code("MEMOIZE"), _code("BINGET"), _code("STOP")
-_EMPTY_DICT = _code("EMPTY_DICT")
 _COUNT_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
     pickletools.TAKEN_FROM_ARGUMENT4: 4,
@@ -338,6 +367,8 @@ _STEPS: dict[int, Callable[[_Scales, bytes], None]] = {
 } | {
     _code(name): step
     for step, names in (
+        (_Scales.push_empty, "EMPTY_LIST EMPTY_SET"),
+        (_Scales.push_dict, "EMPTY_DICT"),
         (_Scales.push_long, "LONG4"),
         (_Scales.push_line, "INT LONG"),
         (_Scales.push_counted, "LONG1"),
@@ -360,7 +391,8 @@ _STEPS: dict[int, Callable[[_Scales, bytes], None]] = {
         (_Scales.call_with_two, "NEWOBJ_EX"),
         (_Scales.make_of_two, "TUPLE2"),
         (_Scales.make_of_three, "TUPLE3"),
-        (_Scales.make_of_marked, "TUPLE LIST INST OBJ"),
+        (_Scales.make_of_marked, "LIST INST OBJ"),
+        (_Scales.make_tuple, "TUPLE"),
         (_Scales.make_of_keys, "FROZENSET"),
         (_Scales.make_of_items, "DICT"),
         (_Scales.add_item, "SETITEM"),

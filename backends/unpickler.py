@@ -65,7 +65,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def _unsafe(self, what: str) -> UnsafeCheckpointError:
         return UnsafeCheckpointError(
-            f"the checkpoint's metadata asks for {what}, which DCP's own metadata never needs",
+            f"the checkpoint's metadata asks for {what[:_QUOTED]}, which DCP's own metadata never needs",
             uri=self._uri,
             object_name=self._name,
             hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
@@ -145,9 +145,13 @@ def _compared(instances: list[object]) -> Callable[[object, object], bool]:
 _COPIED: Final = 4
 """Elements that functions may be given, for each byte."""
 _LITTLE: Final = 10_000
+_QUOTED: Final = 200
+"""Characters of a name that an error repeats."""
 _SIZED: Final = frozenset({tuple, list, dict, str, bytes, bytearray, set, frozenset, torch.Size})
 _DIMENSIONS: Final = 64
 """Most of an offset: it is hashed whenever its index is met. torch has tensors of no more."""
+_CHARACTERS: Final = 1 << 16
+"""Most of the name of an item: two names of one hash are compared, time and again."""
 _COMPARED: Final = 100
 """Comparisons for each index: items have different hashes, and those that are there twice one in common."""
 
@@ -163,12 +167,14 @@ def is_index(index: MetadataIndex) -> bool:
     """Whether an index holds what an index holds."""
     return (
         isinstance(index.fqn, str)
-        and (index.offset is None or _is_offset(index.offset))
+        and len(index.fqn) <= _CHARACTERS
+        and (index.offset is None or is_offset(index.offset))
         and (index.index is None or isinstance(index.index, int))
     )
 
 
-def _is_offset(offset: object) -> bool:
+def is_offset(offset: object) -> bool:
+    """Return True if this is a size of no more dimensions than there are."""
     return isinstance(offset, torch.Size) and len(offset) <= _DIMENSIONS
 
 
