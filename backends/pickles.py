@@ -44,9 +44,10 @@ _REPEATING = 64 << 10
 _KEY_NODES = 1_000
 """Of a key: hashing it takes this long, each time."""
 _TAKEN = 128
-"""Bytes of memory for containers, for each byte of the pickle. Honest pickles of nothing but dicts take 36."""
+"""Bytes of memory for containers, for each byte of the pickle. Honest ones of nothing but dicts take 36."""
 _TAKEN_STRICTLY = 48
 """The same of metadata, which takes 10 to 20."""
+_PAIR = 2
 _LONG_TEXT = 1024
 """Bytes from which text weighs more than an atom: a call may copy it."""
 _HASHED_AS_IT_IS = 8
@@ -316,7 +317,7 @@ class _Scales:
 
     def make_tuple(self, _: bytes) -> None:
         parts = self._take_marked()
-        self._make(parts, FIELDS if len(parts) > 2 else OTHER)  # of two: a dict and another
+        self._make(parts, FIELDS if len(parts) > _PAIR else OTHER)  # of two: a dict and another
 
     def make_of_keys(self, _: bytes) -> None:
         parts = self._take_marked()
