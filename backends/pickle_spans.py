@@ -23,8 +23,14 @@ _LONGEST: Final = 4096
 """Bytes of a span."""
 _FEWEST_OPS: Final = 3
 _MOST_OPS: Final = 400
-_MISSES: Final = 2048
-"""Attempts in vain, beyond those that succeed, until patterns are given up: they would only cost time."""
+_PARTS: Final = 4096
+"""Instructions of all patterns. Compiling them takes a second; those of a checkpoint have up to 2,000."""
+_TEXT: Final = 16
+"""Instructions whose compilation takes as long as that of one with text."""
+_TRIES: Final = 1 << 15
+"""Patterns tried in vain, beyond those that are paid for, until all are given up."""
+_PAID: Final = 4
+"""Tries in vain that a span pays for which comes after the same one as last time."""
 
 _OP: Final = {op.name: ord(op.code) for op in pickletools.opcodes}
 
@@ -137,7 +143,8 @@ class Spans:
         self._data = data
         self._known: list[Span] = []
         self._last: Span | None = None
-        self._left = _MISSES
+        self._left = _TRIES
+        self._parts = _PARTS
 
     @property
     def is_worthwhile(self) -> bool:
@@ -155,15 +162,16 @@ class Spans:
         expected = last.following if last is not None else None
         if expected is not None and (end := expected.end(self._data, at, codes)):
             self._last = expected
-            self._left += 1
+            self._left += _PAID
             return expected, end
-        for span in self._known:
+        for tried, span in enumerate(self._known):
             if end := span.end(self._data, at, codes):
                 if last is not None:
                     last.following = span
                 self._last = span
+                self._left -= tried
                 return span, end
-        self._left -= 1
+        self._left -= max(1, len(self._known))
         self._last = None
         return None
 
@@ -207,6 +215,9 @@ class Spans:
                 parts.append(re.escape(data[first:end]))
             else:
                 return
+        self._parts -= len(parts) + (_TEXT - 1) * sum(data[first] in _COUNTED for first in positions[:-1])
+        if self._parts < 0:
+            return
         self._known.insert(0, Span(parts, far, tuple(pushes), memo, cost))
 
 

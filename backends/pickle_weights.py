@@ -45,6 +45,23 @@ BYTES: Final = [0] * 256
 for _op in pickletools.opcodes:
     BYTES[ord(_op.code)] = _NAMES.get(_op.name, 0)
 
+_COUNT_BYTES: Final = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+COUNTED: Final = {
+    ord(op.code): _COUNT_BYTES[op.arg.n] for op in pickletools.opcodes if op.arg and op.arg.n in _COUNT_BYTES
+}
+LINES: Final = {
+    ord(op.code): 2 if op.arg.name == "stringnl_noescape_pair" else 1
+    for op in pickletools.opcodes
+    if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
+}
+FIXED: Final = {ord(op.code): op.arg.n for op in pickletools.opcodes if op.arg and op.arg.n > 0}
+"""Arguments of instructions, by code: bytes of the count before them, lines, and bytes."""
+
 
 def kept(weight: Weight) -> Weight:
     """Return the weight of an object that is in two places."""

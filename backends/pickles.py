@@ -22,11 +22,14 @@ from cloudckpt.backends.pickle_spans import Spans, is_end, is_too_long
 from cloudckpt.backends.pickle_weights import (
     ATOM,
     BYTES,
+    COUNTED,
     FIELDS,
+    FIXED,
     FRESH,
     INSTANCE,
     KEPT,
     KEYS,
+    LINES,
     NAMED,
     OF_EACH,
     OTHER,
@@ -44,11 +47,10 @@ _REPEATING = 64 << 10
 _KEY_NODES = 1_000
 """Of a key: hashing it takes this long, each time."""
 _TAKEN = 128
-"""Bytes of memory for containers, for each byte of the pickle. Honest pickles of dicts alone take 36."""
-_PAIR = 2
-"""Length of a state that is a dict and another."""
+"""Bytes of memory for containers, for each byte of the pickle. Honest ones of nothing but dicts take 36."""
 _TAKEN_STRICTLY = 48
 """The same of metadata, which takes 10 to 20."""
+_PAIR = 2
 _LONG_TEXT = 1024
 """Bytes from which text weighs more than an atom: a call may copy it."""
 _HASHED_AS_IT_IS = 8
@@ -180,12 +182,12 @@ class _Scales:
 
     def _after(self, code: int, at: int) -> int:
         """Where an argument ends."""
-        if code in _COUNTED:
-            width = _COUNTED[code]
+        if code in COUNTED:
+            width = COUNTED[code]
             return at + width + int.from_bytes(self._data[at : at + width], "little")
-        for _ in range(_LINES.get(code, 0)):
+        for _ in range(LINES.get(code, 0)):
             at = self._data.index(b"\n", at) + 1
-        return at + _FIXED.get(code, 0)
+        return at + FIXED.get(code, 0)
 
     def _make(self, parts: Sequence[Weight], kind: str = OTHER) -> None:
         """Push what is made of these."""
@@ -318,7 +320,7 @@ class _Scales:
 
     def make_tuple(self, _: bytes) -> None:
         parts = self._take_marked()
-        self._make(parts, FIELDS if len(parts) > _PAIR else OTHER)
+        self._make(parts, FIELDS if len(parts) > _PAIR else OTHER)  # of two: a dict and another
 
     def make_of_keys(self, _: bytes) -> None:
         parts = self._take_marked()
@@ -348,22 +350,6 @@ def _code(name: str) -> int:
 
 
 _MEMOIZE, _BINGET, _STOP = _code("MEMOIZE"), _code("BINGET"), _code("STOP")
-_COUNT_BYTES = {
-    pickletools.TAKEN_FROM_ARGUMENT1: 1,
-    pickletools.TAKEN_FROM_ARGUMENT4: 4,
-    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
-    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
-}
-_COUNTED = {
-    ord(op.code): _COUNT_BYTES[op.arg.n] for op in pickletools.opcodes if op.arg and op.arg.n in _COUNT_BYTES
-}
-_LINES = {
-    ord(op.code): 2 if op.arg.name == "stringnl_noescape_pair" else 1
-    for op in pickletools.opcodes
-    if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
-}
-_FIXED = {ord(op.code): op.arg.n for op in pickletools.opcodes if op.arg and op.arg.n > 0}
-
 _STEPS: dict[int, Callable[[_Scales, bytes], None]] = {
     _code(op.name): _Scales.push for op in pickletools.opcodes if not op.stack_before and op.stack_after
 } | {

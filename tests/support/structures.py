@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -105,6 +106,85 @@ def _long(number: int) -> bytes:
     return number.to_bytes(number.bit_length() // 8 + 1, "little", signed=True)
 
 
+def crowded(rng: random.Random, size: int) -> bytes:
+    """Containers that take far more memory than bytes."""
+    one = rng.choice(
+        [b"\x8f", b"]", b"}", b"(\x91", b"}NNs", b"]Na", b"\x8f\x94", b"}\x94", b"(d", b"]\x94h\x00a"]
+    )
+    return _HEAD + one * max(1, size // len(one)) + b"."
+
+
+def states(rng: random.Random, size: int) -> bytes:
+    """One dict that is the state of many objects, each of which would copy it."""
+    names = b"".join(b"\x8c\x05%05dN" % n for n in range(max(1, min(size // 16, 100_000))))
+    made = rng.choice(
+        [b"(" + names + b"d", b"}(" + names + b"u", b"ccollections\nOrderedDict\n)R(" + names + b"u"]
+    )
+    state = rng.choice([made + b"\x94", b"N" + made + b"\x86\x94", made + b"N\x86\x94", made + b"NN\x87\x94"])
+    one = rng.choice([b"h\x00)\x81h\x01b0", b"h\x00)\x81h\x01b\x94"])
+    return _HEAD + _INDEX + b"0" + state + b"0" + one * max(1, size // 2 // len(one)) + b"N."
+
+
+def doubled(rng: random.Random, size: int) -> bytes:
+    """Lists of the same list twice, made by what adds to them."""
+    add = rng.choice([b"](h\x00h\x00eq\x00", b"]h\x00ah\x00aq\x00", b"}(K\x01h\x00K\x02h\x00uq\x00"])
+    use = rng.choice([b".", b"\x85.", b"}\x8c\x01xh\x00s.", b"h\x00R."])
+    return _HEAD + filler(rng, size) + b"]q\x00" + add * rng.choice([8, 30, 60, 1_000]) + use
+
+
+def nearly_alike(rng: random.Random, size: int) -> bytes:
+    """Spans that repeat but for their last instructions."""
+    same = rng.choice([b"K\x01K\x02\x86", b"\x8c\x02ab\x94", b")h\x00\x86", b"K\x010"]) * rng.choice(
+        [2, 30, 90]
+    )
+    ends = [b"N", b"\x88", b"]", b"}", b")", b"\x85", b"\x86", b"\x94", b"0", b"h\x00", b"2", b"(t"]
+    spans = [same + b"".join(rng.choices(ends, k=3)) for _ in range(rng.choice([4, 60, 90]))]
+    out, left = [b"N\x94NNNNNN"], size
+    while left > 0:
+        out.append(rng.choice(spans))
+        left -= len(out[-1])
+    return _HEAD + b"".join(out) + b"."
+
+
+def common(rng: random.Random, size: int) -> bytes:
+    """Metadata of items that have something long in common."""
+    half, count = max(1, size // 2), max(1, size // 1400)
+    made = honest(count)
+    infos, entries = list(made.storage_data.values()), list(made.state_dict_metadata.values())
+    extras = made.__dict__["cloudckpt"]
+    extras["objects"] = {info.relative_path: {"checksum": "crc64nvme:AA"} for info in infos}
+    text, numbers = "a" * half, (0,) * (half // 2)
+    match rng.randrange(9):
+        case 0:
+            _set(infos, relative_path=text)
+        case 1:
+            _set(infos, relative_path=text[:4000])
+        case 2:
+            _set(infos, transform_descriptors=["a"] * (half // 2))
+        case 3:
+            _set(infos, length=0, spans=numbers, sums=b"", payload_offset=0, dtype=torch.float32)
+        case 4:
+            _set(infos, payload_offset=0, dtype=torch.float32, stride=numbers)
+        case 5:
+            chunk = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([1, 1]))
+            _set(entries, chunks=[chunk] * (half // 2))
+        case 6:
+            many = torch.Size(numbers)
+            _set(entries, size=many, chunks=[ChunkStorageMetadata(many, many)] * 8)
+        case 7:
+            extras["objects"] = {f"{number}": {"checksum": text, "size": -1} for number in range(count)}
+        case _:
+            item = MetadataIndex(text, torch.Size([0]))
+            extras["objects"] = {item: {"size": 1}}
+            extras["notes"] = {item: 1, "huge": 10**400, text: 1.0}
+    return md.dump(made)[: -md._SEALED]
+
+
+def _set(objects: list[Any], **fields: object) -> None:
+    for one in objects:
+        one.__dict__.update(fields)
+
+
 def odd_metadata(rng: random.Random, size: int) -> bytes:
     """Metadata of the right size and form, with something of the above among it."""
     whole = md.dump(honest(max(1, size // 700)))[: -md._SEALED]
@@ -120,7 +200,11 @@ def filler(rng: random.Random, size: int) -> bytes:
 
 
 SHAPES: dict[str, Callable[[random.Random, int], bytes]] = {
-    shape.__name__: shape for shape in (deep, wide, shared, copied, referring_to_itself, alike, odd_metadata)
+    shape.__name__: shape
+    for shape in (
+        *(deep, wide, shared, copied, referring_to_itself, alike, odd_metadata),
+        *(crowded, states, doubled, nearly_alike, common),
+    )
 }
 
 
