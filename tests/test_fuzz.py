@@ -44,7 +44,7 @@ SHORT = {
     "metadata": 1000,
     "structures": 400,
     "large": 4,
-    "structured values": 200,
+    "structured values": 80,
     "framing": 300,
     "values": 250,
     "plain": 1200,
