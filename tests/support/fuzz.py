@@ -344,8 +344,8 @@ class MetadataKind(Kind):
     def run(self, data: bytes) -> object:
         read = metadata.load(data, uri="memory://x")
         infos = read.storage_data.values()
-        metadata.notes_of(read), metadata.sizes_of(read), metadata.version_of(read)
         return [
+            *(metadata.notes_of(read), metadata.sizes_of(read), metadata.version_of(read)),
             *(metadata.objects_of(read), metadata.least_sizes(read), metadata.save_id_of(read)),
             *(
                 (metadata.payload_of(info), metadata.checks_of(info, metadata.algorithms_of(read)))
