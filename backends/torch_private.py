@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store, Work, distributed_c10d
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -59,6 +60,7 @@ __all__ = [
     "memory_formats",
     "names_of_parameter",
     "narrow_tensor_by_index",
+    "object_device",
     "object_state",
     "plan_caches",
     "rebuild_from_type_v2",
@@ -251,6 +253,12 @@ def sharded_tensor(shards: list[Shard], metadata: ShardedTensorMetadata, spec: A
     made._process_group = made._sharded_tensor_id = None
     made._init_rrefs = False
     return made  # type: ignore[no-any-return]
+
+
+def object_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Return the device whose tensors the collectives of a group take."""
+    find: Callable[..., Any] = getattr(distributed_c10d, "_get_object_coll_device", lambda _: "cpu")
+    return torch.device(find(group))
 
 
 # -- storages -----------------------------------------------------------------------------------------------

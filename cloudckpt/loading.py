@@ -135,10 +135,10 @@ class Loading:
                     agreed(lambda: self._set_aside(damaged), self.group)
                 return chosen, uri
 
-    def _after(self, step: int) -> tuple[bool, int | None]:
+    def _after(self, step: int) -> list[int | None]:
         """Return whether a step that could not be loaded is there, and the step to load instead of it."""
         there = self.run.is_committed(step)
-        return there, self.run.newest(before=step if there else None)
+        return [there, self.run.newest(before=step if there else None)]
 
     def _set_aside(self, damaged: list[int]) -> None:
         """Set damaged steps aside, so that no load meets them again and their numbers are free."""
@@ -211,11 +211,11 @@ class Loading:
 
         _, self.is_newest = together(finish, self.ahead.is_newest, self.group)
         self.size = reader.size
-        self._report(step, gathered(state.unasked, self.group))
+        self._report(step, gathered(sorted(state.unasked), self.group))
 
-    def _report(self, step: int, unasked: list[frozenset[str]] | None) -> None:
+    def _report(self, step: int, unasked: list[list[str]] | None) -> None:
         """Log what the checkpoint has and no rank asked for."""
-        left = sorted(frozenset.intersection(*unasked)) if unasked else []
+        left = sorted(set(unasked[0]).intersection(*unasked)) if unasked else []
         if left:
             named = ", ".join(map(repr, left[:_NAMED]))
             more = f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else ""

@@ -1,10 +1,14 @@
-"""Answers and outcomes that all ranks of a job must share."""
+"""Answers and outcomes that all ranks of a job must share.
+
+They travel as JSON or as the bytes that they are, and never as pickles.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,7 +16,7 @@ import torch.distributed as dist
 from cloudckpt.backends.errors import note_others
 from cloudckpt.backends.system_limits import try_for
 from cloudckpt.backends.tracebacks import trimmed, trimming
-from cloudckpt.executor import failures
+from cloudckpt.executor import collectives, failures, wire
 from cloudckpt.executor.rendezvous import grouped
 
 _LAST_WORD = 10.0
@@ -20,6 +24,9 @@ _LAST_WORD = 10.0
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_FAILURE, _BYTES, _JSON = b"f", b"b", b"j"
+"""First byte of a message: what the rest of it is."""
 
 
 def own_rank(group: dist.ProcessGroup | None) -> int:
@@ -38,6 +45,10 @@ def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
 
     A collective: every rank calls it. Without ``torch.distributed`` it asks here.
 
+    Args:
+        ask: returns bytes, or what JSON holds: None, numbers, text, lists.
+        group: the ranks.
+
     Raises:
         ExecutorError: the first rank was interrupted, which raises its own exception itself.
         BaseException: what ``ask`` raised, noted with the rank.
@@ -47,8 +58,8 @@ def agreed(ask: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     rank = dist.get_rank(group)
     own = _Outcome.of(ask, rank) if rank == 0 else None
 
-    def tell() -> _Word:
-        return _broadcast(own.word if own is not None else None, group)
+    def tell() -> bytes:
+        return collectives.broadcast(own.message if own is not None else b"", group)
 
     return cast("T", _settled(own, tell))
 
@@ -82,93 +93,113 @@ def together(do: Callable[[], T], ask: Callable[[], R], group: dist.ProcessGroup
 
     own = _Outcome.of(act, rank)
 
-    def tell() -> _Word:
-        every = gathered(own.word.failure, group)
-        return _broadcast(_first(own.word, every) if every is not None else None, group)
+    def tell() -> bytes:
+        every = collectives.gather(own.message if own.raised is not None else b"", group)
+        return collectives.broadcast(_first(own.message, every) if every is not None else b"", group)
 
     answer = _settled(own, tell)
     return mine[0], cast("R", answer)
 
 
 def gathered(value: T, group: dist.ProcessGroup | None) -> list[T] | None:
-    """Return the values of all ranks on the group's first rank, and None on the others. A collective."""
+    """Return the values of all ranks on the group's first rank, and None on the others. A collective.
+
+    Args:
+        value: bytes, or what JSON holds.
+        group: the ranks.
+
+    Raises:
+        ExecutorError: another rank sent something else.
+    """
     if not grouped():
         return [value]
-    first = dist.get_rank(group) == 0
-    values: list[Any] | None = [None] * dist.get_world_size(group) if first else None
-    dist.gather_object(value, values, group=group, group_dst=0)
-    return values
+    every = collectives.gather(_message(value), group)
+    return None if every is None else [_answer(data, rank) for rank, data in enumerate(every)]
 
 
 @dataclass(frozen=True, slots=True)
-class _Word:
-    """The message to the other ranks: an answer, or a pickled error."""
-
-    answer: Any = None
-    failure: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Outcome(Generic[T]):
+class _Outcome:
     """The outcome of a call on this rank: ``raised`` is the exception that this rank itself raises."""
 
-    word: _Word
+    message: bytes
+    """What the other ranks get: the answer, or the record of an error."""
     raised: BaseException | None = None
 
     @classmethod
-    def of(cls, call: Callable[[], T], rank: int) -> _Outcome[T]:
+    def of(cls, call: Callable[[], Any], rank: int) -> _Outcome:
         try:
-            return cls(_Word(call()))
+            return cls(_message(call()))
         except BaseException as error:  # noqa: BLE001 - every rank raises it
             common = failures.shared(error, rank)
             raised = common if isinstance(error, failures.ANY) else error
-            return cls(_Word(failure=failures.dumps(common)), raised)
+            return cls(_FAILURE + failures.dumps(common), raised)
 
     @property
     def interrupted(self) -> bool:
         return self.raised is not None and not isinstance(self.raised, failures.ANY)
 
 
-def _settled(own: _Outcome[Any] | None, tell: Callable[[], _Word]) -> Any:
+def _settled(own: _Outcome | None, tell: Callable[[], bytes]) -> Any:
     """Tell the others, and return or raise what all ranks do."""
     if own is None or own.raised is None:
-        word = tell()
-        if word.failure is not None:
-            raise failures.loads(word.failure)
-        return word.answer
+        message = tell()
+        if (failure := _failure(message)) is not None:
+            raise failures.loads(failure)
+        return _answer(message, 0)
     if own.interrupted:
         _within(_LAST_WORD, tell)
         raise own.raised
     try:
-        word = tell()
+        failure = _failure(tell())
     except Exception as lost:  # noqa: BLE001 - this rank's own failure is the one to be raised
         own.raised.add_note(f"the other ranks could not be notified: {type(lost).__name__}: {lost}")
         raise trimmed(own.raised) from own.raised.__cause__
     common = (
-        own.raised
-        if word.failure is None
-        else failures.with_traceback_of(own.raised, failures.loads(word.failure))
+        own.raised if failure is None else failures.with_traceback_of(own.raised, failures.loads(failure))
     )
     raise common from common.__cause__
 
 
-def _first(own: _Word, every: list[bytes | None]) -> _Word:
-    """The lowest failing rank's error, with the others' as notes, or else the first rank's answer."""
-    failed = {rank: data for rank, data in enumerate(every) if data is not None}
+def _first(own: bytes, every: list[bytes]) -> bytes:
+    """The lowest failing rank's error, with the others' as notes, or else the first rank's answer.
+
+    Args:
+        own: the first rank's message.
+        every: of each rank, the message of its error; empty where it has none.
+    """
+    failed = {rank: data.removeprefix(_FAILURE) for rank, data in enumerate(every) if data}
     if not failed:
         return own
     rank, *others = sorted(failed)
     if not others:
-        return _Word(failure=failed[rank])
+        return _FAILURE + failed[rank]
     error = failures.loads(failed[rank])
     note_others(error, {other: failures.loads(failed[other]) for other in others})
-    return _Word(failure=failures.dumps(error))
+    return _FAILURE + failures.dumps(error)
 
 
-def _broadcast(word: _Word | None, group: dist.ProcessGroup | None) -> _Word:
-    box: list[Any] = [word]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return cast("_Word", box[0])
+def _message(answer: Any) -> bytes:
+    if isinstance(answer, bytes):
+        return _BYTES + answer
+    return _JSON + json.dumps(answer).encode()
+
+
+def _failure(message: bytes) -> bytes | None:
+    return message.removeprefix(_FAILURE) if message.startswith(_FAILURE) else None
+
+
+def _answer(message: bytes, rank: int) -> Any:
+    """Return the answer of a message.
+
+    Raises:
+        ExecutorError: it is none.
+    """
+    if message.startswith(_BYTES):
+        return message.removeprefix(_BYTES)
+    try:
+        return json.loads(message.removeprefix(_JSON))
+    except (ValueError, RecursionError) as error:
+        raise wire.foreign(f"what rank {rank} sent", "is no answer") from error
 
 
 def _within(seconds: float, tell: Callable[[], object]) -> None:

@@ -21,19 +21,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.backends import background_log
-from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.state import placements
 from cloudckpt.backends.torch_private import (
     ShardedTensor,
     compute_local_shape_and_global_offset,
     local_tensor,
 )
-from cloudckpt.executor import digests
+from cloudckpt.executor import collectives, digests, failures, wire
 from cloudckpt.executor.roll_call import named
 
 _log = background_log.logger(__name__)
@@ -78,13 +77,21 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """Rank 0's word for one rank, after it has compared all digests."""
+class _Digests:
+    """What one rank would write: name, offsets and digest in hexadecimal digits of each entry."""
 
-    weights: dict[Key, int]
+    entries: list[tuple[str, tuple[int, ...] | None, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Rank 0's message to one rank, after it has compared all digests."""
+
+    weights: list[tuple[str, tuple[int, ...] | None, int]]
     conflicts: tuple[str, ...]
     """Names that differ, though not whole values: what the lowest rank has is to be written."""
-    failure: ConfigurationError | None
+    failure: bytes | None
+    """Record of a ConfigurationError."""
 
 
 @dataclass(slots=True)
@@ -162,8 +169,10 @@ class RankCheck:
         told = self._compared(leaves, policy, left_out)
         if told.failure is not None:
             self.forget()
-            raise CheckpointException("compare the ranks", {0: (told.failure, [])})  # type: ignore[dict-item]
-        self._remember(own.structure, told.weights, policy)
+            failure = failures.loads(told.failure)
+            raise CheckpointException("compare the ranks", {0: (failure, [])})  # type: ignore[dict-item]
+        weights = {(name, offsets): weight for name, offsets, weight in told.weights}
+        self._remember(own.structure, weights, policy)
         self.lowest = frozenset(told.conflicts)
 
     def _remember(self, structure: int, weights: dict[Key, int], policy: RankConflicts) -> None:
@@ -173,17 +182,23 @@ class RankCheck:
     def _compared(self, leaves: Mapping[str, Any], policy: RankConflicts, left_out: Collection[str]) -> _Told:
         """Have rank 0 compare the digests of all ranks, and return what it says to this one."""
         own = {key: digests.digest(leaf, None) for key, leaf in self._entries(leaves, left_out)}
-        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(own, gathered, dst=0)
-        words: list[_Told] | None = None
+        message = _Digests([(*key, digest.hex()) for key, digest in own.items()])
+        gathered = collectives.gather(wire.text(message, wire.MOST_SENT).encode())
+        messages: list[bytes] | None = None
         if gathered is not None:
-            words = judged(gathered, policy)
-            if words[0].conflicts and words[0].failure is None and policy == "warn":
-                _log.warning("%s", _described(gathered, words[0].conflicts))
-        box: list[Any] = [None]
-        dist.scatter_object_list(box, words, src=0)
-        told: _Told = box[0]
-        return told
+            messages = [wire.text(told, wire.MOST_SENT).encode() for told in self._judged(gathered, policy)]
+        return wire.sent(collectives.scatter(messages), _Told, 0)
+
+    def _judged(self, gathered: Sequence[bytes], policy: RankConflicts) -> list[_Told]:
+        """Compare the digests of all ranks. What fails on rank 0 is for all: they wait for its message."""
+        try:
+            every = [_digests(data, rank) for rank, data in enumerate(gathered)]
+        except CheckpointError as error:
+            return [_Told([], (), failures.dumps(error)) for _ in gathered]
+        words = judged(every, policy)
+        if words[0].conflicts and words[0].failure is None and policy == "warn":
+            _log.warning("%s", _described(every, words[0].conflicts))
+        return words
 
     def _entries(self, leaves: Mapping[str, Any], left_out: Collection[str]) -> Iterator[tuple[Key, Any]]:
         """Yield what this rank would write and another rank may write as well."""
@@ -262,7 +277,23 @@ def judged(every: Sequence[Mapping[Key, bytes]], policy: RankConflicts) -> list[
             "ranks different names, or let names differ with rank_conflicts=[...], which saves the lowest "
             "rank's value",
         )
-    return [_Told(one, tuple(conflicts), failure) for one in weights]
+    record = failures.dumps(failure) if failure is not None else None
+    return [
+        _Told([(*key, weight) for key, weight in one.items()], tuple(conflicts), record) for one in weights
+    ]
+
+
+def _digests(data: bytes, rank: int) -> dict[Key, bytes]:
+    """Return the digests of a message.
+
+    Raises:
+        ExecutorError: it is none.
+    """
+    found = wire.sent(data, _Digests, rank)
+    try:
+        return {(name, offsets): bytes.fromhex(digest) for name, offsets, digest in found.entries}
+    except ValueError as error:
+        raise wire.foreign(f"what rank {rank} sent", "has a digest that is no number") from error
 
 
 def _described(

@@ -29,7 +29,7 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError, Execu
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.writer import StorageWriter as OurWriter
-from cloudckpt.executor import failures, quiet, snapshot, unpickle
+from cloudckpt.executor import collectives, failures, quiet, snapshot, unpickle, wire
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
@@ -142,6 +142,16 @@ def _sealed(metadata: Metadata) -> Sealed:
 
 
 @dataclass(frozen=True, slots=True)
+class _Report:
+    """One rank's message to the others before a save: an error, or what it is about to save."""
+
+    failure: bytes | None
+    fingerprint: str = ""
+    """Of the structure, in hexadecimal digits."""
+    summary: Summary | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Prepared:
     state: dict[str, Any]
     writer: StorageWriter
@@ -150,6 +160,9 @@ class _Prepared:
     common: dict[str, Any]
     """Values by name that are compared with the other ranks', if any are."""
     summary: Summary | None
+
+    def report(self) -> _Report:
+        return _Report(None, self.plan.fingerprint.hex(), self.summary)
 
 
 class Worker:
@@ -273,22 +286,25 @@ class Worker:
         if not self._grouped:
             if isinstance(prepared, Exception):
                 raise prepared
-            return [prepared.plan.fingerprint]
-        told: list[Any] = [None] * dist.get_world_size()
-        failed = isinstance(prepared, Exception)
-        own: Any = failures.dumps(prepared) if isinstance(prepared, Exception) else None
-        if isinstance(prepared, _Prepared):
-            own = prepared.plan.fingerprint, prepared.summary
-        dist.all_gather_object(told, (failed, own))
+            return [prepared.plan.fingerprint.hex().encode()]
+        own = _Report(failures.dumps(prepared)) if isinstance(prepared, Exception) else prepared.report()
+        gathered = collectives.all_gather(wire.text(own, wire.MOST_SENT).encode())
+        reports = [wire.sent(data, _Report, rank) for rank, data in enumerate(gathered)]
         problems = {
-            rank: (failures.loads(data), _NO_FRAMES) for rank, (failed, data) in enumerate(told) if failed
+            rank: (failures.loads(report.failure), _NO_FRAMES)
+            for rank, report in enumerate(reports)
+            if report.failure is not None
         }
         if isinstance(prepared, Exception):
             problems[dist.get_rank()] = prepared, traceback.extract_tb(prepared.__traceback__)
+        summaries = [report.summary for report in reports if report.summary is not None]
+        if not problems and 0 < len(summaries) < len(reports):
+            without = next(rank for rank, report in enumerate(reports) if report.summary is None)
+            problems[without] = _unlike(without), _NO_FRAMES
         if problems:
             raise CheckpointException("prepare", problems)
-        self._compare(prepared, [summary for _, (_, summary) in told], request)
-        return [structure for _, (structure, _) in told]
+        self._compare(prepared, summaries, request)
+        return [report.fingerprint.encode() for report in reports]
 
     def _compare(
         self, prepared: _Prepared | Exception, summaries: list[Summary], request: SaveRequest
@@ -296,7 +312,7 @@ class Worker:
         """Find what ranks have different values of under one name."""
         if self._check is None or request.rank_conflicts is None or not isinstance(prepared, _Prepared):
             return
-        if prepared.summary is not None:
+        if summaries:
             self._check.settle(summaries, prepared.common, request.rank_conflicts)
 
     def _lost(self, error: BaseException) -> BaseException:
@@ -322,3 +338,11 @@ class Worker:
     @property
     def _grouped(self) -> bool:
         return self._hello.place is not None
+
+
+def _unlike(rank: int) -> ConfigurationError:
+    return ConfigurationError(
+        f"rank {rank} has nothing to compare with what other ranks are about to save",
+        rank=rank,
+        hint="Give every rank the same planner and the same rank_conflicts",
+    )

@@ -114,8 +114,9 @@ class Connections:
                 sock = connection.sock
                 connection.request("POST", f"{parts.path}?{parts.query}", body, headers)
                 connection.flush()
-                response = connection.getresponse()
-                answer = Answer(response.status, response.headers, response.read())
+                # An answer that ends its connection is not closed with it.
+                with contextlib.closing(connection.getresponse()) as response:
+                    answer = Answer(response.status, response.headers, response.read())
             tls_sessions.keep(sock)
             whole = not response.will_close
         finally:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from cloudckpt import Checkpointer, ConfigurationError
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.digests import value_digest
+from cloudckpt.executor import failures
 from cloudckpt.executor.rank_conflicts import RankCheck, RankConflicts, checked, judged
 from support.living import end, living
 from support.ranks import RankPool, RankPools
@@ -224,8 +225,10 @@ def test_thousands_of_ranks_and_names_make_a_short_message() -> None:
         {(f"layer.{name}", None): bytes([name % 2 and rank % 2]) for name in range(40)}
         for rank in range(4000)
     ]
-    failure = judged(digests, "error")[0].failure
-    assert failure is not None and len(str(failure)) < 700
+    record = judged(digests, "error")[0].failure
+    assert record is not None
+    failure = failures.loads(record)
+    assert len(str(failure)) < 700
     assert "'layer.9' and 15 more: rank 1, 3, 5, 7, 9, 11, 13, 15, … differs from rank 0" in str(failure)
 
 

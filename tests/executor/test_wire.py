@@ -73,13 +73,14 @@ def test_foreign_values_are_refused(tmp_path: Path) -> None:
         pickle.dumps(Canary(canary)).hex().encode(),
         pickle.dumps(Canary(canary)),
         wire.text(Other(1, "a")).encode(),
-        honest.replace('"number":1', '"number":"1"').encode(),
+        honest.replace('"number": 1', '"number": "1"').encode(),
         honest.replace("cloudckpt-1", "cloudckpt-2").encode(),
         honest.encode()[:-1],
         honest.encode() + b" " * wire.MOST,
         b"cloudckpt-1 Message " + b"[" * 100_000,
     ]
     for data in foreign:
+        assert data != honest.encode()
         with pytest.raises(ExecutorError, match="in the store of the job"):
             wire.message(data, Message, "key")
     assert not canary.exists()

@@ -235,7 +235,8 @@ def _answers(port: int) -> bool:
     connection = http.client.HTTPConnection(HOST, port, timeout=10)
     try:
         connection.request("GET", "/")
-        connection.getresponse().read()
+        with contextlib.closing(connection.getresponse()) as answer:
+            answer.read()
     except (OSError, http.client.HTTPException):
         return False
     finally:

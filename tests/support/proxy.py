@@ -458,9 +458,8 @@ class _Handler(BaseHTTPRequestHandler):
         passed["content-length"] = str(len(request.body))
         with contextlib.closing(connection):
             connection.request(request.method, request.target, request.body, passed)
-            answer = connection.getresponse()
-            headers = dict(answer.getheaders())
-            return answer.status, headers, answer.read()
+            with contextlib.closing(connection.getresponse()) as answer:
+                return answer.status, dict(answer.getheaders()), answer.read()
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, after: int | None = None) -> None:
         self.proxy.answered(Exchange(self._request, self._began, time.monotonic()))

@@ -146,15 +146,15 @@ def nearly_alike(rng: random.Random, size: int) -> bytes:
     return _HEAD + b"".join(out) + b"."
 
 
-def common(rng: random.Random, size: int) -> bytes:
-    """Metadata of items that have something long in common."""
+def common(rng: random.Random, size: int, what: int | None = None) -> bytes:
+    """Metadata of items that have something long in common, one of nine things."""
     half, count = max(1, size // 2), max(1, size // 1400)
     made = honest(count)
     infos, entries = list(made.storage_data.values()), list(made.state_dict_metadata.values())
     extras = made.__dict__["cloudckpt"]
     extras["objects"] = {info.relative_path: {"checksum": "crc64nvme:AA"} for info in infos}
     text, numbers = "a" * half, (0,) * (half // 2)
-    match rng.randrange(9):
+    match rng.randrange(9) if what is None else what:
         case 0:
             _set(infos, relative_path=text)
         case 1:
