@@ -170,6 +170,7 @@ class _Scales:
         except LookupError:  # an instruction needs what lies below
             self._stack, self._marks = outer, marks
             self._take_over(own, own_marks)
+            self._left += BYTES[data[at]]  # which the next line takes again
             return self._step(at)
         self._stack, self._marks = outer, marks
         self._take_over(own, own_marks)
@@ -220,6 +221,8 @@ class _Scales:
             if (nodes > _KEY_NODES and kind != "plain") or (self._strictly and kind not in KEYS):
                 raise _TooMuchError
             self._left -= nodes - 1  # text is compared with text of the same hash
+        if self._left < 0:
+            raise _TooMuchError
 
     def _call(self, parts: Sequence[Weight], kind: str = OTHER) -> None:
         # The loader would say so, and write out what may be as large as a list of lists.

@@ -69,3 +69,16 @@ def test_metadata_of_a_real_checkpoint_passes(tmp_path: Path) -> None:
     data = (tmp_path / "stock" / ".metadata").read_bytes()
     assert not claims_too_much(data)
     assert not claims_too_much(pickle.dumps(pickle.loads(data), protocol=2))
+
+
+@pytest.mark.parametrize("instruction", [b"u", b"d", b"\x90"], ids=["SETITEMS", "DICT", "ADDITEMS"])
+def test_long_text_that_is_compared_again_and_again_is_refused_where_it_ends_the_pickle(
+    instruction: bytes,
+) -> None:
+    """Two keys that are equal and not one object are compared byte by byte, each time."""
+    text = b"X\x00\x00\x10\x00" + b"a" * (1 << 20)
+    start = {b"u": b"}(", b"d": b"(", b"\x90": b"\x8f("}[instruction]
+    pair = b"h\x00Nh\x01N" if instruction != b"\x90" else b"h\x00h\x01"
+    data = text + b"q\x000" + text + b"q\x010" + start + pair * 10_000 + instruction + b"."
+    assert claims_too_much(data)
+    assert claims_too_much(data, strictly=True)

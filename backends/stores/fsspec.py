@@ -90,8 +90,11 @@ class FsspecStore(ObjectStore):
         before = self.stat(name)
         for _ in range(_READS):
             check_whole(self._target, name, before.size)
-            with self._explained(name):
-                data = self._fs.cat_file(self._path(name))
+            data = b""
+            if before.size:  # a server refuses a range of an empty object
+                with self._explained(name):
+                    # One byte more than there should be shows an object that is larger, however large it is.
+                    data = self._fs.cat_file(self._path(name), start=0, end=before.size + 1)
             # Bytes and version come from separate requests: another writer may have been between them.
             after = self.stat(name)
             if after == before and len(data) == before.size:

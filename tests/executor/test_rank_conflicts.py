@@ -19,9 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cloudckpt import Checkpointer, ConfigurationError
-from cloudckpt.executor import ProcessExecutor
+from cloudckpt.executor import ProcessExecutor, failures
 from cloudckpt.executor.digests import value_digest
-from cloudckpt.executor import failures
 from cloudckpt.executor.rank_conflicts import RankCheck, RankConflicts, checked, judged
 from support.living import end, living
 from support.ranks import RankPool, RankPools

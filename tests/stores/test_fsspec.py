@@ -149,3 +149,25 @@ def test_what_is_not_there_is_not_read_at_all(changing: Callable[[int], FsspecSt
     with pytest.raises(IntegrityError):
         store.read_into("name", 0, [memoryview(bytearray(5))])
     assert store._fs.reads == []
+
+
+class _Larger(_Changing):
+    """A folder that says that every file has four bytes."""
+
+    protocol = "larger"
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path, **options)
+        return {**found, "size": 4}
+
+
+def test_an_object_that_is_larger_than_its_server_says_is_not_read_whole(tmp_path: Path) -> None:
+    fsspec.register_implementation("larger", _Larger, clobber=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "name").write_bytes(bytes(1 << 20))
+    options = {"path": str(tmp_path), "target_protocol": "file", "changes": 0}
+    store = FsspecStore(Target.parse("larger://run", storage_options=options))
+    with pytest.raises(StorageError) as caught:
+        store.get("name")
+    assert (caught.value.uri, caught.value.object_name) == (store.uri, "name")
+    assert set(store._fs.reads) == {(0, 5)}
