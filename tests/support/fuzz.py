@@ -50,7 +50,8 @@ SECONDS_A_MIB = 10
 _MIB = 1 << 20
 _MEMORY = 48 * _MIB
 """Bytes that one input may cost beyond what was there, and 64 for each of its own."""
-_ADDRESS_SPACE = 4096 * _MIB
+_ADDRESS_SPACE = 1024 * _MIB
+"""Bytes of address space that one input may take beyond what was there, and 64 for each of its own."""
 _FINDINGS = 20
 
 _CLASSES = [*unpickler._CLASSES.values(), torch.Size, collections.OrderedDict, torch.Tensor]
@@ -117,8 +118,6 @@ class Sandbox:
         self._watch = Watch()
         self._before = _fingerprint()
         self._threads = threading.active_count()
-        bound = _status("VmSize") + _ADDRESS_SPACE
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
 
     def try_out(self, data: bytes, case: Callable[[bytes], object]) -> None:
         """Try an input."""
@@ -126,6 +125,8 @@ class Sandbox:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = _status("VmRSS")
         failure: BaseException | None = None
+        bound = _status("VmSize") + _ADDRESS_SPACE + 64 * len(data)
+        resource.setrlimit(resource.RLIMIT_AS, (bound, resource.RLIM_INFINITY))
         faulthandler.dump_traceback_later(SECONDS + SECONDS_A_MIB * (len(data) >> 20), exit=True)
         self._watch.armed = True
         try:
@@ -134,6 +135,7 @@ class Sandbox:
             failure = error
         finally:
             self._watch.armed = False
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             faulthandler.cancel_dump_traceback_later()
         self._judge(data, failure, _status("VmHWM") - before)
 
