@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
+from cloudckpt.backends.config.target import Target, is_checkpoint_uri
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target, is_checkpoint_uri
 
 
 class Addressed:

@@ -17,6 +17,7 @@ from typing import Any
 
 from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -32,7 +33,6 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.lanes import Lanes, lanes
 from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload

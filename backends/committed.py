@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.uri_hints import advice
 
 
 def listed_metadata(store: ObjectStore) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import resource
 from typing import Final
 
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.http.rates import NEAR, rates
 from cloudckpt.backends.system_limits import local_ranks, pids_room

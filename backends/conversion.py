@@ -18,6 +18,7 @@ from pydantic import ByteSize
 
 from cloudckpt.backends import convert_lease
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torch_writer
 from cloudckpt.backends.formats.put import Planned, Putting
@@ -25,7 +26,6 @@ from cloudckpt.backends.formats.selection import Selected, nested, selected
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
 
 Kind = Literal["checkpoint", "torch", "safetensors"]

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from cloudckpt.backends import background_log, commit
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.confirmation import is_held
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
@@ -22,8 +24,6 @@ from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
-from cloudckpt.backends.target import Target
-from cloudckpt.backends.uri_hints import advice
 
 _log = background_log.logger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from torch.distributed.checkpoint.planner import WriteItem
 
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import PartLimits
 
 _MIB = 1 << 20

@@ -18,6 +18,9 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.concurrency import transfers
+from cloudckpt.backends.config.options import true_or_false
+from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -26,13 +29,10 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.load import load
-from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
-from cloudckpt.backends.uri_hints import advice
 
 _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""

@@ -18,11 +18,11 @@ from cloudckpt.backends import layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
 from cloudckpt.backends.concurrency import transfers
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.devices import await_caller
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.lanes import transfer_lanes
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment, part_size_of
 from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore

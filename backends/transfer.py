@@ -17,6 +17,7 @@ from cloudckpt.backends import background_log, commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.committed import listed_metadata
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copying.arrived import ensure_there, held_of, is_same
 from cloudckpt.backends.copying.journal import (
     JOURNAL_NAME,
@@ -40,7 +41,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import Observer
 
 _log = background_log.logger(__name__)

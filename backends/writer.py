@@ -21,10 +21,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, uri_hints, written
+from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.concurrency import transfers
+from cloudckpt.backends.config import uri_hints
+from cloudckpt.backends.config.options import true_or_false
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -33,11 +36,9 @@ from cloudckpt.backends.errors import (
     StorageError,
     UncertainCommitError,
 )
-from cloudckpt.backends.options import true_or_false
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.whole import loadable
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import background_log
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -23,7 +24,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.tracebacks import trimmed, trimming
-from cloudckpt.backends.uri_hints import advice
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display

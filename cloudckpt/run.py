@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.committed import listed_metadata
+from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
@@ -32,8 +34,6 @@ from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
-from cloudckpt.backends.target import Target
-from cloudckpt.backends.uri_hints import advice
 
 _FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")
 _TRACE = re.compile("|".join(one.pattern for one in (MARKER, JOURNAL, READ_LEASE, ASIDE)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from cloudckpt.backends.config.libraries import install_hint
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.libraries import install_hint
 from cloudckpt.backends.version import __version__
 from cloudckpt.events import Committed, Event, Failed, Loaded, Planned, Pruned, Staged, Uploaded
 

@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends import background_log, descriptors, units
+from cloudckpt.backends import background_log, descriptors
+from cloudckpt.backends.config import units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.writer import StorageWriter as OurWriter

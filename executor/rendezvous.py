@@ -16,7 +16,7 @@ from typing import Any, Final, Self, TypeVar
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.system_limits import in_thread

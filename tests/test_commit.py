@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous, put_metadata
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     CheckpointExistsError,
     CommitError,
@@ -23,7 +25,6 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UncertainCommitError,
 )
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import (
     Capabilities,
     Condition,
@@ -37,7 +38,6 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.upload import StagedObject
 
 NAME = ".metadata"

@@ -10,10 +10,10 @@ import pytest
 
 from cloudckpt.backends import concurrency
 from cloudckpt.backends.concurrency import at_first, connections, transfers
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.http.rates import Rates
-from cloudckpt.backends.target import Target
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from torch.utils.serialization import config
 
 import cloudckpt
 from cloudckpt.backends import convert_lease
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -38,7 +39,6 @@ from cloudckpt.backends.formats import torch_writer
 from cloudckpt.backends.formats.source import Entry, boxes, make_up
 from cloudckpt.backends.segments import Fetched
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support.commands import save
 from support.conversions import by_name, from_checkpoint
 from support.faults import Fault, FaultyStore, InjectedFault, Journal

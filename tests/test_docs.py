@@ -24,7 +24,7 @@ import typer
 import cloudckpt
 from bench.endpoint import served
 from bench.growth import reached
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.config.options import Options
 from cloudckpt.cli.app import app
 from cloudckpt.cli.arguments import options_of
 from support.servers import S3Server, unused_port

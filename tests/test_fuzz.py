@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 import cloudckpt
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import stock
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.pickles import claims_too_much
@@ -35,7 +36,6 @@ from cloudckpt.backends.state.codec import archive as archives
 from cloudckpt.backends.state.values import load_tensor, prove_safe
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import fuzz, hostile
 
 pytestmark = pytest.mark.timeout(120)

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copying.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ConfigurationError, StorageError
 from cloudckpt.backends.gc import Garbage, collect_garbage
@@ -26,7 +27,6 @@ from cloudckpt.backends.store import Create, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.stores.names import PIN, probe_name
-from cloudckpt.backends.target import Target
 from cloudckpt.retention import drop
 from cloudckpt.run import Run
 from support.places import Place

@@ -14,8 +14,8 @@ import torch.distributed
 import typer
 
 import cloudckpt
-from cloudckpt.backends.libraries import install_hint
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.config.libraries import install_hint
+from cloudckpt.backends.config.options import Options
 from cloudckpt.cli.app import app
 from cloudckpt.executor import ProcessExecutor, ProcessGroupInfo
 

@@ -37,6 +37,7 @@ from cloudckpt.backends.checksum import (
     count_chunks,
     joined,
 )
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.ranges import Arrival
 from cloudckpt.backends.segments import View, Window
@@ -44,7 +45,6 @@ from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.tally import Tally
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.verify import Damage, _grouped, verify
 from support.places import new_place
 from support.servers import S3Server

@@ -16,9 +16,9 @@ import torch
 
 import cloudckpt
 from cloudckpt.backends import convert_lease
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.formats import safetensors
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support.commands import options_of, run, save
 from support.places import FOLDER, GCS, Place
 

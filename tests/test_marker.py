@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointNotFoundError, CommitError, StorageError, UnansweredError
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import MARKER, SaveMarker
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 from support.outsiders import OnS3
 from support.servers import S3Server
 

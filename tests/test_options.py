@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudckpt.backends.config.target import Target, is_checkpoint_uri
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.target import Target, is_checkpoint_uri
 
 SECRET = "wJalrXUtnFEMI"  # noqa: S105 - nobody's
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 from cloudckpt.run import Run
 from support.places import Place
 

@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 import cloudckpt
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import find_previous
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError
 from cloudckpt.backends.printable import lines, one_line
 from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from cloudckpt.retention import drop
 from cloudckpt.run import Run
 from support.commands import run

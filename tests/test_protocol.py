@@ -11,10 +11,10 @@ import pytest
 from cloudckpt.backends import commit, confirmation
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 from cloudckpt.run import Run
 from support import roles
 from support.interleave import Explored, Violation, explore

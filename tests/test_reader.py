@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 import cloudckpt
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import chunk_size
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import cloudckpt
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 from cloudckpt.run import Run
 
 RANKS = 2

@@ -19,13 +19,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
 from cloudckpt.backends import coordinator
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CommitError
 from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
-from cloudckpt.backends.target import Target
 from support import living, round_trips
 from support.places import Place, new_place
 from support.proxy import Proxy, proxied

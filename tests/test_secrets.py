@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
 from cloudckpt.backends import errors
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from cloudckpt.executor import ProcessExecutor
 from support.places import Place
 from support.servers import S3Server, unused_port

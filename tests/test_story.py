@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from cloudckpt import Checkpointer
-from cloudckpt.backends import background_log, units
+from cloudckpt.backends import background_log
+from cloudckpt.backends.config import units
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.story import is_configured
 from support.servers import unused_port

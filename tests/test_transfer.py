@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt.backends import commit, gc
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copying import journal, relay
 from cloudckpt.backends.copying.journal import JOURNAL_NAME
 from cloudckpt.backends.copying.transit import ObjectChecks, checks_of
@@ -39,7 +40,6 @@ from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.copies import (
     STATE,
     arrived,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.target import Target
 from support.places import Place
 
 UNDECODED = "l\udcc3\udca4uf"

@@ -14,10 +14,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import keywords, uri_hints
+from cloudckpt.backends.config import keywords, uri_hints
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
-from cloudckpt.backends.options import Options
-from cloudckpt.backends.target import Target
 from support.commands import on_a_terminal, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import Shard
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import states
 from support.crash import committed
 from support.gcs import GCSServer

@@ -18,13 +18,13 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 import cloudckpt
 from cloudckpt.backends import download, layout
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.layout import distribute, estimated_size, part_size_for, part_size_in_place
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -11,10 +11,10 @@ from typing import Final
 
 from cloudckpt.backends import layout
 from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copying.journal import Entry, SentPart
 from cloudckpt.backends.copying.transit import ObjectChecks
 from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, UnsupportedError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PartLimits, Upload
 from cloudckpt.backends.upload import StagedObject
 

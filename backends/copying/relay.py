@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 
 from cloudckpt.backends import commit
 from cloudckpt.backends.checksum import algorithm_for
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copying import moving
 from cloudckpt.backends.copying.journal import CopyJournal, Entry, SentPart
 from cloudckpt.backends.copying.moving import Moving, Original, is_unique
@@ -28,7 +29,6 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.lanes import lanes
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.system_limits import Workers

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends import background_log, commit, convert_lease, layout
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.upload import Observer, Uploader

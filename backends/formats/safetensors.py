@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.formats.put import Planned
@@ -31,7 +32,6 @@ from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.segments import Segment, View
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.target import Target
 
 SUFFIX: Final = ".safetensors"
 WHOLE: Final = "model.safetensors"

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides, torch_private
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -39,7 +40,6 @@ from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

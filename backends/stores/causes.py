@@ -24,7 +24,7 @@ import urllib3.exceptions
 from aiohttp import http_exceptions as aiohttp_parser
 from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.stores.http.bounded import TooLongError

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from typing import Final
 from urllib.parse import urlsplit
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores.causes import Route, TunnelError, cause_of, words
 from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Generator, Iterator
 from typing import Final, Protocol, cast
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.target import Target
 
 _EXAMS: Final = {
     "file": ("local_exam", "LocalExam"),

@@ -23,6 +23,7 @@ from typing import Any
 import fsspec
 from fsspec.spec import AbstractBufferedFile
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -48,7 +49,6 @@ from cloudckpt.backends.store import (
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.system_limits import open_files_cure
-from cloudckpt.backends.target import Target
 
 _UPLOADS = ".cloudckpt-uploads"
 _NAME = "name"

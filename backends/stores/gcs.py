@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.store import (
     Arrived,
@@ -31,7 +32,6 @@ from cloudckpt.backends.stores.gcs_errors import GoneError, explained
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_session import Session, StatusUnknownError, WrongSizeError
 from cloudckpt.backends.stores.gcs_uploads import LIMITS, MultipartUploads
-from cloudckpt.backends.target import Target
 
 _GRANULE: Final = 256 << 10
 """Bytes that a session takes multiples of."""

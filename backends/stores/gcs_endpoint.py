@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 from urllib3.exceptions import LocationParseError
 from urllib3.util import parse_url
 
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError, StorageError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores.causes import origin
 
 _VARIABLE: Final = "STORAGE_EMULATOR_HOST"

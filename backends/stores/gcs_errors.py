@@ -16,6 +16,8 @@ import google.auth.exceptions as google
 import urllib3.exceptions as http
 from gcsfs.retry import HttpError
 
+from cloudckpt.backends.config.options import where_credentials_belong
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -26,7 +28,6 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores import gcs_xml
 from cloudckpt.backends.stores.causes import (
     USER_OF_PROXY,
@@ -45,7 +46,6 @@ from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3_codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system_limits import open_files_cure
-from cloudckpt.backends.target import Target
 
 SETTINGS: Final = "the option endpoint_url or STORAGE_EMULATOR_HOST"
 """Names of what says where the server is, for errors."""

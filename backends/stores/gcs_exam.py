@@ -8,6 +8,7 @@ from datetime import UTC
 from typing import Any, Final
 from urllib.parse import quote
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
@@ -18,7 +19,6 @@ from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, judge
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.retry import Outcome, Retries
-from cloudckpt.backends.target import Target
 
 _PERMISSIONS: Final = {
     "put": "storage.objects.create",

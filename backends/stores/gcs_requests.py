@@ -9,13 +9,13 @@ from http import HTTPStatus
 from typing import Final, TypeVar
 from urllib.parse import quote
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
 from cloudckpt.backends.stores.causes import Route, readable
 from cloudckpt.backends.stores.gcs_answers import check_listing, document, entries
 from cloudckpt.backends.stores.gcs_client import Client
 from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, foreign, judge, status_of
 from cloudckpt.backends.stores.retry import Outcome, Retries
-from cloudckpt.backends.target import Target
 
 _T = TypeVar("_T")
 

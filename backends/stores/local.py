@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cloudckpt.backends import descriptors
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
     Arrived,
@@ -48,7 +49,6 @@ from cloudckpt.backends.stores.names import STEP
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.tree import Tree
 from cloudckpt.backends.stores.whole import check_whole
-from cloudckpt.backends.target import Target
 
 _OPEN_TRIES = 20
 _WINDOW = 1 << 18

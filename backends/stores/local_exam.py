@@ -7,8 +7,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.target import Target
 
 _GIB: Final = 1 << 30
 _LITTLE: Final = 0.05

@@ -22,6 +22,7 @@ from typing import cast
 
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
     Arrived,
@@ -40,7 +41,6 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.names import check_name
 from cloudckpt.backends.stores.whole import check_whole
-from cloudckpt.backends.target import Target
 
 
 @dataclass(frozen=True, slots=True)

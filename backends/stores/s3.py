@@ -10,6 +10,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from cloudckpt.backends.checksum import CRC64NVME
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
@@ -52,7 +53,6 @@ from cloudckpt.backends.stores.s3_listing import check_supported, listed_objects
 from cloudckpt.backends.stores.s3_missing import read_object
 from cloudckpt.backends.stores.s3_read import read_range, read_whole
 from cloudckpt.backends.stores.s3_requests import Requests
-from cloudckpt.backends.target import Target
 
 _DELETED_AT_ONCE = 1000
 _MIN_PART = 5 << 20

@@ -28,9 +28,10 @@ from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
 from cloudckpt.backends.concurrency import connections
-from cloudckpt.backends.endpoint_url import is_address
+from cloudckpt.backends.config.endpoint_url import is_address
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.stores import s3_answers
 from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.http.botocore_session import use_connections
@@ -41,7 +42,6 @@ from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.version import __version__
 
 _Session = TypeVar("_Session", bound=botocore.session.Session)

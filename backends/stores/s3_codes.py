@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from cloudckpt.backends.config.options import where_credentials_belong
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -18,7 +19,6 @@ from cloudckpt.backends.errors import (
     PreconditionFailedError,
     StorageError,
 )
-from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.printable import one_line
 
 EXPIRED: Final = frozenset(

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import botocore.session
 
-from cloudckpt.backends.endpoint_url import Fault, fault_of
+from cloudckpt.backends.config.endpoint_url import Fault, fault_of
 from cloudckpt.backends.errors import ConfigurationError
 
 _OF_ENVIRONMENT: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
+from cloudckpt.backends.config.options import where_credentials_belong
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -24,12 +26,10 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores.causes import USER_OF_PROXY, Route, cause_of, ended_cure, origin, words
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.s3_codes import is_about_caller, is_known, meaning_of, quoted
 from cloudckpt.backends.system_limits import open_files_cure
-from cloudckpt.backends.target import Target
 
 _ACTIONS: Mapping[str, str] = {
     "PutObject": "s3:PutObject",

@@ -9,9 +9,10 @@ from typing import Any, Final
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.config.options import where_credentials_belong
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.options import where_credentials_belong
 from cloudckpt.backends.stores import endpoint
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_codes import WRONG_CLOCK, WRONG_REGION
@@ -26,7 +27,6 @@ from cloudckpt.backends.stores.s3_errors import (
 )
 from cloudckpt.backends.stores.s3_requests import Requests
 from cloudckpt.backends.stores.s3_settings import settings_of
-from cloudckpt.backends.target import Target
 
 _ACTIONS: Final = {
     "put": "s3:PutObject",

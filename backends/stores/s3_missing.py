@@ -17,12 +17,12 @@ from typing import TypeVar
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import denial, is_denial, not_s3, status_of
 from cloudckpt.backends.stores.s3_requests import Requests
-from cloudckpt.backends.target import Target
 
 _T = TypeVar("_T")
 

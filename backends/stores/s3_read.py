@@ -13,6 +13,7 @@ from typing import Any, Final
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.response import StreamingBody
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.causes import Route, ended_cure, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
@@ -20,7 +21,6 @@ from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3, without_etag
 from cloudckpt.backends.stores.whole import check_whole
-from cloudckpt.backends.target import Target
 
 _PIECE: Final = 8 << 20
 

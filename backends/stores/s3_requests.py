@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 
 import urllib3.exceptions
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
 from cloudckpt.backends.stores.causes import Route, ended_cure, readable, words
 from cloudckpt.backends.stores.retry import Outcome, Retries
@@ -15,7 +16,6 @@ from cloudckpt.backends.stores.s3_client import SETTINGS, Clients
 from cloudckpt.backends.stores.s3_errors import BrokenBodyError, explained
 from cloudckpt.backends.stores.s3_shared import SharedClients
 from cloudckpt.backends.stores.s3_verdict import judge
-from cloudckpt.backends.target import Target
 
 _T = TypeVar("_T")
 

@@ -7,12 +7,12 @@ from typing import Any, Final
 
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores.exam import Exam
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_errors import code_of, is_denial
 from cloudckpt.backends.stores.s3_requests import Requests
-from cloudckpt.backends.target import Target
 
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
 _ADD_A_RULE: Final = "Add a lifecycle rule with AbortIncompleteMultipartUpload"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError
-from cloudckpt.backends.target import Target
 
 _METADATA: Final = ".metadata"
 _OTHERS: Final = 64 << 20

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Final
 
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.download import LARGEST_READ, Downloader
 from cloudckpt.backends.litter import Litter
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.segments import View
 from cloudckpt.backends.store import ObjectStore, Overwrite

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.download import LARGEST_READ
 from cloudckpt.backends.layout import part_size_in_place
-from cloudckpt.backends.options import Options
 from cloudckpt.backends.store import PartLimits
 from cloudckpt.bench.advice import Setting
 

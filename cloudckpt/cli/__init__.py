@@ -25,7 +25,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _LIBRARIES:
             raise
-        from cloudckpt.backends.libraries import install_hint  # noqa: PLC0415 - as late as the application
+        from cloudckpt.backends.config.libraries import install_hint  # noqa: PLC0415 - as late as the application
 
         sys.stderr.write(f"{error.name} is not installed. {install_hint('cli', error.name)}\n")
         raise SystemExit(2) from None

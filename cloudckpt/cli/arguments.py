@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import pydantic
 
+from cloudckpt.backends.config.options import honours
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.options import honours
 
 _SIZE: Final = pydantic.TypeAdapter(pydantic.ByteSize)
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.transfer import Copied, copy_checkpoint, ensure_apart
-from cloudckpt.backends.uri_hints import advice
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
 from cloudckpt.run import Run

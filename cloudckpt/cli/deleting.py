@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 from cloudckpt.cli import output
 from cloudckpt.cli.arguments import duration, steps_or_time
 from cloudckpt.cli.group import DryRun, Given, Json, Pinned, Step, Uri, Yes, end, refuse_new_folder, target_of

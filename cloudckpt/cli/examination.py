@@ -9,8 +9,8 @@ from typing import Final
 
 from rich.text import Text
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.target import Target
 from cloudckpt.cli import output
 from cloudckpt.doctor import Finding, Rendezvous, examine
 from cloudckpt.executor.network.network_options import NetworkOptions

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cloudckpt.backends import uri_hints
+from cloudckpt.backends.config import uri_hints
+from cloudckpt.backends.config.target import Target, protocol_of
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError, ConfigurationError
-from cloudckpt.backends.target import Target, protocol_of
 from cloudckpt.backends.version import __version__
 from cloudckpt.cli import output
 from cloudckpt.cli.arguments import for_each_side, options_of

@@ -9,9 +9,9 @@ from typing import Any, Final
 from rich.table import Table
 from rich.text import Text
 
+from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.uri_hints import advice
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 

@@ -16,7 +16,7 @@ from rich.prompt import Confirm
 from rich.table import Table
 from rich.text import Text
 
-from cloudckpt.backends import units
+from cloudckpt.backends.config import units
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.printable import lines, one_line
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.target import Target
 from cloudckpt.bench import Advice, Measured, Report, Setting, planned
 from cloudckpt.bench import bench as measure
 from cloudckpt.cli import output

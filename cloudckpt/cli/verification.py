@@ -6,8 +6,8 @@ import dataclasses
 from itertools import groupby
 
 from cloudckpt.backends import verify as library
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.verify import Damage, Verification
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding, State
 from cloudckpt.backends.litter import Litter
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.exam import Exam, open_exam
-from cloudckpt.backends.target import Target
 from cloudckpt.doctor.machine import machine
 from cloudckpt.doctor.network import Rendezvous, not_tried, own_name
 from cloudckpt.doctor.network import ranks as ranks_meet

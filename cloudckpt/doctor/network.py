@@ -14,7 +14,7 @@ from typing import Final, Self
 import torch.distributed as dist
 from torch.distributed import DistError, PrefixStore, Store
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.printable import one_line

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 
 METADATA = ".metadata"
 

@@ -28,11 +28,11 @@ from stock import differing, load_everything, stock_reader
 from terminal import INDENT, Story
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 
 BUCKET = "demo"
 PROBE = "probe"

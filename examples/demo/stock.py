@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 
 # torch 2.15 made the module public.
 _NAMES = ("fsspec_filesystem", "_fsspec_filesystem")

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 from torch.distributed import TCPStore
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.members import said_by_hosts
 from cloudckpt.executor.network.network_options import NetworkOptions

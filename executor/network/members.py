@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.addresses import FAMILY_NAMES, IP_FAMILIES, Family, Route

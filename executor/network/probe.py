@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Final, Self, cast
 
 from cloudckpt.backends import system_limits
-from cloudckpt.backends.endpoint_url import host_and_port
+from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.members import said_by_hosts

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from cloudckpt.backends.options import Options
+from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import PartLimits
-from cloudckpt.backends.target import Target
 from cloudckpt.bench import Measured, Setting, bench, planned
 from cloudckpt.bench.advice import advised
 from cloudckpt.bench.plan import ROUNDS, plan_for

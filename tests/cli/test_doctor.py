@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from cloudckpt import collect_garbage
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.litter import Litter
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.local_exam import file_system_of
-from cloudckpt.backends.target import Target
 from cloudckpt.doctor import Finding, examine
 from cloudckpt.doctor.machine import memory, shared_memory, standard_streams, threads, working_directory
 from cloudckpt.executor import memory_limits

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 from cloudckpt.cli import output
 from cloudckpt.run import Run
 from support.commands import at, run, save

@@ -10,8 +10,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores.gcs import GCSStore
-from cloudckpt.backends.target import Target
 from support import live
 from support.buckets import Bucket, Stores, open_in
 from support.gcs import GCSServer

@@ -18,10 +18,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.http import addresses
 from cloudckpt.backends.stores.http.addresses import Addresses
-from cloudckpt.backends.target import Target
 from support.certificate import self_signed
 from support.gcs import GCSServer
 from support.places import Place, new_place

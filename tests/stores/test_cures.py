@@ -14,10 +14,10 @@ import torch
 from google.auth.exceptions import RefreshError
 
 from cloudckpt import Checkpointer
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ObjectNotFoundError, StorageError
 from cloudckpt.backends.stores import gcs_errors
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.target import Target
 from support.findings import doctor
 from support.gcs import GCSServer
 from support.places import Place

@@ -12,10 +12,10 @@ import fsspec
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, StorageError
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.fsspec import FsspecStore
-from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 from support.servers import S3Server
 

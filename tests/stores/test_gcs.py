@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.gcs import GCSStore
-from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 from support.fake_gcs import FAULTS, FakeGCS
 from support.gcs import GCSServer

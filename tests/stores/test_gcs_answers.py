@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from google.auth.credentials import Credentials
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     ConfigurationError,
@@ -24,7 +25,6 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import Create, Overwrite, Part
 from cloudckpt.backends.stores.gcs import GCSStore
-from cloudckpt.backends.target import Target
 from support.gcs import GCSServer, gcs_server
 
 _GRANULE = 256 << 10

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     ConfigurationError,
 )
@@ -19,7 +20,6 @@ from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import gcs_client, gcs_endpoint
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, PutSupport
-from cloudckpt.backends.target import Target
 from cloudckpt.doctor import examine
 from support.fake_gcs import FakeGCS
 from support.gcs import GCSServer

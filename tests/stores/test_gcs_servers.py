@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     ConfigurationError,
@@ -18,7 +19,6 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import Create, Overwrite, Upload
 from cloudckpt.backends.stores.gcs import GCSStore
-from cloudckpt.backends.target import Target
 from support.answers import WELCOME, answering
 from support.gcs import GCSServer
 

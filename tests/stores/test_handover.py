@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import fake_gcs
 from support.places import Place
 from support.ranks import RankPools

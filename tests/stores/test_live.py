@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import live
 from support.conformance import StoreConformance
 from support.places import Place

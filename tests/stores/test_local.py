@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     ConfigurationError,
@@ -23,7 +24,6 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores import files, open_store
-from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 from support.jobs import count_to, try_to_create, write_beyond_the_limit
 

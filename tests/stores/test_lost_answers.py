@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import put_metadata
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     CheckpointExistsError,
     CommitError,
@@ -24,7 +25,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 from support.gcs import GCSServer
 from support.proxy import Answer, CutRequest, LoseAnswer, Proxy, proxied
 from support.servers import S3Server

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import fsspec
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, PreconditionFailedError
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 
 

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, StorageError
 from cloudckpt.backends.store import Upload
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.answers import serving
 from support.foreign import OPERATIONS
 from support.gcs import GCSServer

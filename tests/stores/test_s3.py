@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -23,7 +24,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.target import Target
 from support.conformance import StoreConformance
 from support.servers import S3Server, unused_port
 from support.shortcomings import FAULTS, RACES

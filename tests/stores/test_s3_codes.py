@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -22,7 +23,6 @@ from cloudckpt.backends.stores.s3_client import SETTINGS
 from cloudckpt.backends.stores.s3_codes import quoted
 from cloudckpt.backends.stores.s3_errors import explained
 from cloudckpt.backends.stores.s3_verdict import judge
-from cloudckpt.backends.target import Target
 from support.buckets import OPERATIONS, Bucket, Stores
 from support.proxy import Answer, Proxy
 

@@ -12,6 +12,7 @@ import pytest
 from bench.endpoint import served
 from bench.growth import reached
 from cloudckpt.backends.checksum import ALGORITHMS
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     IntegrityError,
     StorageError,
@@ -20,7 +21,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.store import Part, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.buckets import (
     PART,
     Bucket,

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from cloudckpt import Checkpointer
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.answers import serving
 from support.places import Place
 from support.proxy import Proxy, Request, SendAs, Spoiling, proxied

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     CheckpointError,
     PreconditionFailedError,
@@ -19,7 +20,6 @@ from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import s3_requests, s3_verdict
 from cloudckpt.backends.stores.retry import Judgement
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.buckets import (
     OPERATIONS,
     PART,

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends import marker
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     ConfigurationError,
     PreconditionFailedError,
@@ -28,7 +29,6 @@ from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.stores.s3_capabilities import TagForm, server_of
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.target import Target
 from cloudckpt.backends.transfer import copy_checkpoint
 from support import dialects
 from support.places import Place

@@ -12,10 +12,10 @@ import pytest
 from awscrt import checksums
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import s3
 from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.target import Target
 from support.certificate import self_signed
 from support.proxy import Answer, Proxy, Request, proxied
 from support.servers import S3Server

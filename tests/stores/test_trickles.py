@@ -11,11 +11,11 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import Upload
 from cloudckpt.backends.stores.http.bounded import MOST
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.answers import serving
 from support.gcs import GCSServer
 from support.proxy import MOST_PIECES, RawAnswer, Request, Sip, Spoiling, Trickle

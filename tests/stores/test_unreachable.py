@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, StorageError, UnansweredError
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support.answers import WELCOME, answering
 from support.certificate import self_signed
 from support.proxy import proxied

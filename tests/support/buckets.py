@@ -9,9 +9,9 @@ from typing import Any, Self
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Overwrite, Upload
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.proxy import Proxy
 from support.servers import S3Server
 

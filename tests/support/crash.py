@@ -34,10 +34,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from cloudckpt.backends import metadata as md
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo, ObjectStore, Update
 from cloudckpt.backends.stores import open_store, s3_client
-from cloudckpt.backends.target import Target
 from support import states
 from support.faults import SEAM, FaultyStore, Journal
 from support.places import Place

@@ -11,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt import Checkpointer, CheckpointNotFoundError
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import roles
 from support.commands import at, run, save
 from support.places import Place

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.marker import MARKER
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from cloudckpt.run import Run
 
 _TAG = "CLOUDCKPT_TEST_ENDING"

@@ -13,6 +13,7 @@ from unittest import mock
 
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError, UnansweredError
 from cloudckpt.backends.store import (
     Arrived,
@@ -29,7 +30,6 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 
 T = TypeVar("T")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, StorageError
 from cloudckpt.backends.store import Create, ObjectStore, Update
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 
 
 def write_beyond_the_limit(root: str) -> list[StorageError]:

@@ -19,8 +19,8 @@ from unittest import mock
 
 import cloudckpt
 from cloudckpt.backends import conversion, gc, stores
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.target import Target
 
 LATE_IMPORTS = (
     "torch._dynamo",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 from cloudckpt.run import Run
 from support.places import Place
 

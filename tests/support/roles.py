@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import StorageWriter
 
 import cloudckpt
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import SILENT_FOR
-from cloudckpt.backends.target import Target
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run
 from support.lagging import GHOST, neighbour

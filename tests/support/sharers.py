@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Lobby
@@ -20,7 +21,6 @@ from cloudckpt.backends.ranges import Extent
 from cloudckpt.backends.shared_reads import Circle, SharedReads
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.local import LocalStore
-from cloudckpt.backends.target import Target
 
 NAME = "data"
 PIECE = 512 << 10

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import gcs_capabilities, s3_capabilities
 from cloudckpt.backends.stores.gcs import GCSStore
 from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.target import Target
 from support.foreign import Stage, stage
 from support.gcs import GCSServer
 from support.proxy import Proxy, RawAnswer, Request, Spoiling, proxied

@@ -12,10 +12,10 @@ import pytest
 from botocore.exceptions import ClientError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
 from support import duties, findings
 from support.as_aws import Policed, policed
 from support.commands import save

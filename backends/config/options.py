@@ -2,7 +2,7 @@
 
 Each option comes from the first of these that has it: a keyword, the query of the URI, the environment
 variable ``CLOUDCKPT_<OPTION>``. They are read and checked here once; the inside of the library never reads
-the environment. :mod:`cloudckpt.backends.target` joins them to a URI.
+the environment. :mod:`cloudckpt.backends.config.target` joins them to a URI.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib.parse import unquote
 import pydantic
 from pydantic import ByteSize, Field, SecretStr
 
-from cloudckpt.backends.endpoint_url import fault_of, may_hold_secret
+from cloudckpt.backends.config.endpoint_url import fault_of, may_hold_secret
+from cloudckpt.backends.config.keywords import check_known, is_secret, warn_of_variables
+from cloudckpt.backends.config.undecoded import refuse_undecoded
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.keywords import check_known, is_secret, warn_of_variables
-from cloudckpt.backends.undecoded import refuse_undecoded
 
 ENVIRONMENT_PREFIX = "CLOUDCKPT_"
 

@@ -19,17 +19,12 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import fsspec
 
-from cloudckpt.backends import arn
+from cloudckpt.backends.config import arn
+from cloudckpt.backends.config.keywords import check_known
+from cloudckpt.backends.config.options import Layers, Options, parse_query, where_credentials_belong
+from cloudckpt.backends.config.undecoded import UTF8_LOCALE, has_undecoded, refuse_undecoded
+from cloudckpt.backends.config.uri_hints import refuse_address
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
-from cloudckpt.backends.keywords import check_known
-from cloudckpt.backends.options import (
-    Layers,
-    Options,
-    parse_query,
-    where_credentials_belong,
-)
-from cloudckpt.backends.undecoded import UTF8_LOCALE, has_undecoded, refuse_undecoded
-from cloudckpt.backends.uri_hints import refuse_address
 
 _WITH_PROTOCOL = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _ONE_SLASH = re.compile(r"(?P<protocol>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>/[^/].*|/?)", re.DOTALL)

@@ -1,0 +1,1 @@
+"""Configuration of a checkpoint target: URI, options, environment, and hints about mistakes in them."""
