@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from cloudckpt.backends import background_log, process_identity
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.confirmation import is_held, leases_now
 from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload
 from cloudckpt.backends.stores.names import DATA, STEP, STEP_PREFIX
+from cloudckpt.backends.system import background_log, process_identity
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

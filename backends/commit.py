@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import (
@@ -33,10 +32,11 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.lanes import Lanes, lanes
 from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.upload import StagedObject
 
 _log = background_log.logger(__name__)

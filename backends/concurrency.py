@@ -10,7 +10,7 @@ from typing import Final
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.http.rates import NEAR, rates
-from cloudckpt.backends.system_limits import local_ranks, pids_room
+from cloudckpt.backends.system.system_limits import local_ranks, pids_room
 
 _OF_HOST: Final = 256
 """Connections in one direction that the ranks of a host share. At 90 MB/s each, they fill 180 Gbit/s."""

@@ -20,11 +20,11 @@ from typing import Annotated, Final
 import pydantic
 from pydantic import Field
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
 from cloudckpt.backends.marker import SILENT_FOR, SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectStore, PendingUpload, Upload
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from cloudckpt.backends import background_log, commit
+from cloudckpt.backends import commit
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
@@ -17,13 +17,14 @@ from cloudckpt.backends.copying.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.marker import MARKER, is_silent, silent_since
 from cloudckpt.backends.object_looks import found
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

@@ -13,7 +13,7 @@ from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import Arrived, ObjectStore
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.upload import Observer
 
 _A = TypeVar("_A")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, Self
 
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 
 
 class CheckpointError(Exception):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import background_log, confirmation, convert_lease, set_aside
+from cloudckpt.backends import confirmation, convert_lease, set_aside
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copying.journal import JOURNAL, left_by
@@ -33,6 +33,7 @@ from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import DATA, HIDDEN_PREFIX, PIN, PROBE, STEP
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
-from cloudckpt.backends import background_log, process_identity, system_limits
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CommitError,
@@ -27,8 +26,9 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnsupportedError,
 )
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
+from cloudckpt.backends.system import background_log, process_identity, system_limits
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

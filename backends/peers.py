@@ -21,7 +21,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Self
 
-from cloudckpt.backends import descriptors
+from cloudckpt.backends.system import descriptors
 
 _HELLO = struct.Struct("@BI")
 """What a call is for, and which rank it comes from."""

@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Final
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.marker import SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

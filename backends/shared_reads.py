@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import LARGEST_CHUNK
 from cloudckpt.backends.download import LARGEST_READ, Downloader, Job
@@ -23,7 +22,8 @@ from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, 
 from cloudckpt.backends.ranges import GAP, Arrival, Extent, Request
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.sharing import Offer, Task, tasks_of
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.system_limits import Workers
 
 _log = background_log.logger(__name__)
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.backends.system_limits import Workers, in_thread
+from cloudckpt.backends.system.system_limits import Workers, in_thread
 
 _T = TypeVar("_T")
 

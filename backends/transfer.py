@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cloudckpt.backends import background_log, commit, layout
+from cloudckpt.backends import commit, layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.committed import listed_metadata
@@ -41,6 +41,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.system import background_log
 from cloudckpt.backends.upload import Observer
 
 _log = background_log.logger(__name__)

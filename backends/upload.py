@@ -20,7 +20,7 @@ from cloudckpt.backends.lanes import transfer_lanes
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.tally import Tally
 
 _SPARE: Final = 8

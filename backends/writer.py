@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import background_log, commit, layout, stage, tracebacks, written
+from cloudckpt.backends import commit, layout, stage, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.concurrency import transfers
@@ -36,9 +36,10 @@ from cloudckpt.backends.errors import (
     StorageError,
     UncertainCommitError,
 )
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.whole import loadable
+from cloudckpt.backends.system import background_log, tracebacks
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__

@@ -12,10 +12,10 @@ from typing import Any, Literal, NoReturn, Self
 
 import torch.distributed as dist
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle, failures

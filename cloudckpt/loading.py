@@ -13,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -23,7 +22,8 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
-from cloudckpt.backends.tracebacks import trimmed, trimming
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.tracebacks import trimmed, trimming
 from cloudckpt.executor import failures
 from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor.last_call import Heard, LastCall
 from cloudckpt.signals import Listener

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cloudckpt.backends import background_log
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _TELL = 10.0
 """Seconds between two lines about one transfer, and before its first."""

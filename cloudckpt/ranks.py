@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from cloudckpt.backends.errors import note_others
-from cloudckpt.backends.system_limits import try_for
-from cloudckpt.backends.tracebacks import trimmed, trimming
+from cloudckpt.backends.system.system_limits import try_for
+from cloudckpt.backends.system.tracebacks import trimmed, trimming
 from cloudckpt.executor import collectives, failures, wire
 from cloudckpt.executor.rendezvous import grouped
 

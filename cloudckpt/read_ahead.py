@@ -19,7 +19,7 @@ from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
 from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.run import Run
 
 _LAST_SECONDS: Final = 60.0

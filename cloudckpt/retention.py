@@ -15,12 +15,13 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import attempts, background_log
+from cloudckpt.backends import attempts
 from cloudckpt.backends.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 

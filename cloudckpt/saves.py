@@ -7,10 +7,10 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from typing import Any, Literal, get_args
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.marker import RENEWED_EVERY, SILENT_FOR
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import SaveHandle
 from cloudckpt.executor.forks import Owner

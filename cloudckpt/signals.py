@@ -14,8 +14,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
-from cloudckpt.backends import background_log, descriptors, system_limits
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import background_log, descriptors, system_limits
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers say it with: torchrun, Kubernetes and spot machines the first, Slurm the second as well."""

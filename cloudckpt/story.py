@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.config import units
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.events import CheckpointInfo, Loaded
 from cloudckpt.executor import SaveHandle
 

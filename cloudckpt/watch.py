@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.events import (
     CheckpointInfo,
     Committed,

@@ -16,8 +16,8 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cloudckpt.backends import descriptors, system_limits
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import descriptors, system_limits
 from cloudckpt.executor import interpreter, memory_limits, quiet, unpickle
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest

@@ -13,8 +13,8 @@ from typing import Any, Final, cast
 
 import torch
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.system import background_log
 from cloudckpt.backends.torch_private import coordinates, is_traceable_wrapper_subclass
 
 _log = background_log.logger(__name__)

@@ -6,9 +6,9 @@ from typing import Final, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends import tracebacks
 from cloudckpt.backends.errors import CheckpointError, ExecutorError, note_others
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import tracebacks
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor import error_records
 
 ANY = (Exception, CheckpointException)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends.tracebacks import trimmed
+from cloudckpt.backends.system.tracebacks import trimmed
 from cloudckpt.executor import unpickle
 from cloudckpt.executor.forks import Owner
 from cloudckpt.executor.messages import Sealed

@@ -14,8 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Self
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import background_log
 from cloudckpt.executor import memory_limits, wire
 from cloudckpt.executor.arena import memory_file
 from cloudckpt.executor.memory_limits import CURE, PROCESS_BYTES, Room, in_mib

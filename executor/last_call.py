@@ -19,8 +19,8 @@ from typing import Any
 
 from torch.distributed import Store
 
-from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.rendezvous import MeetingPlace
 

@@ -19,7 +19,7 @@ from torch.distributed import DistError, Store, TCPStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.torch_private import wrap_exception
 from cloudckpt.executor import failures, wire
 from cloudckpt.executor.network import absence

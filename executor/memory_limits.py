@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.backends.system_limits import control_groups
+from cloudckpt.backends.system.system_limits import control_groups
 
 PROCESS_BYTES: Final = 256 << 20
 """Memory of its own that a checkpoint process takes. Measured with torch 2.13 for the CPU: 200 MiB once its

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.system import background_log
 
 _NICENESS = 10
 _PR_SET_PDEATHSIG = 1

@@ -24,9 +24,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, Replicate
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.state import placements
+from cloudckpt.backends.system import background_log
 from cloudckpt.backends.torch_private import (
     ShardedTensor,
     compute_local_shape_and_global_offset,

@@ -18,8 +18,8 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
-from cloudckpt.backends.printable import one_line
-from cloudckpt.backends.system_limits import in_thread
+from cloudckpt.backends.system.printable import one_line
+from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.torch_private import DistWrapper
 from cloudckpt.executor import forks
 from cloudckpt.executor.network import absence, addresses

@@ -10,8 +10,8 @@ from datetime import timedelta
 
 from torch.distributed import DistError, DistStoreError, Store
 
-from cloudckpt.backends import system_limits
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
+from cloudckpt.backends.system import system_limits
 from cloudckpt.executor import failures, roll_call, wire
 from cloudckpt.executor.council import Address, Agreement, Council, Standing, Trial, Verdict
 from cloudckpt.executor.network import absence

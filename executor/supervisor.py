@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log, system_limits
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor import failures, snapshot
 from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict

@@ -12,7 +12,7 @@ import os
 import weakref
 from typing import Any, Final
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from multiprocessing import connection
 from typing import TypeVar
 
-from cloudckpt.backends import descriptors
 from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTimeoutError
+from cloudckpt.backends.system import descriptors
 from cloudckpt.executor.child import CheckpointProcess, exit_words
 from cloudckpt.executor.council import Trial
 from cloudckpt.executor.messages import Answer, Ready

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends.system import background_log
 from support import live
 from support.fake_gcs import FakeGCS, shared_fake_gcs_server
 from support.gcs import GCSServer, shared_gcs_server

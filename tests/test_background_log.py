@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cloudckpt.backends import background_log
+from cloudckpt.backends.system import background_log
 
 NAME = "cloudckpt.tests.background"
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cloudckpt.backends.descriptors import takes
+from cloudckpt.backends.system.descriptors import takes
 
 PROGRAM = """
 import os, sys

@@ -21,9 +21,9 @@ from cloudckpt.backends.commit import find_previous
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError
-from cloudckpt.backends.printable import lines, one_line
 from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.system.printable import lines, one_line
 from cloudckpt.retention import drop
 from cloudckpt.run import Run
 from support.commands import run

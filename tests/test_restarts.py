@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt.backends import attempts, process_identity
+from cloudckpt.backends import attempts
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.marker import MARKER, SaveMarker
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import HIDDEN_PREFIX
+from cloudckpt.backends.system import process_identity
 from cloudckpt.run import Run
 from support.executors import until
 from support.places import FOLDER, Place, new_place

@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from cloudckpt import Checkpointer
-from cloudckpt.backends import background_log
 from cloudckpt.backends.config import units
+from cloudckpt.backends.system import background_log
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.story import is_configured
 from support.servers import unused_port

@@ -11,9 +11,9 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

@@ -18,7 +18,6 @@ from typing import Annotated, Final, Literal
 import pydantic
 from pydantic import Field
 
-from cloudckpt.backends import background_log, system_limits
 from cloudckpt.backends.copying.transit import Edge
 from cloudckpt.backends.errors import (
     CommitError,
@@ -29,8 +28,9 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.marker import marker_name
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
+from cloudckpt.backends.system import background_log, system_limits
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

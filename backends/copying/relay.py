@@ -31,7 +31,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.lanes import lanes
 from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.upload import Observer, StagedObject
 
 

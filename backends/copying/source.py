@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.names import check_name
-from cloudckpt.backends.system_limits import Workers
+from cloudckpt.backends.system.system_limits import Workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends import background_log, commit, convert_lease, layout
+from cloudckpt.backends import commit, convert_lease, layout
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
 from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.system import background_log
 from cloudckpt.backends.upload import Observer, Uploader
 
 _log = background_log.logger(__name__)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
-from cloudckpt.backends import descriptors
 from cloudckpt.backends.config.libraries import install_hint
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, StorageError
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.system_limits import open_files_cure
+from cloudckpt.backends.system import descriptors
+from cloudckpt.backends.system.system_limits import open_files_cure
 
 __all__ = ["open_store"]
 

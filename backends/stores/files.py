@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cloudckpt.backends import descriptors
+from cloudckpt.backends.system import descriptors
 
 _BUFFERS_PER_CALL = min(os.sysconf("SC_IOV_MAX"), 1024)
 _NOT_REMOVED = frozenset(

@@ -48,7 +48,7 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.whole import check_whole
-from cloudckpt.backends.system_limits import open_files_cure
+from cloudckpt.backends.system.system_limits import open_files_cure
 
 _UPLOADS = ".cloudckpt-uploads"
 _NAME = "name"

@@ -19,9 +19,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import ObjectInfo, Upload
 from cloudckpt.backends.stores import gcs_multipart
 from cloudckpt.backends.stores.gcs_answers import document
@@ -31,6 +29,8 @@ from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_write import begin_session, delete, insert
 from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cloudckpt.backends import descriptors
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import (
@@ -49,6 +48,7 @@ from cloudckpt.backends.stores.names import STEP
 from cloudckpt.backends.stores.runs import runs
 from cloudckpt.backends.stores.tree import Tree
 from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.system import descriptors
 
 _OPEN_TRIES = 20
 _WINDOW = 1 << 18

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ObjectNotFoundError, StorageError
-from cloudckpt.backends.system_limits import open_files_cure
+from cloudckpt.backends.system.system_limits import open_files_cure
 
 NOT_THERE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP})
 """Errors that mean that no object has the name."""

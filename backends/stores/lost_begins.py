@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.printable import one_line
 from cloudckpt.backends.store import PendingUpload, Upload
+from cloudckpt.backends.system import background_log
+from cloudckpt.backends.system.printable import one_line
 
 _log = background_log.logger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Final, Generic, TypeVar
 
 import tenacity
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.system import background_log
 
 _T = TypeVar("_T")
 _log = background_log.logger(__name__)

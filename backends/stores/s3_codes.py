@@ -19,7 +19,7 @@ from cloudckpt.backends.errors import (
     PreconditionFailedError,
     StorageError,
 )
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 
 EXPIRED: Final = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}

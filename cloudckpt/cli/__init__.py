@@ -41,7 +41,7 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv[1:]:
             raise
-        from cloudckpt.backends.printable import one_line  # noqa: PLC0415 - as late as the application
+        from cloudckpt.backends.system.printable import one_line  # noqa: PLC0415 - as late as the application
 
         said = one_line(f"unexpected {type(error).__name__}: {error}")
         sys.stderr.write(f"{said}. --debug shows where it comes from\n")
@@ -64,7 +64,7 @@ def _end_at_once(status: int) -> NoReturn:
 
     They abort the process now and then when threads were interrupted, which would replace the status.
     """
-    from cloudckpt.backends import background_log  # noqa: PLC0415 - as late as the application
+    from cloudckpt.backends.system import background_log  # noqa: PLC0415 - as late as the application
 
     background_log.shut_down()
     for stream in (sys.stdout, sys.stderr):

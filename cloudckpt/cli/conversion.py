@@ -8,7 +8,7 @@ from cloudckpt.backends import conversion as library
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.conversion import Conversion
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
 from cloudckpt.run import Run

@@ -10,7 +10,7 @@ from typing import Final
 from rich.text import Text
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.doctor import Finding, Rendezvous, examine
 from cloudckpt.executor.network.network_options import NetworkOptions

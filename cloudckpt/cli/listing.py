@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 from cloudckpt.run import Entry, Run
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cloudckpt.backends.config import units
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
-from cloudckpt.backends.printable import lines, one_line
+from cloudckpt.backends.system.printable import lines, one_line
 
 _UNBROKEN: Final = 1 << 16
 """Columns of a line in a pipe."""

@@ -12,7 +12,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.gc import Garbage, collect_garbage
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import listing, output
 from cloudckpt.retention import Retention, drop, superseded
 from cloudckpt.run import Run, is_pinned

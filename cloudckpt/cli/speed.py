@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.bench import Advice, Measured, Report, Setting, planned
 from cloudckpt.bench import bench as measure
 from cloudckpt.cli import output

@@ -10,7 +10,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cloudckpt.backends.contents import Contents, StoredTensor, StoredValue
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 
 _DEEPEST: Final = 10

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from cloudckpt.backends import verify as library
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.verify import Damage, Verification
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress

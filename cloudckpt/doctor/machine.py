@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from cloudckpt.backends import system_limits
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.descriptors import fill_standard, filled
 from cloudckpt.backends.finding import Finding
+from cloudckpt.backends.system import system_limits
+from cloudckpt.backends.system.descriptors import fill_standard, filled
 from cloudckpt.executor import memory_limits, unpickle
 from cloudckpt.executor.arena import memory_file
 from cloudckpt.executor.memory_limits import Room

@@ -17,7 +17,7 @@ from torch.distributed import DistError, PrefixStore, Store
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.network.formation import Formation

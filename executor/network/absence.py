@@ -11,7 +11,7 @@ from typing import Final
 
 from torch.distributed import Store
 
-from cloudckpt.backends.system_limits import try_for
+from cloudckpt.backends.system.system_limits import try_for
 from cloudckpt.backends.torch_private import default_store
 from cloudckpt.executor import forks
 

@@ -12,7 +12,7 @@ from typing import Final
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
-from cloudckpt.backends.printable import one_line
+from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor.network import gloo, probe, store_group
 from cloudckpt.executor.network.agreement import Agreement
 from cloudckpt.executor.network.members import Choice, Member, Plan, choose

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store, distributed_c10d
 
-from cloudckpt.backends import system_limits
+from cloudckpt.backends.system import system_limits
 from cloudckpt.backends.torch_private import gloo_options, set_gloo_timeout
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, cast
 
-from cloudckpt.backends import system_limits
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.system import system_limits
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.members import said_by_hosts
 

@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Final
 
-from cloudckpt.backends import descriptors, system_limits
 from cloudckpt.backends.stores.http.bodies import Body, Receiving, Sending, Source
 from cloudckpt.backends.stores.http.rates import LEAST, SlowConnectionError, rates
+from cloudckpt.backends.system import descriptors, system_limits
 
 _TICK: Final = 0.05
 """Seconds between two looks at the clock: for timeouts and slow connections."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.stores.http.connections import AWS_POOLS
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

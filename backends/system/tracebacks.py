@@ -19,8 +19,8 @@ from typing import Final, ParamSpec, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends import background_log
 from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 

@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
-from cloudckpt.backends import descriptors
-from cloudckpt.backends.system_limits import try_for
+from cloudckpt.backends.system import descriptors
+from cloudckpt.backends.system.system_limits import try_for
 
 OWN: Final = "cloudckpt"
 """Names of this project's threads begin so: they wait for no record."""

@@ -1,0 +1,1 @@
+"""Logs, limits, descriptors and tracebacks of this process."""
