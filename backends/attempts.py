@@ -21,7 +21,7 @@ from typing import Final
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.confirmation import is_held, leases_now
-from cloudckpt.backends.copying.journal import JOURNAL
+from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.read_lease import READ_LEASE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
 
-from cloudckpt.backends.copying.journal import JOURNAL_NAME
+from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.marker import is_silent
 from cloudckpt.backends.set_aside import ASIDE, NOTICE

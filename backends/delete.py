@@ -13,7 +13,7 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.confirmation import is_held
-from cloudckpt.backends.copying.journal import JOURNAL
+from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.marker import MARKER, is_silent, silent_since
 from cloudckpt.backends.object_looks import found

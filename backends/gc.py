@@ -20,7 +20,7 @@ from typing import Any
 from cloudckpt.backends import confirmation, convert_lease, set_aside
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.copying.journal import JOURNAL, left_by
+from cloudckpt.backends.copy.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,

@@ -15,6 +15,7 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from cloudckpt.backends.conversion import Conversion, convert
+    from cloudckpt.backends.copy.copy import Copied, copy_checkpoint
     from cloudckpt.backends.delete import delete_checkpoint
     from cloudckpt.backends.errors import (
         AccessDeniedError,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     )
     from cloudckpt.backends.gc import Garbage, collect_garbage
     from cloudckpt.backends.reader import StorageReader
-    from cloudckpt.backends.transfer import Copied, copy_checkpoint
     from cloudckpt.backends.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.version import __version__
     from cloudckpt.backends.writer import StorageWriter

@@ -19,7 +19,7 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
-from cloudckpt.backends.copying.journal import JOURNAL
+from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import (
     CheckpointNotFoundError,
     ConfigurationError,

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.copying.journal import JOURNAL_NAME
+from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ConfigurationError, StorageError
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import marker_name

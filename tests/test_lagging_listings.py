@@ -15,14 +15,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 import cloudckpt
 from cloudckpt.backends import attempts, convert_lease
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.copying.journal import JOURNAL_NAME
+from cloudckpt.backends.copy.copy import copy_checkpoint
+from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.delete import delete_unread
 from cloudckpt.backends.formats import safetensors
 from cloudckpt.backends.gc import collect_garbage
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.transfer import copy_checkpoint
 from cloudckpt.retention import Retention, prune, superseded
 from cloudckpt.run import Run
 from support import roles

@@ -20,9 +20,9 @@ import cloudckpt
 from cloudckpt import retention
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.conversion import convert
+from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.stores import files, local, open_store
-from cloudckpt.backends.transfer import copy_checkpoint
 from cloudckpt.retention import PruningWriter, Retention
 from cloudckpt.run import Run
 from support import power_cuts, roles

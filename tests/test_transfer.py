@@ -19,9 +19,9 @@ import cloudckpt
 from cloudckpt.backends import commit, gc
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.copying import journal, relay
-from cloudckpt.backends.copying.journal import JOURNAL_NAME
-from cloudckpt.backends.copying.transit import ObjectChecks, checks_of
+from cloudckpt.backends.copy import copy_workers, journal
+from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
+from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -559,15 +559,15 @@ def test_of_two_copies_of_one_checkpoint_one_goes_on(
 ) -> None:
     """The one that began first is as good as dead once the other has begun."""
     began, go_on = threading.Event(), threading.Event()
-    send = relay.Relay._send_part
+    send = copy_workers.Relay._send_part
 
-    def held(self: relay.Relay, *args: Any) -> None:
+    def held(self: copy_workers.Relay, *args: Any) -> None:
         if not began.is_set():
             began.set()
             assert go_on.wait(60)
         send(self, *args)
 
-    monkeypatch.setattr(relay.Relay, "_send_part", held)
+    monkeypatch.setattr(copy_workers.Relay, "_send_part", held)
     for store in STORES:
         monkeypatch.setattr(store, "copy_from", lambda *_: None)
     with ThreadPoolExecutor(1) as pool:
@@ -659,14 +659,14 @@ def test_an_object_that_another_copy_puts_late_is_missed_before_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second, to = stock_places(tmp_path)
-    copy = relay.Relay.copy
+    copy = copy_workers.Relay.copy
 
-    def beaten(self: relay.Relay, originals: Any) -> None:
+    def beaten(self: copy_workers.Relay, originals: Any) -> None:
         copy(self, originals)
         (name,) = data_of(second)
         to.write(name, second.read(name))
 
-    monkeypatch.setattr(relay.Relay, "copy", beaten)
+    monkeypatch.setattr(copy_workers.Relay, "copy", beaten)
     with pytest.raises(CommitError, match="is another one"):
         copied(first, to)
     assert shows_nothing(to)
@@ -675,15 +675,15 @@ def test_an_object_that_another_copy_puts_late_is_missed_before_the_commit(
 def test_a_copy_whose_marker_is_gone_commits_nothing(
     source: Place, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = relay.Relay.copy
+    copy = copy_workers.Relay.copy
 
-    def collected(self: relay.Relay, originals: Any) -> None:
+    def collected(self: copy_workers.Relay, originals: Any) -> None:
         copy(self, originals)
         for name in place.visible():
             if name.startswith(marker_name("")):
                 place.remove(name)
 
-    monkeypatch.setattr(relay.Relay, "copy", collected)
+    monkeypatch.setattr(copy_workers.Relay, "copy", collected)
     with pytest.raises(CommitError, match="took this one for dead"):
         copied(source, place)
     assert shows_nothing(place)
@@ -755,13 +755,13 @@ def test_gc_leaves_alone_what_a_copy_goes_on_with_that_begins_meanwhile(
 def test_what_goes_away_before_the_commit_is_missed(
     source: Place, folder: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = relay.Relay.copy
+    copy = copy_workers.Relay.copy
 
-    def losing(self: relay.Relay, originals: Any) -> None:
+    def losing(self: copy_workers.Relay, originals: Any) -> None:
         copy(self, originals)
         folder.remove(data_of(source)[0])
 
-    monkeypatch.setattr(relay.Relay, "copy", losing)
+    monkeypatch.setattr(copy_workers.Relay, "copy", losing)
     with pytest.raises(CommitError, match="had arrived"):
         copied(source, folder)
     assert shows_nothing(folder)
@@ -770,13 +770,13 @@ def test_what_goes_away_before_the_commit_is_missed(
 def test_gc_leaves_a_copy_in_progress_alone(
     source: Place, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy = relay.Relay.copy
+    copy = copy_workers.Relay.copy
 
-    def collecting(self: relay.Relay, originals: Any) -> None:
+    def collecting(self: copy_workers.Relay, originals: Any) -> None:
         copy(self, originals)
         found = cloudckpt.collect_garbage(place.uri, older_than=timedelta(0), **place.options)
         assert not (found.uploads or found.objects or found.traces)
 
-    monkeypatch.setattr(relay.Relay, "copy", collecting)
+    monkeypatch.setattr(copy_workers.Relay, "copy", collecting)
     copied(source, place)
     assert_same(source, place)

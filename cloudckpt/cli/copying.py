@@ -6,8 +6,8 @@ import dataclasses
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
+from cloudckpt.backends.copy.copy import Copied, copy_checkpoint, ensure_apart
 from cloudckpt.backends.errors import CheckpointNotFoundError, ConfigurationError
-from cloudckpt.backends.transfer import Copied, copy_checkpoint, ensure_apart
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
 from cloudckpt.run import Run

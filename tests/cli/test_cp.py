@@ -199,7 +199,7 @@ def test_ctrl_c_keeps_what_has_arrived_and_says_so(
     save(source, STATE)
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "copy_from", lambda *_: None)
-        patch.setattr("cloudckpt.backends.copying.relay.wait", interrupt)
+        patch.setattr("cloudckpt.backends.copy.copy_workers.wait", interrupt)
         ran = cp(source, folder)
     assert ran.status not in (0, 2)
     assert "goes on from it" in ran.err

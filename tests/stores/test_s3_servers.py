@@ -15,6 +15,7 @@ import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends import marker
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.errors import (
     ConfigurationError,
     PreconditionFailedError,
@@ -29,7 +30,6 @@ from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3 import S3Store
 from cloudckpt.backends.stores.s3_capabilities import TagForm, server_of
 from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.transfer import copy_checkpoint
 from support import dialects
 from support.places import Place
 from support.proxy import Answer, DropHeaders, LoseAnswer, Proxy, Rule, proxied

@@ -18,7 +18,7 @@ from typing import Annotated, Final, Literal
 import pydantic
 from pydantic import Field
 
-from cloudckpt.backends.copying.transit import Edge
+from cloudckpt.backends.copy.copy_checksums import Edge
 from cloudckpt.backends.errors import (
     CommitError,
     ConfigurationError,

@@ -16,10 +16,10 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from cloudckpt.backends import commit
 from cloudckpt.backends.checksum import algorithm_for
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.copying import moving
-from cloudckpt.backends.copying.journal import CopyJournal, Entry, SentPart
-from cloudckpt.backends.copying.moving import Moving, Original, is_unique
-from cloudckpt.backends.copying.transit import Passing
+from cloudckpt.backends.copy import object_copy
+from cloudckpt.backends.copy.copy_checksums import Passing
+from cloudckpt.backends.copy.journal import CopyJournal, Entry, SentPart
+from cloudckpt.backends.copy.object_copy import Moving, Original, is_unique
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     IntegrityError,
@@ -168,12 +168,12 @@ class Relay:
     def _opened(self, original: Original) -> Moving:
         store, name = self._destination, original.info.name
         entry = self._journal.found.get(name)
-        opened = moving.resumed(store, original, entry, self._options, self._algorithm)
+        opened = object_copy.resumed(store, original, entry, self._options, self._algorithm)
         if original.in_the_way:
             self._may_show()
             store.delete([name])
         if opened is None:
-            opened = moving.begun(store, original, self._options)
+            opened = object_copy.begun(store, original, self._options)
         self._journal.begin(name, opened.entry)
         self._tell(name, sum(one.part.size for one in opened.sent.values()))
         return opened

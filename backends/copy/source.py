@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.committed import chosen_metadata, committed
-from cloudckpt.backends.copying.transit import ObjectChecks, checks_of
+from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
 from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,

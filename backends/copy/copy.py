@@ -18,18 +18,11 @@ from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.copying.arrived import ensure_there, held_of, is_same
-from cloudckpt.backends.copying.journal import (
-    JOURNAL_NAME,
-    CopyJournal,
-    Entry,
-    gave_way,
-    give_up,
-    read_journal,
-)
-from cloudckpt.backends.copying.moving import Original, is_unique
-from cloudckpt.backends.copying.relay import Relay
-from cloudckpt.backends.copying.source import Checkpoint, read_checkpoint
+from cloudckpt.backends.copy.copied_objects import ensure_there, held_of, is_same
+from cloudckpt.backends.copy.copy_workers import Relay
+from cloudckpt.backends.copy.journal import JOURNAL_NAME, CopyJournal, Entry, gave_way, give_up, read_journal
+from cloudckpt.backends.copy.object_copy import Original, is_unique
+from cloudckpt.backends.copy.source import Checkpoint, read_checkpoint
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,

@@ -12,8 +12,8 @@ from typing import Final
 from cloudckpt.backends import layout
 from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.copying.journal import Entry, SentPart
-from cloudckpt.backends.copying.transit import ObjectChecks
+from cloudckpt.backends.copy.copy_checksums import ObjectChecks
+from cloudckpt.backends.copy.journal import Entry, SentPart
 from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, UnsupportedError
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PartLimits, Upload
 from cloudckpt.backends.upload import StagedObject

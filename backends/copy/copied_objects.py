@@ -10,8 +10,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
-from cloudckpt.backends.copying.journal import Entry
-from cloudckpt.backends.copying.moving import is_unique
+from cloudckpt.backends.copy.journal import Entry
+from cloudckpt.backends.copy.object_copy import is_unique
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError
 from cloudckpt.backends.object_looks import found
 from cloudckpt.backends.side_by_side import run_all

@@ -1,0 +1,1 @@
+"""Copying a checkpoint from one store to another, and resuming a copy."""
