@@ -30,13 +30,13 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.lanes import Lanes, lanes
 from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
-from cloudckpt.backends.side_by_side import outcomes_of, run_all
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
+from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, lanes
+from cloudckpt.backends.transfer.task_pool import outcomes_of, run_all
 from cloudckpt.backends.upload import StagedObject
 
 _log = background_log.logger(__name__)

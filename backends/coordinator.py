@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cloudckpt.backends.marker import SaveMarker
-from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.transfer.task_pool import begun
 
 _FRESH: Final = 5.0
 """Seconds for which a look at the marker is good for a commit; gc takes a save for dead after minutes."""

@@ -19,12 +19,12 @@ from cloudckpt.backends.marker import MARKER, is_silent, silent_since
 from cloudckpt.backends.object_looks import found
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, NOTICE, objects_of
-from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
+from cloudckpt.backends.transfer.task_pool import begun
 
 _log = background_log.logger(__name__)
 

@@ -6,12 +6,12 @@ import torch
 from torch.distributed.checkpoint.planner import ReadItem
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.devices import beside, settle
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.state import subclasses
 from cloudckpt.backends.stock import Stored
 from cloudckpt.backends.torch_private import is_zerotensor
+from cloudckpt.backends.transfer.cuda import beside, settle
+from cloudckpt.backends.transfer.segments import bytes_of
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:

@@ -19,9 +19,9 @@ from typing import IO, cast
 import torch
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.segments import Fetched, Gathered, Segment, View, bytes_of
 from cloudckpt.backends.state import subclasses
 from cloudckpt.backends.torch_private import FakeTensorMode, is_zerotensor
+from cloudckpt.backends.transfer.segments import Fetched, Gathered, Segment, View, bytes_of
 
 
 @dataclass(frozen=True, slots=True)

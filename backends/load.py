@@ -16,23 +16,23 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
-from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.destination import assign, copy, is_ordinary, landing_for, memory_for, settle_into
-from cloudckpt.backends.devices import await_caller, await_copies, settle
-from cloudckpt.backends.download import Downloader, in_reads
 from cloudckpt.backends.errors import (
     CheckpointError,
     ConfigurationError,
     IntegrityError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.ranges import GAP, Extent, Piece, cut, nothing, whole_slices
 from cloudckpt.backends.shared_reads import SharedReads
 from cloudckpt.backends.state import sparse, stand_ins
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.state.values import load_tensor, loads, prove_safe
 from cloudckpt.backends.stock import Stored, locate
 from cloudckpt.backends.torch_private import StorageInfo, narrow_tensor_by_index
+from cloudckpt.backends.transfer.byte_ranges import GAP, Extent, Piece, cut, nothing, whole_slices
+from cloudckpt.backends.transfer.cuda import await_caller, await_copies, settle
+from cloudckpt.backends.transfer.downloader import Downloader, in_reads
+from cloudckpt.backends.transfer.gc_pause import no_collection
 
 _WHOLE = 1 << 20
 """Bytes up to which an item of a stock checkpoint is read whole, not asked where its payload lies."""

@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from cloudckpt.backends import pickler
 from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
-from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.torch_private import StorageInfo
+from cloudckpt.backends.transfer.gc_pause import no_collection
 from cloudckpt.backends.unpickler import MetadataUnpickler, is_index, is_offset
 
 _T = TypeVar("_T")

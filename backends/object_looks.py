@@ -8,9 +8,9 @@ from typing import Final
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError
-from cloudckpt.backends.side_by_side import outcomes_of
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.system import background_log
+from cloudckpt.backends.transfer.task_pool import outcomes_of
 
 ASKED_ONE_BY_ONE: Final = 64
 """Objects up to which each is asked for its size; a listing tells the sizes of a thousand at a time."""

@@ -17,11 +17,9 @@ from torch.futures import Future
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.checksum import CRC64NVME
-from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -32,6 +30,8 @@ from cloudckpt.backends.load import load
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
+from cloudckpt.backends.transfer.downloader import Downloader
+from cloudckpt.backends.transfer.request_limit import transfers
 from cloudckpt.backends.upload import Observer
 
 _WITHIN_A_HOST = ("file", "memory")

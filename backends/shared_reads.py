@@ -14,16 +14,16 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import LARGEST_CHUNK
-from cloudckpt.backends.download import LARGEST_READ, Downloader, Job
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
-from cloudckpt.backends.ranges import GAP, Arrival, Extent, Request
-from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.sharing import Offer, Task, tasks_of
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.system_limits import Workers
+from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.byte_ranges import GAP, Arrival, Extent, Request
+from cloudckpt.backends.transfer.download_checksums import Checking
+from cloudckpt.backends.transfer.downloader import LARGEST_READ, Downloader, Job
 
 _log = background_log.logger(__name__)
 

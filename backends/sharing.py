@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends.ranges import GAP
+from cloudckpt.backends.transfer.byte_ranges import GAP
 
 _REQUEST = 1 << 20
 """Bytes that a request costs as much as, when reads are shared out."""

@@ -17,16 +17,16 @@ from torch.distributed.checkpoint.storage import WriteResult
 from cloudckpt.backends import layout
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
-from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.devices import await_caller
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
-from cloudckpt.backends.lanes import transfer_lanes
-from cloudckpt.backends.segments import Segment, part_size_of
 from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import AsyncCollectiveTensor, StorageInfo
+from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
+from cloudckpt.backends.transfer.cuda import await_caller
+from cloudckpt.backends.transfer.request_limit import transfers
+from cloudckpt.backends.transfer.segments import Segment, part_size_of
 
 
 @dataclass(frozen=True, slots=True)

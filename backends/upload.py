@@ -14,14 +14,14 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Final
 
-from cloudckpt.backends.budget import Budget
 from cloudckpt.backends.checksum import Fragment, algorithm_for
-from cloudckpt.backends.lanes import transfer_lanes
-from cloudckpt.backends.scratch import Scratch
-from cloudckpt.backends.segments import Segment, View, Window, windows
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.system.system_limits import Workers
-from cloudckpt.backends.tally import Tally
+from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
+from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.memory_budget import Budget
+from cloudckpt.backends.transfer.segments import Segment, View, Window, windows
+from cloudckpt.backends.transfer.upload_checksums import Tally
 
 _SPARE: Final = 8
 """Share of a part by which the last one may be longer."""

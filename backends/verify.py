@@ -15,15 +15,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Chunk, Chunks, Expected
 from cloudckpt.backends.committed import chosen_metadata, committed
-from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
-from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.state.proving import Unloadable, prove
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.torch_private import StorageInfo
+from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
+from cloudckpt.backends.transfer.downloader import Downloader
+from cloudckpt.backends.transfer.request_limit import transfers
 from cloudckpt.backends.upload import Observer
 
 __all__ = ["Damage", "Unloadable", "Verification", "verify"]

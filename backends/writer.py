@@ -24,7 +24,6 @@ from torch.futures import Future
 from cloudckpt.backends import commit, layout, stage, written
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.concurrency import transfers
 from cloudckpt.backends.config import uri_hints
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
@@ -41,6 +40,7 @@ from cloudckpt.backends.stores.whole import loadable
 from cloudckpt.backends.system import background_log, tracebacks
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.torch_private import StorageInfo
+from cloudckpt.backends.transfer.request_limit import transfers
 from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 

@@ -17,10 +17,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.collection import no_collection
 from cloudckpt.backends.commit import RankReport
 from cloudckpt.backends.errors import CommitError, note_others
 from cloudckpt.backends.torch_private import StorageInfo
+from cloudckpt.backends.transfer.gc_pause import no_collection
 
 _Offsets: TypeAlias = Mapping[torch.Size | None, torch.Size | None]
 """Those of an entry's shards, each as the one object that stands for all that are equal."""

@@ -17,9 +17,9 @@ from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
-from cloudckpt.backends.side_by_side import begun
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system.system_limits import in_thread
+from cloudckpt.backends.transfer.task_pool import begun
 from cloudckpt.run import Run
 
 _LAST_SECONDS: Final = 60.0

@@ -30,10 +30,10 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, set_aside
-from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
+from cloudckpt.backends.transfer.task_pool import run_all
 
 _FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")
 _TRACE = re.compile("|".join(one.pattern for one in (MARKER, JOURNAL, READ_LEASE, ASIDE)))

@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import torch
 
-from cloudckpt.backends.devices import lock_pages, unlock_pages
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import descriptors
 from cloudckpt.backends.system.system_limits import REFUSED, open_files_cure
+from cloudckpt.backends.transfer.cuda import lock_pages, unlock_pages
 from cloudckpt.executor import memory_limits
 
 _GRAIN = 2 << 20

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from cloudckpt.backends.devices import side_streams
+from cloudckpt.backends.transfer.cuda import side_streams
 from cloudckpt.executor.arena import Arena
 from cloudckpt.executor.layout import Layout, Source
 

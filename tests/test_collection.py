@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from cloudckpt.backends.collection import no_collection
+from cloudckpt.backends.transfer.gc_pause import no_collection
 
 
 @pytest.fixture(autouse=True)

@@ -8,25 +8,25 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.backends import concurrency
-from cloudckpt.backends.concurrency import at_first, connections, transfers
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.http.rates import Rates
+from cloudckpt.backends.transfer import request_limit
+from cloudckpt.backends.transfer.request_limit import at_first, connections, transfers
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rates]:
     """A host without limits, where nothing has been measured."""
     held = Rates()
-    concurrency._share.cache_clear()
-    monkeypatch.setattr(concurrency, "rates", lambda: held)
-    monkeypatch.setattr(concurrency, "pids_room", lambda: None)
+    request_limit._share.cache_clear()
+    monkeypatch.setattr(request_limit, "rates", lambda: held)
+    monkeypatch.setattr(request_limit, "pids_room", lambda: None)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     yield held
-    concurrency._share.cache_clear()
+    request_limit._share.cache_clear()
 
 
 @pytest.mark.parametrize(("ranks", "most"), [("1", 64), ("4", 64), ("8", 32), ("64", 8), ("", 64), ("x", 64)])
@@ -49,7 +49,7 @@ def test_descriptors_limit_connections(
 def test_threads_that_a_container_allows_limit_connections(
     held: Rates, monkeypatch: pytest.MonkeyPatch, room: int, most: int
 ) -> None:
-    monkeypatch.setattr(concurrency, "pids_room", lambda: (room, "pids.max"))
+    monkeypatch.setattr(request_limit, "pids_room", lambda: (room, "pids.max"))
     assert connections(Options.model_validate({})) == most
 
 

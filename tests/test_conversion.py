@@ -37,8 +37,8 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.formats import torch_writer
 from cloudckpt.backends.formats.source import Entry, boxes, make_up
-from cloudckpt.backends.segments import Fetched
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.transfer.segments import Fetched
 from support.commands import save
 from support.conversions import by_name, from_checkpoint
 from support.faults import Fault, FaultyStore, InjectedFault, Journal

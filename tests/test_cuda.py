@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import ReadItem
 
 import cloudckpt
-from cloudckpt.backends import devices
-from cloudckpt.backends.scratch import Scratch
+from cloudckpt.backends.transfer import cuda
+from cloudckpt.backends.transfer.buffer_pool import Scratch
 from cloudckpt.executor import ProcessExecutor
 from support import states
 
@@ -79,13 +79,13 @@ def assert_same(loaded: dict[str, Any], saved: dict[str, Any]) -> None:
 def locked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of each stretch of pages that is locked."""
     sizes: list[int] = []
-    lock_pages = devices.lock_pages
+    lock_pages = cuda.lock_pages
 
     def lock(address: int, nbytes: int) -> bool:
         sizes.append(nbytes)
         return lock_pages(address, nbytes)
 
-    monkeypatch.setattr("cloudckpt.backends.scratch.lock_pages", lock)
+    monkeypatch.setattr("cloudckpt.backends.transfer.buffer_pool.lock_pages", lock)
     return sizes
 
 
@@ -208,13 +208,13 @@ def pages(nbytes: int) -> Iterator[int]:
 def test_pages_that_can_not_be_locked_leave_no_error_to_the_next_who_uses_the_device() -> None:
     torch.zeros(1, device="cuda")
     with pages(MIB) as address:
-        assert devices.lock_pages(address, MIB)
-        assert not devices.lock_pages(address, MIB)  # they are
+        assert cuda.lock_pages(address, MIB)
+        assert not cuda.lock_pages(address, MIB)  # they are
         assert torch.ones(5, device="cuda").sum().item() == 5
-        devices.unlock_pages(address)
+        cuda.unlock_pages(address)
         assert torch.ones(5, device="cuda").sum().item() == 5
-        assert devices.lock_pages(address, MIB)
-        devices.unlock_pages(address)
+        assert cuda.lock_pages(address, MIB)
+        cuda.unlock_pages(address)
 
 
 def test_locked_scratch_memory_is_unlocked_before_it_goes() -> None:
@@ -239,9 +239,9 @@ def test_many_threads_copy_at_a_time_and_each_waits_for_its_own() -> None:
         host = torch.empty(2 * MIB, pin_memory=True)
         for round_ in range(50):
             host.fill_(round_)
-            with devices.beside(targets[number]):
+            with cuda.beside(targets[number]):
                 targets[number].copy_(host, non_blocking=True)
-            devices.settle()
+            cuda.settle()
             host.fill_(-1)
             if not bool((targets[number] == round_).all()):
                 failures.append(number)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.backends.framing import encode_bytes, encode_tensor
-from cloudckpt.backends.segments import Gathered, Segment, View, part_size_of, windows
+from cloudckpt.backends.transfer.segments import Gathered, Segment, View, part_size_of, windows
 
 BASE = torch.arange(7 * 12 * 5, dtype=torch.float32).reshape(7, 12, 5)
 TENSORS = {

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import cloudckpt
 from cloudckpt.backends import metadata as md
-from cloudckpt.backends.checking import Checking
 from cloudckpt.backends.checksum import (
     ALGORITHMS,
     CRC32C,
@@ -39,12 +38,13 @@ from cloudckpt.backends.checksum import (
 )
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
-from cloudckpt.backends.ranges import Arrival
-from cloudckpt.backends.segments import View, Window
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.tally import Tally
+from cloudckpt.backends.transfer.byte_ranges import Arrival
+from cloudckpt.backends.transfer.download_checksums import Checking
+from cloudckpt.backends.transfer.segments import View, Window
+from cloudckpt.backends.transfer.upload_checksums import Tally
 from cloudckpt.backends.verify import Damage, _grouped, verify
 from support.places import new_place
 from support.servers import S3Server

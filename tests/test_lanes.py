@@ -15,8 +15,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends.lanes import Lanes, Way, lanes
 from cloudckpt.backends.stores.memory import MemoryStore
+from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, Way, lanes
 
 _SIZE = 32 << 20
 _WAYS: tuple[Way, ...] = ("up", "down")
@@ -188,7 +188,7 @@ def test_a_save_and_a_load_keep_to_the_lanes(monkeypatch: pytest.MonkeyPatch) ->
     options: dict[str, Any] = {"concurrency": 4, "part_size": 1 << 18, "memory_limit": 1 << 20}
     state = {f"t{i}": torch.full((1 << 16,), float(i)) for i in range(16)}
     loaded = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    monkeypatch.setattr("cloudckpt.backends.lanes._PATIENCE", 60.0)
+    monkeypatch.setattr("cloudckpt.backends.transfer.adaptive_concurrency._PATIENCE", 60.0)
     most = {"upload_part": 0, "read_into": 0}
     for method in most:
         _watch(monkeypatch, method, most)

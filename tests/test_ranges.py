@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.ranges import Extent, Piece, Request, cut, merge, whole_slices
+from cloudckpt.backends.transfer.byte_ranges import Extent, Piece, Request, cut, merge, whole_slices
 
 boxes = st.lists(st.tuples(st.integers(1, 7), st.integers(0, 6), st.integers(0, 7)), max_size=4)
 

@@ -164,7 +164,7 @@ def test_an_interrupt_stops_a_load_before_everything_is_read(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cloudckpt.backends.download.wait", interrupted)
+    monkeypatch.setattr("cloudckpt.backends.transfer.downloader.wait", interrupted)
     with pytest.raises(CheckpointException):
         load(state, uri, concurrency=1, memory_limit="1MiB")
     assert len(bytes_read) < 64

@@ -6,7 +6,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from cloudckpt.backends.scratch import Scratch
+from cloudckpt.backends.transfer.buffer_pool import Scratch
 
 MIB = 1 << 20
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from cloudckpt.backends import shared_reads
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Door
-from cloudckpt.backends.ranges import Arrival, Extent
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
+from cloudckpt.backends.transfer.byte_ranges import Arrival, Extent
+from cloudckpt.backends.transfer.downloader import Downloader
 from support.executors import within
 from support.sharers import CONTENT, NAME, PIECE, PIECES, Rank, expected_of, killed_after_passing_on
 

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.backends.ranges import GAP
 from cloudckpt.backends.sharing import Offer, tasks_of
+from cloudckpt.backends.transfer.byte_ranges import GAP
 
 _MIB = 1 << 20
 ranges = st.builds(lambda start, size: (start, start + size), st.integers(0, 400_000), st.integers(1, 90_000))

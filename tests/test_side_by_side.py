@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cloudckpt.backends.side_by_side import outcomes_of, run_all
+from cloudckpt.backends.transfer.task_pool import outcomes_of, run_all
 
 
 class _Gauge:

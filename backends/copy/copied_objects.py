@@ -14,8 +14,8 @@ from cloudckpt.backends.copy.journal import Entry
 from cloudckpt.backends.copy.object_copy import is_unique
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError
 from cloudckpt.backends.object_looks import found
-from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.transfer.task_pool import run_all
 
 
 def held_of(store: ObjectStore, names: Iterable[str], concurrency: int) -> dict[str, ObjectInfo]:

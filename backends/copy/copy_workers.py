@@ -28,10 +28,10 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.lanes import lanes
-from cloudckpt.backends.scratch import Scratch
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
+from cloudckpt.backends.transfer.adaptive_concurrency import lanes
+from cloudckpt.backends.transfer.buffer_pool import Scratch
 from cloudckpt.backends.upload import Observer, StagedObject
 
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Final, cast
 
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
-from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.stock import Positioned
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
+from cloudckpt.backends.transfer.downloader import Downloader
 
 _ZIPPED: Final = b"PK\x03\x04"
 _LOCAL: Final = 30

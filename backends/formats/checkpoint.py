@@ -14,10 +14,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.committed import committed
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import encode_fetched
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.upload import Observer
 from cloudckpt.backends.writer import StorageWriter
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from cloudckpt.backends import commit, convert_lease, layout
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
-from cloudckpt.backends.segments import Segment
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.system import background_log
+from cloudckpt.backends.transfer.segments import Segment
 from cloudckpt.backends.upload import Observer, Uploader
 
 _log = background_log.logger(__name__)

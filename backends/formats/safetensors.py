@@ -25,13 +25,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.formats.put import Planned
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import Payload
-from cloudckpt.backends.segments import Segment, View
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.transfer.downloader import Downloader
+from cloudckpt.backends.transfer.segments import Segment, View
 
 SUFFIX: Final = ".safetensors"
 WHOLE: Final = "model.safetensors"

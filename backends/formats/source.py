@@ -19,11 +19,11 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.load import load
-from cloudckpt.backends.segments import Fetched, Wanted
 from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.transfer.downloader import Downloader
+from cloudckpt.backends.transfer.segments import Fetched, Wanted
 
 Path = tuple[str | int, ...]
 """Keys and indices, from the outermost container of a state to one of its entries."""

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.metadata import (
 from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides, torch_private
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import (
     CheckpointError,
     ConfigurationError,
@@ -41,6 +40,7 @@ from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only
+from cloudckpt.backends.transfer.downloader import Downloader
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _REPEATED = 1 << 30

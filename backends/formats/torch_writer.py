@@ -26,9 +26,9 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.formats.put import Planned
 from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.framing import FramingSink
-from cloudckpt.backends.segments import Late, Segment, View, bytes_of
 from cloudckpt.backends.stock import EndsOnly
 from cloudckpt.backends.torch_private import FakeTensorMode, storage_identity
+from cloudckpt.backends.transfer.segments import Late, Segment, View, bytes_of
 from cloudckpt.backends.upload import NotSentError
 
 _DESCRIPTOR: Final = b"PK\x07\x08"

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import CheckpointError, UnsafeCheckpointError
-from cloudckpt.backends.ranges import Extent, nothing
 from cloudckpt.backends.state.values import needs
+from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
+from cloudckpt.backends.transfer.downloader import Downloader
 
 _SHARE = 8
 """Parts of ``memory_limit``, of which a value may have one: a load takes its bytes, a copy and objects."""

@@ -23,7 +23,6 @@ from gcsfs.core import GCSFileSystem
 from google.auth.transport.requests import Request
 from urllib3.util.ssl_ import create_urllib3_context
 
-from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.config.options import Options, where_credentials_belong
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
@@ -43,6 +42,7 @@ from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.s3_body import BuffersBody
+from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 
 _CONNECT_SECONDS: Final = 5.0

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Final
 
-from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.stores import gcs_batch
 from cloudckpt.backends.stores.gcs_answers import lacking
 from cloudckpt.backends.stores.gcs_capabilities import server_of
@@ -17,6 +16,7 @@ from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.gcs_write import delete
 from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.retry import Verdict
+from cloudckpt.backends.transfer.task_pool import run_all
 
 _NO_BATCHES: Final = (
     HTTPStatus.BAD_REQUEST,

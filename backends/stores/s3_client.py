@@ -27,7 +27,6 @@ from botocore.credentials import RefreshableCredentials
 from botocore.httpsession import get_cert_path
 from s3fs.utils import ParamKwargsHelper
 
-from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.config.endpoint_url import is_address
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
@@ -42,6 +41,7 @@ from cloudckpt.backends.stores.s3_checksum import content_md5
 from cloudckpt.backends.stores.s3_completion import Completion
 from cloudckpt.backends.stores.s3_connections import Connections
 from cloudckpt.backends.stores.s3_endpoint import checked_endpoint
+from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 
 _Session = TypeVar("_Session", bound=botocore.session.Session)

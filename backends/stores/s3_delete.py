@@ -16,7 +16,6 @@ from typing import Any, Final
 from botocore.exceptions import ClientError
 
 from cloudckpt.backends.errors import AccessDeniedError
-from cloudckpt.backends.side_by_side import run_all
 from cloudckpt.backends.stores.s3_capabilities import Server
 from cloudckpt.backends.stores.s3_client import Clients
 from cloudckpt.backends.stores.s3_codes import WRONG_REGION, quoted
@@ -27,6 +26,7 @@ from cloudckpt.backends.stores.s3_errors import (
     status_of,
 )
 from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.transfer.task_pool import run_all
 
 _BATCH: Final = 1000
 """Keys that one DeleteObjects takes."""

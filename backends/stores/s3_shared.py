@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cloudckpt.backends.concurrency import connections
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.transfer.request_limit import connections
 
 _KEPT: Final = 4
 """Sets that are kept; a job has one, and another where it loads from elsewhere."""

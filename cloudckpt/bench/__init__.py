@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from cloudckpt.backends.concurrency import at_first, transfers
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.layout import check_part_size
 from cloudckpt.backends.litter import Litter
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.transfer.request_limit import at_first, transfers
 from cloudckpt.backends.upload import Observer
 from cloudckpt.bench.advice import Advice, Measured, Setting, advised
 from cloudckpt.bench.measure import Bench

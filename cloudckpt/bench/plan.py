@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.download import LARGEST_READ
 from cloudckpt.backends.layout import part_size_in_place
 from cloudckpt.backends.store import PartLimits
+from cloudckpt.backends.transfer.downloader import LARGEST_READ
 from cloudckpt.bench.advice import Setting
 
 ROUNDS: Final = 3

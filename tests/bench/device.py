@@ -53,7 +53,7 @@ def forms(server: S3Server, folder: Path) -> dict[str, Form]:
 
 
 def _no_locks() -> AbstractContextManager[Any]:
-    return mock.patch("cloudckpt.backends.scratch.lock_pages", return_value=False)
+    return mock.patch("cloudckpt.backends.transfer.buffer_pool.lock_pages", return_value=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from cloudckpt.backends import devices
 from cloudckpt.backends.errors import ExecutorError
+from cloudckpt.backends.transfer import cuda
 from cloudckpt.executor import arena as arenas
 from cloudckpt.executor import copying, snapshot
 from cloudckpt.executor.arena import Arena
@@ -274,8 +274,8 @@ def runtime(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         else:
             noted.calls.append(f"copy to {offset}, {non_blocking=}")
 
-    monkeypatch.setattr(devices, "_cudart", lambda: noted)
-    monkeypatch.setattr(devices, "_forget_error", lambda: noted.calls.append("forget the error"))
+    monkeypatch.setattr(cuda, "_cudart", lambda: noted)
+    monkeypatch.setattr(cuda, "_forget_error", lambda: noted.calls.append("forget the error"))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
     monkeypatch.setattr(torch.cuda, "stream", current)

@@ -14,13 +14,13 @@ from unittest import mock
 
 from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.download import Downloader
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.peers import Lobby
-from cloudckpt.backends.ranges import Extent
 from cloudckpt.backends.shared_reads import Circle, SharedReads
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.local import LocalStore
+from cloudckpt.backends.transfer.byte_ranges import Extent
+from cloudckpt.backends.transfer.downloader import Downloader
 
 NAME = "data"
 PIECE = 512 << 10

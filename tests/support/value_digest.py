@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from cloudckpt.backends.segments import bytes_of
 from cloudckpt.backends.state.codec import classes
+from cloudckpt.backends.transfer.segments import bytes_of
 
 _SIZE = 16
 """Bytes of a digest."""

@@ -391,7 +391,7 @@ def in_flight_together(*, late: bool) -> Iterator[None]:
             future.exception()
 
     with (
-        mock.patch("cloudckpt.backends.side_by_side.in_thread", begun),
+        mock.patch("cloudckpt.backends.transfer.task_pool.in_thread", begun),
         mock.patch("cloudckpt.backends.coordinator.wait", wait),
     ):
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cloudckpt.backends.checksum import Algorithm, Fragment, cut
-from cloudckpt.backends.segments import Window
+from cloudckpt.backends.transfer.segments import Window
 
 
 class Tally:

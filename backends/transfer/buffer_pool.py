@@ -12,8 +12,8 @@ import mmap
 import threading
 from collections.abc import Iterator
 
-from cloudckpt.backends.budget import Budget
-from cloudckpt.backends.devices import lock_pages, unlock_pages
+from cloudckpt.backends.transfer.cuda import lock_pages, unlock_pages
+from cloudckpt.backends.transfer.memory_budget import Budget
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping."""

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from cloudckpt.backends.concurrency import at_first
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.http.rates import rates
+from cloudckpt.backends.transfer.request_limit import at_first
 
 _LEAST: Final = 2
 """One transfers while the other ends or begins a request."""

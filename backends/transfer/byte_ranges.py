@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.backends.checksum import Expected
-from cloudckpt.backends.devices import settle
 from cloudckpt.backends.strides import span as span_of
+from cloudckpt.backends.transfer.cuda import settle
 
 GAP = 64 << 10
 """Bytes between two wanted ranges that cost less to read than another request does."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from cloudckpt.backends.checksum import Expected
-from cloudckpt.backends.ranges import Arrival
+from cloudckpt.backends.transfer.byte_ranges import Arrival
 
 
 @dataclass(slots=True)

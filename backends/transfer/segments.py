@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from cloudckpt.backends.devices import beside, settle
+from cloudckpt.backends.transfer.cuda import beside, settle
 
 
 class Segment(Protocol):
