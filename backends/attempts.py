@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.confirmation import is_held, leases_now
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.set_aside import ASIDE

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import (
     CheckpointError,
@@ -30,6 +29,7 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF

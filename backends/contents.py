@@ -8,12 +8,12 @@ from datetime import datetime
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import FRAMED, Algorithm, Checks, count_chunks
-from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.torch_private import StorageInfo

@@ -17,9 +17,9 @@ import torch
 from pydantic import ByteSize
 
 from cloudckpt.backends import convert_lease
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torch_writer
 from cloudckpt.backends.formats.put import Planned, Putting
 from cloudckpt.backends.formats.selection import Selected, nested, selected

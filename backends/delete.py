@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any, Final
 
 from cloudckpt.backends import commit
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.confirmation import is_held
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.marker import MARKER, is_silent, silent_since
 from cloudckpt.backends.object_looks import found
 from cloudckpt.backends.read_lease import READ_LEASE, is_read

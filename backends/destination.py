@@ -7,8 +7,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from cloudckpt.backends import strides
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.format.stock_archive import Stored
 from cloudckpt.backends.state import subclasses
-from cloudckpt.backends.stock import Stored
 from cloudckpt.backends.torch_private import is_zerotensor
 from cloudckpt.backends.transfer.cuda import beside, settle
 from cloudckpt.backends.transfer.segments import bytes_of

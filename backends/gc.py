@@ -18,7 +18,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from cloudckpt.backends import confirmation, convert_lease, set_aside
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -28,6 +27,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
     UnsupportedError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload

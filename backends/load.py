@@ -13,7 +13,6 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.destination import assign, copy, is_ordinary, landing_for, memory_for, settle_into
@@ -23,11 +22,12 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.stock_archive import Stored, locate
 from cloudckpt.backends.shared_reads import SharedReads
 from cloudckpt.backends.state import sparse, stand_ins
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.state.values import load_tensor, loads, prove_safe
-from cloudckpt.backends.stock import Stored, locate
 from cloudckpt.backends.torch_private import StorageInfo, narrow_tensor_by_index
 from cloudckpt.backends.transfer.byte_ranges import GAP, Extent, Piece, cut, nothing, whole_slices
 from cloudckpt.backends.transfer.cuda import await_caller, await_copies, settle

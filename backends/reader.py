@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.config.options import true_or_false
@@ -26,6 +25,7 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     ObjectNotFoundError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load import load
 from cloudckpt.backends.peers import Door, Lobby
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from cloudckpt.backends import commit
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import ObjectNotFoundError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore, Overwrite
 
 _PREFIX: Final = ".cloudckpt-aside."

@@ -15,11 +15,11 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.backends import layout
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.framing import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.tensor_archive import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import AsyncCollectiveTensor, StorageInfo

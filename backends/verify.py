@@ -12,11 +12,11 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import Chunk, Chunks, Expected
-from cloudckpt.backends.committed import chosen_metadata, committed
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import chosen_metadata, committed
 from cloudckpt.backends.state.proving import Unloadable, prove
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from cloudckpt.backends import commit, layout, stage, written
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.config import uri_hints
 from cloudckpt.backends.config.options import true_or_false
@@ -35,6 +34,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UncertainCommitError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.whole import loadable
 from cloudckpt.backends.system import background_log, tracebacks

@@ -15,8 +15,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
-from cloudckpt.backends import metadata as md
-from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.copy.journal import JOURNAL
@@ -27,6 +25,8 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.marker import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.set_aside import ASIDE, set_aside

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.rank_conflicts import RankConflicts

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.system import background_log, descriptors, system_limits
 from cloudckpt.backends.system.printable import one_line

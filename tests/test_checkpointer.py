@@ -23,8 +23,8 @@ from torch.distributed.fsdp import fully_shard
 
 import cloudckpt
 from cloudckpt import Checkpointer, events, progress
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.retention import PruningWriter, Retention

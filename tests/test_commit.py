@@ -12,7 +12,6 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import commit
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous, put_metadata
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
@@ -25,6 +24,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UncertainCommitError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import (
     Capabilities,
     Condition,

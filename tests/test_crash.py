@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CommitError, StorageError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.gc import Garbage, collect_garbage
 from cloudckpt.backends.marker import MARKER
 from support.crash import RANKS, Call, Ended, Fate, Job, Moment, Zygote, committed, content_of, new_zygote

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.backends.framing import encode_bytes, encode_tensor
+from cloudckpt.backends.format.tensor_archive import encode_bytes, encode_tensor
 from cloudckpt.backends.transfer.segments import Gathered, Segment, View, part_size_of, windows
 
 BASE = torch.arange(7 * 12 * 5, dtype=torch.float32).reshape(7, 12, 5)

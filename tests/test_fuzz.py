@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
-from cloudckpt.backends import stock
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format import stock_archive
+from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.gc import collect_garbage
-from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.codec import archive as archives
 from cloudckpt.backends.state.values import load_tensor, prove_safe
 from cloudckpt.backends.store import ObjectStore, Overwrite
@@ -172,8 +172,8 @@ def test_torch_that_can_not_be_asked_what_an_archive_claims_is_not_needed() -> N
         assert told == archives.claimed(archive, io.BytesIO(data)) >= padding
 
 
-def located(data: bytes) -> stock.Stored | None:
-    return stock.locate(0, len(data), lambda offset, size: data[offset : offset + size])
+def located(data: bytes) -> stock_archive.Stored | None:
+    return stock_archive.locate(0, len(data), lambda offset, size: data[offset : offset + size])
 
 
 def test_a_payload_of_the_other_byte_order_is_not_read_as_it_lies() -> None:

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 
 import cloudckpt
 from cloudckpt import Checkpointer
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.read_lease import READ_LEASE
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.stores.local import LocalStore

@@ -22,8 +22,8 @@ from torch._utils import _rebuild_tensor_v2
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, UnsafeCheckpointError
+from cloudckpt.backends.format import metadata as md
 from support.places import Place
 
 

@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
+from cloudckpt.backends.format import metadata as md
 from support import structures
 from support.fuzz import sealed
 from support.places import Place

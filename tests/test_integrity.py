@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import (
     ALGORITHMS,
     CRC32C,
@@ -38,6 +37,7 @@ from cloudckpt.backends.checksum import (
 )
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
 )
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
-from cloudckpt.backends.framing import Payload
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.tensor_archive import Payload
 
 PAYLOAD = Payload(700, torch.float32, (1, 4))
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends import metadata as md
-from cloudckpt.backends import pickler
-from cloudckpt.backends.framing import Payload
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format import metadata_pickler
+from cloudckpt.backends.format.tensor_archive import Payload
 
 
 class _Own:
@@ -65,19 +65,19 @@ def test_the_bytes_are_those_of_pickle(*, again: bool) -> None:
     metadata = _metadata()
     if again:  # what is None is absent then, and keys are in another order
         metadata = pickle.loads(pickle.dumps(metadata))
-    assert pickler.dumps(metadata) == pickle.dumps(metadata)
+    assert metadata_pickler.dumps(metadata) == pickle.dumps(metadata)
 
 
 def test_what_was_registered_with_copyreg_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(copyreg.dispatch_table, _Own, lambda _: (str, ("taken apart",)))
-    made = pickler.dumps(_metadata(planner_data=_Own()))
+    made = metadata_pickler.dumps(_metadata(planner_data=_Own()))
     assert pickle.loads(made).planner_data == "taken apart"
 
 
 def test_a_subclass_is_taken_apart_as_it_says() -> None:
     metadata = _metadata(planner_data=_Index("x"))
-    assert pickler.dumps(metadata) == pickle.dumps(metadata)
-    assert pickle.loads(pickler.dumps(metadata)).planner_data == "an index"
+    assert metadata_pickler.dumps(metadata) == pickle.dumps(metadata)
+    assert pickle.loads(metadata_pickler.dumps(metadata)).planner_data == "an index"
 
 
 class _Index(MetadataIndex):

@@ -14,9 +14,9 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.pickles import claims_too_much
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.pickle_limits import claims_too_much
 
 BOMBS = {
     "long binput": b"\x80\x04Nr\xff\xff\xff\x7f.",

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cloudckpt.backends import commit, confirmation
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.run import Run

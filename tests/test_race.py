@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError
+from cloudckpt.backends.format import metadata as md
 from support.places import Place
 from support.racers import Order, Racers, racers, state_of
 from support.shortcomings import why_a_rival_is_not_noticed_at

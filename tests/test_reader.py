@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.checksum import chunk_size
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore

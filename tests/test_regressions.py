@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 
 
 class _ToInt32(DefaultSavePlanner):

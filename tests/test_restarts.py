@@ -18,8 +18,8 @@ import torch
 
 import cloudckpt
 from cloudckpt.backends import attempts
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.marker import MARKER, SaveMarker
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import HIDDEN_PREFIX

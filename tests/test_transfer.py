@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 
 import cloudckpt
 from cloudckpt.backends import commit, gc
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy import copy_workers, journal
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
@@ -32,6 +31,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store, s3_copy

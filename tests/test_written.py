@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends import written
 from cloudckpt.backends.commit import RankReport
+from cloudckpt.backends.format import metadata as md
 
 
 def _planned() -> Metadata:

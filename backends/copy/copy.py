@@ -14,9 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cloudckpt.backends import commit, layout
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import Previous
-from cloudckpt.backends.committed import listed_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.copied_objects import ensure_there, held_of, is_same
 from cloudckpt.backends.copy.copy_workers import Relay
@@ -31,6 +29,8 @@ from cloudckpt.backends.errors import (
     StorageError,
     UncertainCommitError,
 )
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import metadata as md
-from cloudckpt.backends.committed import chosen_metadata, committed
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
 from cloudckpt.backends.errors import (
     ConfigurationError,
@@ -18,6 +16,8 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import chosen_metadata, committed
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.names import check_name
 from cloudckpt.backends.system.system_limits import Workers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import IO, Final, cast
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
-from cloudckpt.backends.stock import Positioned
+from cloudckpt.backends.format.stock_archive import Positioned
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import Downloader

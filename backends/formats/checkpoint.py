@@ -11,11 +11,11 @@ from pydantic import ByteSize
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.backends import metadata as md
-from cloudckpt.backends.committed import committed
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.committed import committed
+from cloudckpt.backends.format.tensor_archive import encode_fetched
 from cloudckpt.backends.formats.source import Entry, Source
-from cloudckpt.backends.framing import encode_fetched
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.upload import Observer

@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.tensor_archive import Payload
 from cloudckpt.backends.formats.put import Planned
 from cloudckpt.backends.formats.source import Entry, Source
-from cloudckpt.backends.framing import Payload
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.segments import Segment, View

@@ -17,9 +17,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load import load
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader

@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends import strides, torch_private
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
@@ -33,10 +32,11 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     UnsafeCheckpointError,
 )
+from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.format.pickle_limits import claims_too_much
+from cloudckpt.backends.format.tensor_archive import Payload
 from cloudckpt.backends.formats.archive import Archive, Record
 from cloudckpt.backends.formats.source import Path, Source, refuse_kind
-from cloudckpt.backends.framing import Payload
-from cloudckpt.backends.pickles import claims_too_much
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only

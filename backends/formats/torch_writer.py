@@ -23,10 +23,10 @@ import torch
 from awscrt import checksums as crt
 
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.format.stock_archive import EndsOnly
+from cloudckpt.backends.format.tensor_archive import FramingSink
 from cloudckpt.backends.formats.put import Planned
 from cloudckpt.backends.formats.source import Entry, Source
-from cloudckpt.backends.framing import FramingSink
-from cloudckpt.backends.stock import EndsOnly
 from cloudckpt.backends.torch_private import FakeTensorMode, storage_identity
 from cloudckpt.backends.transfer.segments import Late, Segment, View, bytes_of
 from cloudckpt.backends.upload import NotSentError

@@ -37,7 +37,7 @@ _DEEP = 3
 _KEY_NODES = 900
 _NODES = 100
 _SMALL = 10_000
-"""Limits of `cloudckpt.backends.pickles`, under which every value that is accepted must stay."""
+"""Limits of `cloudckpt.backends.format.pickle_limits`, under which every value that is accepted must stay."""
 _OBJECT = 32
 """Nodes that a small object has in a pickle, at most."""
 _LONG = 1 << 30

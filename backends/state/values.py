@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     UnsafeCheckpointError,
 )
-from cloudckpt.backends.pickles import claims_too_much
+from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.state.check import ATOMS, UNKNOWN, Check, Refusal
 from cloudckpt.backends.state.codec import pickler
 from cloudckpt.backends.state.codec.archive import checked_archive

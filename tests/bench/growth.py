@@ -43,7 +43,7 @@ import cloudckpt
 from bench.endpoint import Endpoint, served
 from bench.report import machine
 from cloudckpt.backends import commit, layout, stage
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import ObjectInfo
 from support import peak
 from support.servers import S3Server

@@ -98,7 +98,7 @@ def _no_checksums() -> Iterator[None]:
     with (
         mock.patch("cloudckpt.backends.upload.algorithm_for", return_value=nothing),
         mock.patch("cloudckpt.backends.transfer.upload_checksums._cut", return_value=iter(())),
-        mock.patch("cloudckpt.backends.metadata.checks_of", return_value=None),
+        mock.patch("cloudckpt.backends.format.metadata.checks_of", return_value=None),
         mock.patch("cloudckpt.backends.stage.joined", lambda _, spans, __: (b"" for _ in spans)),
     ):
         yield

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 import cloudckpt
 from bench.growth import planned, tensor_names, written
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 
 _TESTS = Path(__file__).parents[1]
 

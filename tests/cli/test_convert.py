@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 
 import cloudckpt
 from cloudckpt.backends import conversion
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.cli import progress
 from support.commands import at, in_a_pipe, options_of, run, save
 from support.conversions import by_name, from_checkpoint

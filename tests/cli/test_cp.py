@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.cli import output, progress
 from support import states

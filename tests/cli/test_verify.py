@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.cli import output, progress
 from support import value_classes as users
 from support.commands import at, in_a_pipe, run, save

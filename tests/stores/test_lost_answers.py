@@ -11,7 +11,6 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends import commit
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.commit import put_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
@@ -22,6 +21,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UncertainCommitError,
 )
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore

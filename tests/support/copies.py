@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
 from cloudckpt import Copied
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.format import metadata as md
 from support import states
 from support.places import Place
 

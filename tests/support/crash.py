@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo, ObjectStore, Update
 from cloudckpt.backends.stores import open_store, s3_client
 from support import states

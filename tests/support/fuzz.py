@@ -35,9 +35,10 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import load, metadata, stock, unpickler
+from cloudckpt.backends import load
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
+from cloudckpt.backends.format import metadata, metadata_unpickler, stock_archive
 from cloudckpt.backends.state import values
 from cloudckpt.backends.state.codec import build, builtin_types
 from support import hostile, plain_values, structures, value_classes
@@ -54,9 +55,9 @@ _ADDRESS_SPACE = 1024 * _MIB
 """Bytes of address space that one input may take beyond what was there, and 64 for each of its own."""
 _FINDINGS = 20
 
-_CLASSES = [*unpickler._CLASSES.values(), torch.Size, collections.OrderedDict, torch.Tensor]
+_CLASSES = [*metadata_unpickler._CLASSES.values(), torch.Size, collections.OrderedDict, torch.Tensor]
 _TABLES: tuple[dict[Any, Any], ...] = (
-    *(unpickler._CLASSES, unpickler._FUNCTIONS, values._PLAIN),
+    *(metadata_unpickler._CLASSES, metadata_unpickler._FUNCTIONS, values._PLAIN),
     *(build._BUILDERS, builtin_types.FACTORIES, builtin_types.CONSTANTS),
 )
 
@@ -381,7 +382,7 @@ class FramingKind(Kind):
         return self.an_item(rng)
 
     def run(self, data: bytes) -> object:
-        found = stock.locate(0, len(data), lambda offset, size: data[offset : offset + size])
+        found = stock_archive.locate(0, len(data), lambda offset, size: data[offset : offset + size])
         if found is None:
             raise IntegrityError("to be read as a whole")
         return found
@@ -541,7 +542,7 @@ KINDS: dict[str, type[Kind]] = {
 def fuzz(name: str, seed: int, count: int, folder: Path) -> Report:
     """Try ``count`` inputs of a kind, those written by hand first."""
     load._WHOLE = 256  # small items are looked into like large ones,
-    stock.PROBE = 4096  # and of most no more than the ends is read
+    stock_archive.PROBE = 4096  # and of most no more than the ends is read
     kind = KINDS[name](honest(folder))
     report = Report(name, seed)
     _warm_up(KINDS["checkpoint"](kind.seeds))

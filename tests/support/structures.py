@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends import metadata as md
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.torch_private import StorageInfo
 
 _HEAD = b"\x80\x04"

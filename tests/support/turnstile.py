@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.errors import CheckpointError, PreconditionFailedError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,

@@ -15,9 +15,9 @@ from unittest import mock
 
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, PreconditionFailedError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from typing import IO, Any
 
-from cloudckpt.backends.pickles import claims_too_much
+from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.torch_private import archive_reader
 
 

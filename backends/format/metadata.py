@@ -22,14 +22,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends import pickler
 from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
-from cloudckpt.backends.framing import Payload
+from cloudckpt.backends.format import metadata_pickler
+from cloudckpt.backends.format.metadata_unpickler import MetadataUnpickler, is_index, is_offset
+from cloudckpt.backends.format.tensor_archive import Payload
 from cloudckpt.backends.store import ObjectInfo
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.gc_pause import no_collection
-from cloudckpt.backends.unpickler import MetadataUnpickler, is_index, is_offset
 
 _T = TypeVar("_T")
 
@@ -205,7 +205,7 @@ def sizes_of(metadata: Metadata) -> dict[str, int]:
 def dump(metadata: Metadata) -> bytes:
     """Serialise as stock DCP does, and add a checksum of that."""
     with no_collection():
-        data = pickler.dumps(metadata)
+        data = metadata_pickler.dumps(metadata)
     return b"".join((data, _SEAL, f"{CRC64NVME.of(data):016x}".encode()))  # copied once
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Sequence
 
-from cloudckpt.backends.pickle_spans import Spans, is_end, is_too_long
-from cloudckpt.backends.pickle_weights import (
+from cloudckpt.backends.format.pickle_spans import Spans, is_end, is_too_long
+from cloudckpt.backends.format.pickle_weights import (
     ATOM,
     BYTES,
     COUNTED,

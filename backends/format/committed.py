@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cloudckpt.backends import metadata as md
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
+from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import ObjectStore
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloudckpt.backends.pickle_weights import Weight
+from cloudckpt.backends.format.pickle_weights import Weight
 
 _MOST: Final = 64
 """Patterns that are tried."""

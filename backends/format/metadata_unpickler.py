@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.backends.errors import UnsafeCheckpointError
-from cloudckpt.backends.pickles import claims_too_much
+from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.torch_private import (
     StorageInfo,
     StoragePrefix,

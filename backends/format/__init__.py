@@ -1,0 +1,1 @@
+"""The format on disk: `.metadata`, the archives around tensors, and bounded readers of both."""
