@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ObjectNotFoundError
-from cloudckpt.backends.marker import is_silent
+from cloudckpt.backends.save.save_lease import is_silent
 from cloudckpt.backends.set_aside import ASIDE, NOTICE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 

@@ -24,9 +24,9 @@ from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torc
 from cloudckpt.backends.formats.put import Planned, Putting
 from cloudckpt.backends.formats.selection import Selected, nested, selected
 from cloudckpt.backends.formats.source import Entry, Source
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.upload import Observer
 
 Kind = Literal["checkpoint", "torch", "safetensors"]
 """A checkpoint, a ``torch.save`` file, or one or more safetensors files."""

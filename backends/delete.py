@@ -8,16 +8,16 @@ from datetime import datetime
 from functools import partial
 from typing import Any, Final
 
-from cloudckpt.backends import commit
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.confirmation import is_held
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.marker import MARKER, is_silent, silent_since
-from cloudckpt.backends.object_looks import found
 from cloudckpt.backends.read_lease import READ_LEASE, is_read
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.object_checks import found
+from cloudckpt.backends.save.save_lease import MARKER, is_silent, silent_since
 from cloudckpt.backends.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store

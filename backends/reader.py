@@ -28,11 +28,11 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load import load
 from cloudckpt.backends.peers import Door, Lobby
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
 from cloudckpt.backends.sizes import StoredSize
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.request_limit import transfers
-from cloudckpt.backends.upload import Observer
 
 _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""

@@ -12,9 +12,9 @@ import uuid
 from collections.abc import Iterable
 from typing import Final
 
-from cloudckpt.backends import commit
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit
 from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore, Overwrite
 
 _PREFIX: Final = ".cloudckpt-aside."

@@ -17,6 +17,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import chosen_metadata, committed
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.state.proving import Unloadable, prove
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -24,7 +25,6 @@ from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.request_limit import transfers
-from cloudckpt.backends.upload import Observer
 
 __all__ = ["Damage", "Unloadable", "Verification", "verify"]
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     )
     from cloudckpt.backends.gc import Garbage, collect_garbage
     from cloudckpt.backends.reader import StorageReader
+    from cloudckpt.backends.save.writer import StorageWriter
     from cloudckpt.backends.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.version import __version__
-    from cloudckpt.backends.writer import StorageWriter
     from cloudckpt.checkpointer import Checkpointer
     from cloudckpt.events import CheckpointInfo
     from cloudckpt.executor import SaveHandle

@@ -14,9 +14,9 @@ from functools import cached_property, partial
 from typing import Final
 
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
-from cloudckpt.backends.marker import SaveMarker
 from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.transfer.task_pool import begun

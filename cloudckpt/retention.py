@@ -15,14 +15,14 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import attempts
 from cloudckpt.backends.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.save import stale_attempts
+from cloudckpt.backends.save.writer import StorageWriter
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.backends.writer import StorageWriter
 from cloudckpt.run import Entry, Run
 
 _log = background_log.logger(__name__)
@@ -234,7 +234,7 @@ class PruningWriter(StorageWriter):
         """Remove what attempts left that died before this save."""
         try:
             with open_store(self._run.target) as store:
-                removed = attempts.remove_dead(store, self._run.folder(self._step))
+                removed = stale_attempts.remove_dead(store, self._run.folder(self._step))
         except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
             what = "the save is committed; what dead saves have left stays until gc removes it: %s"
             _log.warning(what, one_line(error))

@@ -8,7 +8,7 @@ from concurrent.futures import wait
 from typing import Any, Literal, get_args
 
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.marker import RENEWED_EVERY, SILENT_FOR
+from cloudckpt.backends.save.save_lease import RENEWED_EVERY, SILENT_FOR
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.events import CheckpointInfo

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.distributed.tensor import DTensor
 
+from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.flatten import Flat, flatten
 from cloudckpt.backends.state.markers import CheckpointState
@@ -30,7 +31,6 @@ from cloudckpt.backends.torch_private import (
     plan_caches,
     set_plan_cache_key,
 )
-from cloudckpt.backends.writer import StorageWriter as OurWriter
 
 
 @dataclass(frozen=True, slots=True)

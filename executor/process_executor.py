@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 from cloudckpt.backends.config import units
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
+from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.system import background_log, descriptors
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.backends.writer import StorageWriter as OurWriter
 from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter
 
-from cloudckpt.backends.writer import StorageWriter as OurWriter
+from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.executor.progress import ProgressBoard
 
 

@@ -11,8 +11,6 @@ from dataclasses import replace
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import commit
-from cloudckpt.backends.commit import Previous, put_metadata
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
@@ -25,6 +23,9 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
 )
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.commit import Previous, put_metadata
+from cloudckpt.backends.save.uploader import StagedObject
 from cloudckpt.backends.store import (
     Capabilities,
     Condition,
@@ -38,7 +39,6 @@ from cloudckpt.backends.store import (
     Upload,
 )
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.upload import StagedObject
 
 NAME = ".metadata"
 

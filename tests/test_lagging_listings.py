@@ -13,14 +13,15 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import cloudckpt
-from cloudckpt.backends import attempts, convert_lease
+from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.delete import delete_unread
 from cloudckpt.backends.formats import safetensors
 from cloudckpt.backends.gc import collect_garbage
-from cloudckpt.backends.marker import SaveMarker
+from cloudckpt.backends.save import stale_attempts
+from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.retention import Retention, prune, superseded
@@ -201,6 +202,6 @@ def test_objects_of_a_save_whose_marker_is_not_listed_outlive_a_dead_attempt(run
         saved(run, 1)
         SaveMarker(store, "d" * 32, 0, notes=gone).leave()
         store.put(living, b"living", Create())
-        removed = attempts.remove_dead(of_run, run.folder(1))
+        removed = stale_attempts.remove_dead(of_run, run.folder(1))
         assert len(removed) == 2
         assert not store.holds(dead) and store.holds(living)

@@ -23,7 +23,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointNotFoundError, CommitError, StorageError, UnansweredError
 from cloudckpt.backends.gc import Garbage, collect_garbage
-from cloudckpt.backends.marker import MARKER, SaveMarker
+from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.outsiders import OnS3

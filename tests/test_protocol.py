@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.backends import commit, confirmation
-from cloudckpt.backends.commit import Previous
+from cloudckpt.backends import confirmation
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.commit import Previous
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.run import Run

@@ -18,14 +18,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import coordinator
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CommitError
-from cloudckpt.backends.marker import SaveMarker, marker_name
 from cloudckpt.backends.read_lease import put_lease
 from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.save import commit_requests
+from cloudckpt.backends.save.commit_requests import Coordinator
+from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from support import living, round_trips
 from support.places import Place, new_place
 from support.proxy import Proxy, proxied
@@ -189,7 +189,7 @@ def test_a_look_at_the_marker_that_is_old_at_the_commit_is_repeated(
     monkeypatch: pytest.MonkeyPatch, fresh: bool
 ) -> None:
     store = RemoteStore(Target.parse(f"memory://{uuid.uuid4().hex}"))
-    monkeypatch.setattr(coordinator, "_FRESH", 60.0 if fresh else -1.0)
+    monkeypatch.setattr(commit_requests, "_FRESH", 60.0 if fresh else -1.0)
     requests = Coordinator(store)
     requests.mark("0" * 32, 0)
     requests.settle()

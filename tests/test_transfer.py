@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends import commit, gc
+from cloudckpt.backends import gc
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy import copy_workers, journal
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
@@ -32,7 +32,8 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.marker import SaveMarker, marker_name
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store, s3_copy
 from cloudckpt.backends.stores.gcs import GCSStore
@@ -470,7 +471,7 @@ def test_a_copy_that_died_right_after_its_commit_is_tidied_up(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(journal.CopyJournal, "end", lambda self: self._stop())
-        patch.setattr("cloudckpt.backends.marker.SaveMarker.end", lambda self: self.leave())
+        patch.setattr("cloudckpt.backends.save.save_lease.SaveMarker.end", lambda self: self.leave())
         copied(source, place)
     assert len(place.visible()) == 4
     assert copied(source, place).was_there
@@ -601,7 +602,7 @@ def test_of_copies_that_commit_at_one_moment_one_wins(
             return error
         return None
 
-    monkeypatch.setattr("cloudckpt.backends.marker.SaveMarker.is_there", lambda _: True)
+    monkeypatch.setattr("cloudckpt.backends.save.save_lease.SaveMarker.is_there", lambda _: True)
     monkeypatch.setattr(journal.CopyJournal, "check", lambda _: None)
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(outcome, (source, other)))

@@ -17,10 +17,15 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 import cloudckpt
-from cloudckpt.backends import layout
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError
-from cloudckpt.backends.layout import distribute, estimated_size, part_size_for, part_size_in_place
+from cloudckpt.backends.save import object_layout
+from cloudckpt.backends.save.object_layout import (
+    distribute,
+    estimated_size,
+    part_size_for,
+    part_size_in_place,
+)
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
@@ -326,7 +331,7 @@ def test_a_large_save_has_long_parts_of_one_size_and_a_load_long_ranges_first(
     """In kibibytes here: what counts is the ratio of what there is to send to what is in flight."""
     sizes = ("_SHORTEST_PART_SIZE", 8), ("_PART_SIZE", 32), ("_LONGEST_PART_SIZE", 128)
     for name, size in (("_MIB", 1 << 10), *((name, kib << 10) for name, kib in sizes)):
-        monkeypatch.setattr(layout, name, size)
+        monkeypatch.setattr(object_layout, name, size)
     monkeypatch.setattr(downloader, "_LONGEST_READ", 128 << 10)
     monkeypatch.setattr(Downloader.__init__, "__defaults__", (32 << 10,))
     monkeypatch.setattr(MemoryStore, "part_limits", _IN_PLACE)

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import written
-from cloudckpt.backends.commit import RankReport
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import write_results
+from cloudckpt.backends.save.commit import RankReport
 
 
 def _planned() -> Metadata:
@@ -49,15 +49,15 @@ def _results() -> list[list[WriteResult]]:
 
 def test_every_report_is_found_wherever_it_stands() -> None:
     results = _results()
-    assert [report.rank for report in written.reports_in(results)] == [0, 1]
+    assert [report.rank for report in write_results.reports_in(results)] == [0, 1]
     results[0].insert(0, results[0].pop())  # a writer around ours may have put its own results behind
-    assert [report.rank for report in written.reports_in(results)] == [0, 1]
-    assert [report.rank for report in written.reports_in([[*results[0], *results[1]]])] == [0, 1]
-    assert written.reports_in([[], results[1][:1]]) == []
+    assert [report.rank for report in write_results.reports_in(results)] == [0, 1]
+    assert [report.rank for report in write_results.reports_in([[*results[0], *results[1]]])] == [0, 1]
+    assert write_results.reports_in([[], results[1][:1]]) == []
 
 
 def test_items_are_in_the_order_of_the_results() -> None:
-    found = written.shared(_planned(), list(reversed(_results())))
+    found = write_results.shared(_planned(), list(reversed(_results())))
     assert list(found) == [MetadataIndex("t", (2, 0)), MetadataIndex("t", (0, 0)), MetadataIndex("b")]
     assert [info.relative_path for info in found.values()] == ["__1_0.distcp", "__0_0.distcp", "__0_0.distcp"]
 
@@ -66,18 +66,18 @@ def test_what_was_not_planned_is_left_out() -> None:
     results = _results()
     results[0] += [_result(MetadataIndex("t", (1, 0)), 0), _result(MetadataIndex("another"), 0)]
     results[1] += [_result(MetadataIndex("t"), 1), WriteResult(MetadataIndex("b"), 0, "what is this?")]
-    assert set(written.shared(_planned(), results)) == set(md.planned(_planned()))
+    assert set(write_results.shared(_planned(), results)) == set(md.planned(_planned()))
 
 
 def test_of_an_item_written_twice_the_last_counts() -> None:
     results = _results()
     results[1].append(_result(MetadataIndex("b"), 1))
-    assert written.shared(_planned(), results)[MetadataIndex("b")].relative_path == "__1_0.distcp"
+    assert write_results.shared(_planned(), results)[MetadataIndex("b")].relative_path == "__1_0.distcp"
 
 
 def test_what_is_alike_is_made_one() -> None:
     metadata = _planned()
-    found = written.shared(metadata, _results())
+    found = write_results.shared(metadata, _results())
     tensor = metadata.state_dict_metadata["t"]
     assert isinstance(tensor, TensorStorageMetadata)
     first, second = tensor.chunks
@@ -95,7 +95,7 @@ def test_tensors_cut_alike_share_their_chunks() -> None:
     metadata.state_dict_metadata["moment"] = _planned().state_dict_metadata["t"]
     results = _results()
     results[0] += [_result(MetadataIndex("moment", (row, 0)), 0) for row in (0, 2)]
-    found = written.shared(metadata, results)
+    found = write_results.shared(metadata, results)
     assert set(found) == set(md.planned(metadata))
     offsets = [index.offset for index in found if index.offset is not None]
     assert sorted(offsets) == sorted([(0, 0), (2, 0)] * 2)
@@ -117,7 +117,7 @@ def test_tensors_cut_otherwise_keep_their_own_chunks() -> None:
     results = _results()
     results[1] += [_result(MetadataIndex("wide", (row, 0)), 1) for row in (0, 2)]
     results[1] += [_result(MetadataIndex("short", (row, 0)), 1) for row in (0, 2)]
-    found = written.shared(metadata, results)
+    found = write_results.shared(metadata, results)
     assert metadata.state_dict_metadata == before
     assert MetadataIndex("short", (0, 0)) not in found
     assert set(found) == set(md.planned(metadata))
@@ -128,12 +128,12 @@ def test_a_planner_may_give_chunks_as_lists() -> None:
     tensor = metadata.state_dict_metadata["t"]
     assert isinstance(tensor, TensorStorageMetadata)
     tensor.chunks[1] = ChunkStorageMetadata([2, 0], (2, 3))  # type: ignore[arg-type]
-    assert set(written.shared(metadata, _results())) == set(md.planned(_planned()))
+    assert set(write_results.shared(metadata, _results())) == set(md.planned(_planned()))
     assert metadata.state_dict_metadata == _planned().state_dict_metadata
     assert all(type(chunk.offsets) is type(chunk.sizes) is torch.Size for chunk in tensor.chunks)
 
 
 def test_an_item_of_the_plan_that_no_rank_wrote_is_named() -> None:
-    with pytest.raises(written.MissingItemError) as caught:
-        written.shared(_planned(), _results()[:1])
+    with pytest.raises(write_results.MissingItemError) as caught:
+        write_results.shared(_planned(), _results()[:1])
     assert caught.value.index == MetadataIndex("t", (2, 0))

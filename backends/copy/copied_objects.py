@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from cloudckpt.backends.copy.journal import Entry
 from cloudckpt.backends.copy.object_copy import is_unique
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError
-from cloudckpt.backends.object_looks import found
+from cloudckpt.backends.save.object_checks import found
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.transfer.task_pool import run_all
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cloudckpt.backends import commit, layout
-from cloudckpt.backends.commit import Previous
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.copied_objects import ensure_there, held_of, is_same
 from cloudckpt.backends.copy.copy_workers import Relay
@@ -31,11 +29,13 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import listed_metadata
-from cloudckpt.backends.marker import SaveMarker, marker_name
+from cloudckpt.backends.save import commit, object_layout
+from cloudckpt.backends.save.commit import Previous
+from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system import background_log
-from cloudckpt.backends.upload import Observer
 
 _log = background_log.logger(__name__)
 
@@ -148,7 +148,9 @@ class _Copy:
             self._clear_away(checkpoint.digest)
             return self._found(checkpoint)
         _check_replaceable(self._destination.uri, checkpoint, existing, overwrite=overwrite)
-        layout.check_part_size(self._other.options, self._destination.part_limits, self._destination.uri)
+        object_layout.check_part_size(
+            self._other.options, self._destination.part_limits, self._destination.uri
+        )
         _ = self._destination.capabilities  # found out now, not when all bytes are sent
         originals = checkpoint.sized(self._source, self._one.options.concurrency)
         marker = SaveMarker(self._destination, self._copy_id, 0)

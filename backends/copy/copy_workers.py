@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, wait
 
-from cloudckpt.backends import commit
 from cloudckpt.backends.checksum import algorithm_for
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copy import object_copy
@@ -28,11 +27,12 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.uploader import Observer, StagedObject
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import lanes
 from cloudckpt.backends.transfer.buffer_pool import Scratch
-from cloudckpt.backends.upload import Observer, StagedObject
 
 
 class Relay:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloudckpt.backends import layout
 from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks
 from cloudckpt.backends.copy.journal import Entry, SentPart
 from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, UnsupportedError
+from cloudckpt.backends.save import object_layout
+from cloudckpt.backends.save.uploader import StagedObject
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PartLimits, Upload
-from cloudckpt.backends.upload import StagedObject
 
 _UNIQUE: Final = re.compile(r"__\d+_\d+\.[0-9a-f]{32}\.distcp")
 """Names that this library gives; those of stock DCP are the same for every save."""
@@ -101,7 +101,9 @@ def begun(store: ObjectStore, original: Original, options: Options) -> Moving:
         StorageError: the store could not.
     """
     size = original.info.size
-    part_size = layout.fitting_part_size(size, layout.usual_part_size(options), store.part_limits)
+    part_size = object_layout.fitting_part_size(
+        size, object_layout.usual_part_size(options), store.part_limits
+    )
     upload = store.begin_upload(original.info.name)
     return Moving(original, upload, part_size, deque(range(1, _count(size, part_size) + 1)))
 

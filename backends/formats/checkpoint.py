@@ -16,10 +16,10 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import committed
 from cloudckpt.backends.format.tensor_archive import encode_fetched
 from cloudckpt.backends.formats.source import Entry, Source
+from cloudckpt.backends.save.uploader import Observer
+from cloudckpt.backends.save.writer import StorageWriter
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
-from cloudckpt.backends.upload import Observer
-from cloudckpt.backends.writer import StorageWriter
 
 
 def open_checkpoint(store: ObjectStore, target: Target, memory_limit: int, *, trust: bool) -> Source:

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends import commit, convert_lease, layout
+from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
+from cloudckpt.backends.save import commit, object_layout
+from cloudckpt.backends.save.uploader import Observer, Uploader
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.transfer.segments import Segment
-from cloudckpt.backends.upload import Observer, Uploader
 
 _log = background_log.logger(__name__)
 
@@ -54,7 +55,7 @@ class Putting:
             CheckpointExistsError: one is there.
             ConfigurationError: the store does not take parts of the size that is configured.
         """
-        layout.check_part_size(self.options, self.store.part_limits, self.store.uri)
+        object_layout.check_part_size(self.options, self.store.part_limits, self.store.uri)
         if names and not self.overwrite:
             raise CheckpointExistsError(
                 "this is there already",
@@ -120,8 +121,8 @@ class Putting:
         lease.end()
 
     def _part_size(self, one: Planned) -> int:
-        usual = min(layout.usual_part_size(self.options), self.memory_limit)
-        return layout.fitting_part_size(one.size, usual, self.store.part_limits)
+        usual = min(object_layout.usual_part_size(self.options), self.memory_limit)
+        return object_layout.fitting_part_size(one.size, usual, self.store.part_limits)
 
     def _withdraw(self, uploader: Uploader, visible: Sequence[str]) -> None:
         """Take back what was put, the index first; what can't be is logged, for the failure matters more."""

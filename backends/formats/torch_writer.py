@@ -27,9 +27,9 @@ from cloudckpt.backends.format.stock_archive import EndsOnly
 from cloudckpt.backends.format.tensor_archive import FramingSink
 from cloudckpt.backends.formats.put import Planned
 from cloudckpt.backends.formats.source import Entry, Source
+from cloudckpt.backends.save.uploader import NotSentError
 from cloudckpt.backends.torch_private import FakeTensorMode, storage_identity
 from cloudckpt.backends.transfer.segments import Late, Segment, View, bytes_of
-from cloudckpt.backends.upload import NotSentError
 
 _DESCRIPTOR: Final = b"PK\x07\x08"
 """What follows a record's bytes begins with; then comes their checksum."""

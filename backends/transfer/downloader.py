@@ -8,13 +8,13 @@ from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import TypeVar
 
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.store import Arrived, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
 from cloudckpt.backends.transfer.buffer_pool import Scratch
 from cloudckpt.backends.transfer.byte_ranges import Arrival, Extent, Request, merge, nothing
 from cloudckpt.backends.transfer.download_checksums import Checking
-from cloudckpt.backends.upload import Observer
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.layout import check_part_size
 from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.save.object_layout import check_part_size
+from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.transfer.request_limit import at_first, transfers
-from cloudckpt.backends.upload import Observer
 from cloudckpt.bench.advice import Advice, Measured, Setting, advised
 from cloudckpt.bench.measure import Bench
 from cloudckpt.bench.plan import Plan, plan_for

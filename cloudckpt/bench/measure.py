@@ -12,11 +12,11 @@ from typing import Final
 
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.save.uploader import Observer, Uploader
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import LARGEST_READ, Downloader
 from cloudckpt.backends.transfer.segments import View
-from cloudckpt.backends.upload import Observer, Uploader
 from cloudckpt.bench.advice import Measured, Setting
 from cloudckpt.bench.plan import ROUNDS
 

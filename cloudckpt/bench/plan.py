@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.layout import part_size_in_place
+from cloudckpt.backends.save.object_layout import part_size_in_place
 from cloudckpt.backends.store import PartLimits
 from cloudckpt.backends.transfer.downloader import LARGEST_READ
 from cloudckpt.bench.advice import Setting

@@ -42,8 +42,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 import cloudckpt
 from bench.endpoint import Endpoint, served
 from bench.report import machine
-from cloudckpt.backends import commit, layout, stage
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit, object_layout, object_plan
 from cloudckpt.backends.store import ObjectInfo
 from support import peak
 from support.servers import S3Server
@@ -206,13 +206,17 @@ def written(writer: cloudckpt.StorageWriter, plans: Sequence[SavePlan]) -> list[
     """Have a writer be each rank in turn, send that rank's objects, and leave their uploads open."""
     writer.set_up_storage_writer(is_coordinator=True, rank=0)
     writer.prepare_global_plan(list(plans))
-    spread, planner, encoded = layout.distribute, _Planner(), stage._encoded(plans[0].items[0], _Planner())
+    spread, planner, encoded = (
+        object_layout.distribute,
+        _Planner(),
+        object_plan._encoded(plans[0].items[0], _Planner()),
+    )
     results: list[list[WriteResult]] = []
     with (
         # Shards this small would all go into one object.
-        mock.patch.object(layout, "distribute", lambda items, *_: spread(items, 1, _OBJECTS)),
+        mock.patch.object(object_layout, "distribute", lambda items, *_: spread(items, 1, _OBJECTS)),
         # They are all the same bytes.
-        mock.patch.object(stage, "_encoded", return_value=encoded),
+        mock.patch.object(object_plan, "_encoded", return_value=encoded),
     ):
         for rank, plan in enumerate(plans):
             writer._rank = rank

@@ -96,10 +96,10 @@ def _no_checksums() -> Iterator[None]:
     """Take no checksum while saving, and compare none while loading."""
     nothing = replace(CRC32C, of=lambda *_: 0, _combine=lambda *_: 0)
     with (
-        mock.patch("cloudckpt.backends.upload.algorithm_for", return_value=nothing),
+        mock.patch("cloudckpt.backends.save.uploader.algorithm_for", return_value=nothing),
         mock.patch("cloudckpt.backends.transfer.upload_checksums._cut", return_value=iter(())),
         mock.patch("cloudckpt.backends.format.metadata.checks_of", return_value=None),
-        mock.patch("cloudckpt.backends.stage.joined", lambda _, spans, __: (b"" for _ in spans)),
+        mock.patch("cloudckpt.backends.save.object_plan.joined", lambda _, spans, __: (b"" for _ in spans)),
     ):
         yield
 

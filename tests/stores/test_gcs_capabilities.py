@@ -111,7 +111,7 @@ def test_without_conditions_a_checkpoint_is_overwritten_by_check_and_put(
     writer = cloudckpt.StorageWriter(uri, endpoint_url=endpoint, overwrite=True)
     for value in range(3):
         dcp.save({"t": torch.full((100,), value)}, storage_writer=writer, no_dist=True)
-    assert [record.name for record in caplog.records].count("cloudckpt.backends.commit") == 1
+    assert [record.name for record in caplog.records].count("cloudckpt.backends.save.commit") == 1
     loaded = {"t": torch.zeros(100, dtype=torch.int64)}
     dcp.load(loaded, storage_reader=cloudckpt.StorageReader(uri, endpoint_url=endpoint), no_dist=True)
     assert torch.equal(loaded["t"], torch.full((100,), 2))

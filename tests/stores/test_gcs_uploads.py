@@ -13,7 +13,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends import attempts
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.errors import (
     AccessDeniedError,
@@ -26,6 +25,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.store import Part, Upload
 from cloudckpt.backends.stores import gcs_client, gcs_xml
 from cloudckpt.backends.stores.gcs import GCSStore
@@ -453,7 +453,7 @@ def test_an_account_that_may_not_list_uploads_saves_even_so(
     assert caught.value.hint is not None and "storage.multipartUploads.list" in caught.value.hint
     writer = cloudckpt.StorageWriter(f"{uri}/step-0000000001", endpoint_url=gcs.endpoint)
     dcp.save({"t": torch.arange(1000)}, storage_writer=writer, no_dist=True)
-    assert attempts.remove_dead(store, "step-0000000001") == []
+    assert stale_attempts.remove_dead(store, "step-0000000001") == []
     collected = collect_garbage(uri, older_than=0, endpoint_url=gcs.endpoint)
     assert any("may not list multipart uploads" in one for one in collected.skipped)
     gcs.deny(bucket)

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends import commit
-from cloudckpt.backends.commit import put_metadata
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     CheckpointExistsError,
@@ -22,6 +20,8 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
 )
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit
+from cloudckpt.backends.save.commit import put_metadata
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore

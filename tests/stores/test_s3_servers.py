@@ -13,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 
 import cloudckpt
 from cloudckpt import doctor
-from cloudckpt.backends import marker
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.errors import (
@@ -23,7 +22,8 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.gc import collect_garbage
-from cloudckpt.backends.marker import SaveMarker
+from cloudckpt.backends.save import save_lease
+from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.pace import Paces
@@ -173,7 +173,7 @@ def test_a_marker_is_renewed_and_gc_leaves_the_save_alone(
         for request in proxy.seen("PutObject")
         if not request.headers.get("if-match", "").startswith('"')
     ]
-    assert marker.MARKER.search(put.target.partition("?")[0].lstrip("/"))
+    assert save_lease.MARKER.search(put.target.partition("?")[0].lstrip("/"))
     collect_garbage(run.uri, older_than=NOW, **run.options)
     assert store.is_pending(upload)
     held.check()

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.marker import MARKER
+from cloudckpt.backends.save.save_lease import MARKER
 from cloudckpt.backends.stores import open_store
 from cloudckpt.run import Run
 

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from cloudckpt.backends.errors import ObjectNotFoundError
-from cloudckpt.backends.marker import SILENT_FOR
+from cloudckpt.backends.save.save_lease import SILENT_FOR
 from cloudckpt.backends.store import (
     Arrived,
     Capabilities,
@@ -37,7 +37,7 @@ GHOST = -2
 """The step 2 that is listed although it was deleted."""
 _CLOCKED = (
     "cloudckpt.backends.gc",
-    "cloudckpt.backends.marker",
+    "cloudckpt.backends.save.save_lease",
     "cloudckpt.backends.stores.memory",
     "cloudckpt.retention",
     "cloudckpt.run",

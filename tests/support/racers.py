@@ -24,8 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.backends import commit
 from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.save import commit
 from support.places import Place
 
 DEADLINE = 120.0

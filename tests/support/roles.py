@@ -17,7 +17,7 @@ import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.gc import Garbage, collect_garbage
-from cloudckpt.backends.marker import SILENT_FOR
+from cloudckpt.backends.save.save_lease import SILENT_FOR
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run
 from support.lagging import GHOST, neighbour

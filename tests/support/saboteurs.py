@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 import cloudckpt
-from cloudckpt.backends import commit
+from cloudckpt.backends.save import commit
 
 RAISE, EXIT_17, KILL, STOP, WAIT = "raise", "exit 17", "kill", "stop", "wait"
 SET_UP, WRITE_DATA, WROTE, FINISH, PUT, COMMITTED, COMMITTED_KILL_1 = (

@@ -392,7 +392,7 @@ def in_flight_together(*, late: bool) -> Iterator[None]:
 
     with (
         mock.patch("cloudckpt.backends.transfer.task_pool.in_thread", begun),
-        mock.patch("cloudckpt.backends.coordinator.wait", wait),
+        mock.patch("cloudckpt.backends.save.commit_requests.wait", wait),
     ):
         yield
 
@@ -413,7 +413,7 @@ def many_worlds() -> Iterator[None]:
         for opener in OPENERS:
             stack.enter_context(mock.patch(opener, open_here))
         # A run lasts milliseconds and a renewal comes by the minute, on a thread that a dead actor leaves.
-        stack.enter_context(mock.patch("cloudckpt.backends.marker._keep_renewed"))
+        stack.enter_context(mock.patch("cloudckpt.backends.save.save_lease._keep_renewed"))
         for pool in POOLS:
             stack.enter_context(mock.patch(pool, InlinePool))
         stack.enter_context(simulated())

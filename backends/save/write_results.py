@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends.commit import RankReport
 from cloudckpt.backends.errors import CommitError, note_others
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save.commit import RankReport
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.gc_pause import no_collection
 

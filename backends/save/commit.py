@@ -30,14 +30,14 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.object_looks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
+from cloudckpt.backends.save.object_checks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
+from cloudckpt.backends.save.uploader import StagedObject
 from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, lanes
 from cloudckpt.backends.transfer.task_pool import outcomes_of, run_all
-from cloudckpt.backends.upload import StagedObject
 
 _log = background_log.logger(__name__)
 _COMPLETED_AT_FIRST = 8

@@ -14,12 +14,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends import layout
 from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.tensor_archive import Item, encode_bytes, encode_tensor
+from cloudckpt.backends.save import object_layout
 from cloudckpt.backends.state import tensors
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import AsyncCollectiveTensor, StorageInfo
@@ -95,15 +95,15 @@ def laid_out(
     call = uuid.uuid4().hex
     # Every object costs requests to begin and to complete.
     most = options.concurrency if store.wants_several_objects else 1
-    buckets = layout.distribute(items, layout.usual_part_size(options), most)
-    sizes = [sum(map(layout.estimated_size, bucket)) for bucket in buckets]
+    buckets = object_layout.distribute(items, object_layout.usual_part_size(options), most)
+    sizes = [sum(map(object_layout.estimated_size, bucket)) for bucket in buckets]
     limits, at_once = store.part_limits, transfer_lanes(store, "up", transfers(store, options)).limit
-    in_place = layout.part_size_in_place(sum(sizes), at_once, options, limits)
-    usual = layout.usual_part_size(options)
+    in_place = object_layout.part_size_in_place(sum(sizes), at_once, options, limits)
+    usual = object_layout.usual_part_size(options)
     return [
         PlannedObject(
             f"{md.DATA_PREFIX}{rank}_{index}.{call}{md.DATA_SUFFIX}",
-            needed := layout.part_size_for(size, options, limits),
+            needed := object_layout.part_size_for(size, options, limits),
             in_place if needed == usual else max(needed, in_place),
             bucket,
             planner,

@@ -21,12 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends import commit, layout, stage, written
 from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.config import uri_hints
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.coordinator import Coordinator
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -35,13 +33,15 @@ from cloudckpt.backends.errors import (
     UncertainCommitError,
 )
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.save import commit, object_layout, object_plan, write_results
+from cloudckpt.backends.save.commit_requests import Coordinator
+from cloudckpt.backends.save.uploader import Observer, StagedObject, Uploader
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.whole import loadable
 from cloudckpt.backends.system import background_log, tracebacks
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.request_limit import transfers
-from cloudckpt.backends.upload import Observer, StagedObject, Uploader
 from cloudckpt.backends.version import __version__
 
 _log = background_log.logger(__name__)
@@ -135,7 +135,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
         self._previous = None
         try:
             store = self._opened()
-            layout.check_part_size(self._target.options, store.part_limits, store.uri)
+            object_layout.check_part_size(self._target.options, store.part_limits, store.uri)
             if self._coordinator:
                 uri_hints.warn_of_new_folder(self._target.typed)
                 self._requests = Coordinator(store)
@@ -236,15 +236,15 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
             UncertainCommitError: no answer tells whether the commit happened.
             CheckpointExistsError: another save committed here in the meantime.
         """
-        reports = written.reports_in(results)
+        reports = write_results.reports_in(results)
         staged = [one for report in reports for one in report.staged]
         self._uploader = None
         at_once = commit.at_once(self._target.options, len(reports))
         with self._opened() as store:
             requests = self._requests = self._requests or Coordinator(store)
             try:
-                written.raise_failures(reports)
-                stored = written.stored(metadata, results, store.uri)
+                write_results.raise_failures(reports)
+                stored = write_results.stored(metadata, results, store.uri)
                 requests.settle()
                 requests.begin_check()
                 objects = commit.publish(store, staged, at_once)
@@ -326,7 +326,7 @@ class StorageWriter(Addressed, dcp_storage.StorageWriter):
     def _stage(self, plan: SavePlan, planner: SavePlanner, results: list[WriteResult]) -> list[StagedObject]:
         options, store = self._target.options, self._opened()
         self._uploader = Uploader(store, transfers(store, options), options.memory_limit, self._observer)
-        objects = stage.laid_out(plan.items, planner, self._rank, options, store)
+        objects = object_plan.laid_out(plan.items, planner, self._rank, options, store)
         sent = self._uploader.send({one.name: one.to_send() for one in objects}, self._cleared(store))
         for one, its in zip(objects, sent, strict=True):
             results += one.results(self._uploader.algorithm, its.fragments)

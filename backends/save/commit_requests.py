@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cloudckpt.backends.marker import SaveMarker
+from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.task_pool import begun
 

@@ -1,0 +1,1 @@
+"""A save: the writer, the plan of its objects, their uploads, and the commit."""
