@@ -14,7 +14,7 @@ from cloudckpt.backends.confirmation import is_held
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.read_lease import READ_LEASE, is_read
+from cloudckpt.backends.load.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.object_checks import found
 from cloudckpt.backends.save.save_lease import MARKER, is_silent, silent_since

@@ -28,7 +28,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
     )
     from cloudckpt.backends.gc import Garbage, collect_garbage
-    from cloudckpt.backends.reader import StorageReader
+    from cloudckpt.backends.load.reader import StorageReader
     from cloudckpt.backends.save.writer import StorageWriter
     from cloudckpt.backends.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.version import __version__

@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
     IntegrityError,
 )
-from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.tracebacks import trimmed, trimming

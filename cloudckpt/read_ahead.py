@@ -14,8 +14,8 @@ from functools import cached_property, partial
 from typing import Final
 
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
-from cloudckpt.backends.read_lease import put_lease
-from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.load.read_lease import put_lease
+from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system.system_limits import in_thread

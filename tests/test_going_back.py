@@ -21,7 +21,7 @@ from cloudckpt import Checkpointer
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.loading import Loading

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
+from cloudckpt.backends.load.peer_transport import Door, Link, Lobby, LostPeerError, Purpose, call
 from support.executors import within
 
 

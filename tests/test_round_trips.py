@@ -21,8 +21,8 @@ import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CommitError
-from cloudckpt.backends.read_lease import put_lease
-from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.load.read_lease import put_lease
+from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.save import commit_requests
 from cloudckpt.backends.save.commit_requests import Coordinator
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name

@@ -23,7 +23,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 import cloudckpt
 from cloudckpt import Checkpointer
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.read_lease import put_lease
+from cloudckpt.backends.load.read_lease import put_lease
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.run import Run

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import shared_reads
+from cloudckpt.backends.load import shared_reader
 from support.ranks import RankPools
 
 _SHAPE = (600, 1000)
@@ -50,19 +50,19 @@ def blank(rank: int) -> dict[str, Any]:
 def load(rank: int, uri: str, share: list[bool | None], **options: Any) -> int:
     """Load and compare; how many reads this rank had from another."""
     passed: list[int] = []
-    receive = shared_reads.SharedReads._receive
+    receive = shared_reader.SharedReads._receive
 
     def counting(self: Any, link: Any, batch: Any) -> None:
         receive(self, link, batch)
         passed.append(len(batch.extents))
 
-    shared_reads.SharedReads._receive = counting  # type: ignore[method-assign]
+    shared_reader.SharedReads._receive = counting  # type: ignore[method-assign]
     try:
         state, expected = blank(rank), _state()
         reader = cloudckpt.StorageReader(uri, share=share[rank], **options)
         dcp.load(state, storage_reader=reader)
     finally:
-        shared_reads.SharedReads._receive = receive  # type: ignore[method-assign]
+        shared_reader.SharedReads._receive = receive  # type: ignore[method-assign]
     for name in ("large", "small", "empty"):
         assert torch.equal(state[name], expected[name].to(state[name].dtype)), name
     assert state["value"] == expected["value"]

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.backends import shared_reads
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.peers import Door
-from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
+from cloudckpt.backends.load import shared_reader
+from cloudckpt.backends.load.peer_transport import Door
+from cloudckpt.backends.load.shared_reader import Circle, SharedReads, circles
 from cloudckpt.backends.transfer.byte_ranges import Arrival, Extent
 from cloudckpt.backends.transfer.downloader import Downloader
 from support.executors import within
@@ -180,7 +180,7 @@ def test_damage_is_found_by_every_rank(folder: Path) -> None:
 def test_a_first_rank_that_never_comes_is_not_waited_for_as_long_as_a_request(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_reads, "_MEETING", 0.5)
+    monkeypatch.setattr(shared_reader, "_MEETING", 0.5)
     ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
     members = circles([rank.lobby.door for rank in ranks])
     with within(60):

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.backends.sharing import Offer, tasks_of
+from cloudckpt.backends.load.read_assignment import Offer, tasks_of
 from cloudckpt.backends.transfer.byte_ranges import GAP
 
 _MIB = 1 << 20

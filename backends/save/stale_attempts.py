@@ -23,7 +23,7 @@ from cloudckpt.backends.confirmation import is_held, leases_now
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent
 from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload

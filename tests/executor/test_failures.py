@@ -10,7 +10,7 @@ import pytest
 
 import cloudckpt
 from cloudckpt.backends.errors import ExecutorDiedError, SaveTimeoutError
-from cloudckpt.backends.reader import StorageReader
+from cloudckpt.backends.load.reader import StorageReader
 from support import executors, saboteurs
 from support.executors import assert_loads, living, small_state
 from support.ranks import RankPool, RankPools

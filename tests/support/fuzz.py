@@ -35,10 +35,10 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends import load
 from cloudckpt.backends.checksum import CRC64NVME
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.format import metadata, metadata_unpickler, stock_archive
+from cloudckpt.backends.load import read_plan
 from cloudckpt.backends.state import values
 from cloudckpt.backends.state.codec import build, builtin_types
 from support import hostile, plain_values, structures, value_classes
@@ -541,7 +541,7 @@ KINDS: dict[str, type[Kind]] = {
 
 def fuzz(name: str, seed: int, count: int, folder: Path) -> Report:
     """Try ``count`` inputs of a kind, those written by hand first."""
-    load._WHOLE = 256  # small items are looked into like large ones,
+    read_plan._WHOLE = 256  # small items are looked into like large ones,
     stock_archive.PROBE = 4096  # and of most no more than the ends is read
     kind = KINDS[name](honest(folder))
     report = Report(name, seed)

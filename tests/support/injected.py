@@ -11,8 +11,8 @@ from unittest import mock
 import torch
 
 from cloudckpt import Checkpointer, run, saves
-from cloudckpt.backends import reader
 from cloudckpt.backends.errors import StorageError
+from cloudckpt.backends.load import reader
 from cloudckpt.backends.state import load_planner
 from cloudckpt.executor import arena, snapshot
 from cloudckpt.state import app_state

@@ -15,8 +15,8 @@ from unittest import mock
 from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.peers import Lobby
-from cloudckpt.backends.shared_reads import Circle, SharedReads
+from cloudckpt.backends.load.peer_transport import Lobby
+from cloudckpt.backends.load.shared_reader import Circle, SharedReads
 from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.transfer.byte_ranges import Extent

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
-from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.stores import open_store
 from support import duties, findings
 from support.as_aws import Policed, policed

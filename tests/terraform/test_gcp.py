@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from cloudckpt.backends.read_lease import READ_LEASE
+from cloudckpt.backends.load.read_lease import READ_LEASE
 from support import duties
 from support.gcs import GCSServer
 from support.hcl import Module

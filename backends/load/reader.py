@@ -26,11 +26,11 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.load import load
-from cloudckpt.backends.peers import Door, Lobby
+from cloudckpt.backends.load.peer_transport import Door, Lobby
+from cloudckpt.backends.load.read_plan import load
+from cloudckpt.backends.load.shared_reader import Circle, SharedReads, circles
+from cloudckpt.backends.load.stored_size import StoredSize
 from cloudckpt.backends.save.uploader import Observer
-from cloudckpt.backends.shared_reads import Circle, SharedReads, circles
-from cloudckpt.backends.sizes import StoredSize
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.request_limit import transfers
 

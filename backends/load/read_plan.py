@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 
 from cloudckpt.backends import strides
 from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
-from cloudckpt.backends.destination import assign, copy, is_ordinary, landing_for, memory_for, settle_into
 from cloudckpt.backends.errors import (
     CheckpointError,
     ConfigurationError,
@@ -24,7 +23,15 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.stock_archive import Stored, locate
-from cloudckpt.backends.shared_reads import SharedReads
+from cloudckpt.backends.load.destination import (
+    assign,
+    copy,
+    is_ordinary,
+    landing_for,
+    memory_for,
+    settle_into,
+)
+from cloudckpt.backends.load.shared_reader import SharedReads
 from cloudckpt.backends.state import sparse, stand_ins
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.state.values import load_tensor, loads, prove_safe

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from cloudckpt.backends.checksum import LARGEST_CHUNK
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.peers import Door, Link, Lobby, LostPeerError, Purpose, call
-from cloudckpt.backends.sharing import Offer, Task, tasks_of
+from cloudckpt.backends.load.peer_transport import Door, Link, Lobby, LostPeerError, Purpose, call
+from cloudckpt.backends.load.read_assignment import Offer, Task, tasks_of
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.buffer_pool import Scratch
