@@ -20,8 +20,8 @@ from typing import Annotated, Final
 import pydantic
 from pydantic import Field
 
-from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
+from cloudckpt.backends.manage.confirmation import leases_now
 from cloudckpt.backends.save.save_lease import SILENT_FOR, SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.system import background_log

@@ -16,7 +16,6 @@ if sys.platform == "win32":
 if TYPE_CHECKING:
     from cloudckpt.backends.conversion import Conversion, convert
     from cloudckpt.backends.copy.copy import Copied, copy_checkpoint
-    from cloudckpt.backends.delete import delete_checkpoint
     from cloudckpt.backends.errors import (
         AccessDeniedError,
         CheckpointError,
@@ -33,10 +32,11 @@ if TYPE_CHECKING:
         UncertainCommitError,
         UnsafeCheckpointError,
     )
-    from cloudckpt.backends.gc import Garbage, collect_garbage
     from cloudckpt.backends.load.reader import StorageReader
+    from cloudckpt.backends.manage.delete import delete_checkpoint
+    from cloudckpt.backends.manage.gc import Garbage, collect_garbage
+    from cloudckpt.backends.manage.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.save.writer import StorageWriter
-    from cloudckpt.backends.verify import Damage, Unloadable, Verification, verify
     from cloudckpt.backends.version import __version__
     from cloudckpt.checkpointer import Checkpointer
     from cloudckpt.events import CheckpointInfo

@@ -15,8 +15,8 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.errors import ConfigurationError
+from cloudckpt.backends.manage.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.save.writer import StorageWriter
 from cloudckpt.backends.store import ObjectStore

@@ -28,8 +28,8 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.load.read_lease import READ_LEASE, is_read
+from cloudckpt.backends.manage.set_aside import ASIDE, set_aside
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent, silent_since
-from cloudckpt.backends.set_aside import ASIDE, set_aside
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name

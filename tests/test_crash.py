@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends.errors import CommitError, StorageError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import MARKER
 from support.crash import RANKS, Call, Ended, Fate, Job, Moment, Zygote, committed, content_of, new_zygote
 from support.places import FOLDER, SOAKED, USUAL, Place, new_place

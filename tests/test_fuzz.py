@@ -31,7 +31,7 @@ from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format import stock_archive
 from cloudckpt.backends.format.pickle_limits import claims_too_much
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.state.codec import archive as archives
 from cloudckpt.backends.state.values import load_tensor, prove_safe
 from cloudckpt.backends.store import ObjectStore, Overwrite

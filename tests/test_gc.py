@@ -21,7 +21,7 @@ import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ConfigurationError, StorageError
-from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import marker_name
 from cloudckpt.backends.store import Create, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store

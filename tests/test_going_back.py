@@ -22,7 +22,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE
-from cloudckpt.backends.set_aside import ASIDE
+from cloudckpt.backends.manage.set_aside import ASIDE
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.loading import Loading
 from cloudckpt.retention import drop
@@ -306,7 +306,7 @@ def test_a_load_that_begins_while_its_step_is_deleted_finds_all_objects(place: P
     with run_at(place, keep_last=1) as checkpointer:
         checkpointer.save(1, numbered(1))
         with slow_reader.reading(place, "1", tmp_path) as reader:
-            with mock.patch("cloudckpt.backends.delete.is_read", side_effect=[False, True]):
+            with mock.patch("cloudckpt.backends.manage.delete.is_read", side_effect=[False, True]):
                 assert drop(Run(target), 1)
             assert checkpointer.all_steps() == []
             assert reader.finish() == "1 [1.0]"

@@ -38,6 +38,7 @@ from cloudckpt.backends.checksum import (
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.manage.verify import Damage, _grouped, verify
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.memory import MemoryStore
@@ -45,7 +46,6 @@ from cloudckpt.backends.transfer.byte_ranges import Arrival
 from cloudckpt.backends.transfer.download_checksums import Checking
 from cloudckpt.backends.transfer.segments import View, Window
 from cloudckpt.backends.transfer.upload_checksums import Tally
-from cloudckpt.backends.verify import Damage, _grouped, verify
 from support.places import new_place
 from support.servers import S3Server
 

@@ -17,9 +17,9 @@ from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
-from cloudckpt.backends.delete import delete_unread
 from cloudckpt.backends.formats import safetensors
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.delete import delete_unread
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite

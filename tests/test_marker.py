@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointNotFoundError, CommitError, StorageError, UnansweredError
-from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.manage.delete import delete_checkpoint
+from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore

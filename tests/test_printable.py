@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.save.commit import find_previous
 from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store

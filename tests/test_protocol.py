@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cloudckpt.backends import confirmation
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, UnansweredError, UncertainCommitError
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.manage import confirmation
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.commit import Previous
 from cloudckpt.backends.store import ObjectStore

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CommitError
 from cloudckpt.backends.load.read_lease import put_lease
 from cloudckpt.backends.load.reader import StorageReader
+from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.save import commit_requests
 from cloudckpt.backends.save.commit_requests import Coordinator
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name

@@ -24,7 +24,7 @@ import cloudckpt
 from cloudckpt import Checkpointer
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import put_lease
-from cloudckpt.backends.set_aside import ASIDE
+from cloudckpt.backends.manage.set_aside import ASIDE
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.run import Run
 from support.one_executor import one_executor

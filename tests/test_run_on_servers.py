@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from support.commands import at, run
 from support.executors import until
 from support.places import S3_PART_SIZE, Place

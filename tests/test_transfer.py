@@ -16,7 +16,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import cloudckpt
-from cloudckpt.backends import gc
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy import copy_workers, journal
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks, checks_of
@@ -32,6 +31,7 @@ from cloudckpt.backends.errors import (
     UnsafeCheckpointError,
 )
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.manage import gc
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectStore, Part, Upload

@@ -16,8 +16,8 @@ from datetime import datetime
 from typing import Final
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.confirmation import leases_now
 from cloudckpt.backends.errors import CheckpointError
+from cloudckpt.backends.manage.confirmation import leases_now
 from cloudckpt.backends.save.save_lease import SaveMarker, is_silent
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final
 
-from cloudckpt.backends.confirmation import is_held, leases_now
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, UnsupportedError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE
+from cloudckpt.backends.manage.confirmation import is_held, leases_now
+from cloudckpt.backends.manage.set_aside import ASIDE
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent
-from cloudckpt.backends.set_aside import ASIDE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload
 from cloudckpt.backends.stores.names import DATA, STEP, STEP_PREFIX
 from cloudckpt.backends.system import background_log, process_identity

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.save.object_layout import check_part_size
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.stores import open_store

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.save.uploader import Observer, Uploader
 from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends.contents import Contents, Shard, StoredTensor, StoredValue
+from cloudckpt.backends.manage.contents import Contents, Shard, StoredTensor, StoredValue
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 

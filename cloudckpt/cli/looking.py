@@ -27,7 +27,7 @@ def show(uri: Uri, step: Step = None, option: Given = None, as_json: Json = Fals
     """Show what a checkpoint holds: by default the newest of a run."""
     target = target_of(uri, option)
 
-    from cloudckpt.backends.contents import contents_at
+    from cloudckpt.backends.manage.contents import contents_at
     from cloudckpt.cli.tree import show as show_contents
     from cloudckpt.run import Run
 
@@ -55,7 +55,7 @@ def diff(
     """Compare two checkpoints by names, shapes and checksums. Of a run it takes the newest."""
     targets = [target_of(uri, option) for uri in (first, second)]
 
-    from cloudckpt.backends.contents import contents_at
+    from cloudckpt.backends.manage.contents import contents_at
     from cloudckpt.cli.difference import diff as compare
     from cloudckpt.run import Run
 

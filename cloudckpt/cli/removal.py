@@ -9,9 +9,9 @@ from datetime import timedelta
 from rich.console import Console
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.delete import delete_checkpoint
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
-from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.manage.delete import delete_checkpoint
+from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import listing, output
 from cloudckpt.retention import Retention, drop, superseded

@@ -9,7 +9,7 @@ from typing import Any, Final
 from rich.text import Text
 from rich.tree import Tree
 
-from cloudckpt.backends.contents import Contents, StoredTensor, StoredValue
+from cloudckpt.backends.manage.contents import Contents, StoredTensor, StoredValue
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output
 

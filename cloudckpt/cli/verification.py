@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from itertools import groupby
 
-from cloudckpt.backends import verify as library
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.manage import verify as library
+from cloudckpt.backends.manage.verify import Damage, Verification
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.backends.verify import Damage, Verification
 from cloudckpt.cli import output
 from cloudckpt.cli.progress import progress
 

@@ -10,7 +10,7 @@ from typing import Final
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding, State
-from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.exam import Exam, open_exam
 from cloudckpt.doctor.machine import machine

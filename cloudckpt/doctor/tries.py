@@ -19,7 +19,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.exam import Exam
 

@@ -30,7 +30,7 @@ from terminal import INDENT, Story
 import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 

@@ -12,7 +12,7 @@ import pytest
 
 from cloudckpt import collect_garbage
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.litter import Litter
+from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.local_exam import file_system_of

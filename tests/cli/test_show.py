@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import cloudckpt
-from cloudckpt.backends.contents import contents
 from cloudckpt.backends.format import metadata as md
+from cloudckpt.backends.manage.contents import contents
 from cloudckpt.cli.tree import branches
 from support.commands import at, run, save
 from support.places import Place

@@ -15,7 +15,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     ConfigurationError,
 )
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import gcs_client, gcs_endpoint
 from cloudckpt.backends.stores.gcs import GCSStore

@@ -24,7 +24,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UnsupportedError,
 )
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.store import Part, Upload
 from cloudckpt.backends.stores import gcs_client, gcs_xml

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.stores import s3_answers
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run

@@ -21,7 +21,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnsupportedError,
 )
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import save_lease
 from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite, Update

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt import Checkpointer, CheckpointNotFoundError
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.gc import collect_garbage
+from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.stores import open_store
 from support import roles
 from support.commands import at, run, save

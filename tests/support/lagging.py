@@ -36,7 +36,7 @@ PAUSE = timedelta(minutes=15)
 GHOST = -2
 """The step 2 that is listed although it was deleted."""
 _CLOCKED = (
-    "cloudckpt.backends.gc",
+    "cloudckpt.backends.manage.gc",
     "cloudckpt.backends.save.save_lease",
     "cloudckpt.backends.stores.memory",
     "cloudckpt.retention",

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.storage import StorageWriter
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.delete import delete_checkpoint
-from cloudckpt.backends.gc import Garbage, collect_garbage
+from cloudckpt.backends.manage.delete import delete_checkpoint
+from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import SILENT_FOR
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run

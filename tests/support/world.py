@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.set_aside import ASIDE
+from cloudckpt.backends.manage.set_aside import ASIDE
 from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.interleave import Strand, Violation

@@ -10,15 +10,15 @@ from typing import Any, Final
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
-from cloudckpt.backends.confirmation import is_held
 from cloudckpt.backends.copy.journal import JOURNAL
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE, is_read
+from cloudckpt.backends.manage.confirmation import is_held
+from cloudckpt.backends.manage.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.object_checks import found
 from cloudckpt.backends.save.save_lease import MARKER, is_silent, silent_since
-from cloudckpt.backends.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.names import PIN

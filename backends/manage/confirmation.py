@@ -11,8 +11,8 @@ from datetime import datetime, timedelta
 
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ObjectNotFoundError
+from cloudckpt.backends.manage.set_aside import ASIDE, NOTICE
 from cloudckpt.backends.save.save_lease import is_silent
-from cloudckpt.backends.set_aside import ASIDE, NOTICE
 from cloudckpt.backends.store import ObjectInfo, ObjectStore
 
 _RESOLUTION = timedelta(seconds=1)

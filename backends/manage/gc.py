@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import confirmation, convert_lease, set_aside
+from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.copy.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
@@ -29,6 +29,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE
+from cloudckpt.backends.manage import confirmation, set_aside
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent, silent_since
 from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store

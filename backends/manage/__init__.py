@@ -1,0 +1,1 @@
+"""Management of checkpoints: verify, list contents, delete, collect garbage, set aside."""
