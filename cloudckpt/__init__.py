@@ -14,7 +14,7 @@ if sys.platform == "win32":
     )
 
 if TYPE_CHECKING:
-    from cloudckpt.backends.conversion import Conversion, convert
+    from cloudckpt.backends.convert.convert import Conversion, convert
     from cloudckpt.backends.copy.copy import Copied, copy_checkpoint
     from cloudckpt.backends.errors import (
         AccessDeniedError,

@@ -27,16 +27,15 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.serialization import config
 
 import cloudckpt
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert import convert_lease, torch_writer
+from cloudckpt.backends.convert.state_source import Entry, boxes, make_up
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
     ConfigurationError,
     IntegrityError,
 )
-from cloudckpt.backends.formats import torch_writer
-from cloudckpt.backends.formats.source import Entry, boxes, make_up
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.transfer.segments import Fetched
 from support.commands import save
@@ -321,7 +320,7 @@ def faulty(at: str, fault: Fault | None) -> Iterator[Journal]:
         return FaultyStore(store, fault, journal) if target.uri.startswith(at) else store
 
     with (
-        mock.patch("cloudckpt.backends.conversion.open_store", opened),
+        mock.patch("cloudckpt.backends.convert.convert.open_store", opened),
         mock.patch("cloudckpt.backends.addressed.open_store", opened),
     ):
         yield journal

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.formats import safetensors
+from cloudckpt.backends.convert import convert_lease, safetensors
 from cloudckpt.backends.stores import open_store
 from support.commands import options_of, run, save
 from support.places import FOLDER, GCS, Place

@@ -13,11 +13,10 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import cloudckpt
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert import convert_lease, safetensors
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.copy.journal import JOURNAL_NAME
-from cloudckpt.backends.formats import safetensors
 from cloudckpt.backends.manage.delete import delete_unread
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts

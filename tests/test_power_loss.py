@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 import cloudckpt
 from cloudckpt import retention
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.conversion import convert
+from cloudckpt.backends.convert.convert import convert
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.stores import files, local, open_store

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert import convert_lease
 from cloudckpt.backends.copy.journal import JOURNAL, left_by
 from cloudckpt.backends.errors import (
     ConfigurationError,

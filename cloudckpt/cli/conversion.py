@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from cloudckpt.backends import conversion as library
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.conversion import Conversion
+from cloudckpt.backends.convert import convert as library
+from cloudckpt.backends.convert.convert import Conversion
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.cli import output

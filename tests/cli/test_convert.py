@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 import cloudckpt
-from cloudckpt.backends import conversion
+from cloudckpt.backends.convert import convert
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.cli import progress
 from support.commands import at, in_a_pipe, options_of, run, save
@@ -317,4 +317,4 @@ def test_long_work_says_how_far_it_is(folder: Place, monkeypatch: pytest.MonkeyP
 def test_help_needs_no_torch() -> None:
     ran = in_a_pipe("convert", "--help")
     assert ran.status == 0 and "safetensors" in ran.out
-    assert conversion.SHARD_SIZE in ran.out
+    assert convert.SHARD_SIZE in ran.out

@@ -18,8 +18,9 @@ from typing import Any
 from unittest import mock
 
 import cloudckpt
-from cloudckpt.backends import conversion, stores
+from cloudckpt.backends import stores
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert import convert as conversion
 from cloudckpt.backends.manage import gc
 from cloudckpt.backends.store import ObjectStore
 

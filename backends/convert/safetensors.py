@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert.publish import Planned
+from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.tensor_archive import Payload
-from cloudckpt.backends.formats.put import Planned
-from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.segments import Segment, View

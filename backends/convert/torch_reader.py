@@ -26,6 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from cloudckpt.backends import strides, torch_private
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert.state_source import Path, Source, refuse_kind
+from cloudckpt.backends.convert.torch_archive import Archive, Record
 from cloudckpt.backends.errors import (
     CheckpointError,
     ConfigurationError,
@@ -35,8 +37,6 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.format.tensor_archive import Payload
-from cloudckpt.backends.formats.archive import Archive, Record
-from cloudckpt.backends.formats.source import Path, Source, refuse_kind
 from cloudckpt.backends.state.values import plain_data_allowed
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only

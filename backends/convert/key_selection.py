@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cloudckpt.backends.convert.state_source import Path, Source
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError
-from cloudckpt.backends.formats.source import Path, Source
 
 
 @dataclass(frozen=True, slots=True)

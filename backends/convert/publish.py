@@ -7,8 +7,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.options import Options
+from cloudckpt.backends.convert import convert_lease
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
 from cloudckpt.backends.save import commit, object_layout
 from cloudckpt.backends.save.uploader import Observer, Uploader

@@ -16,14 +16,13 @@ import pydantic
 import torch
 from pydantic import ByteSize
 
-from cloudckpt.backends import convert_lease
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert import convert_lease, dcp, safetensors, torch_reader, torch_writer
+from cloudckpt.backends.convert.key_selection import Selected, nested, selected
+from cloudckpt.backends.convert.publish import Planned, Putting
+from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.formats import checkpoint, safetensors, torch_file, torch_writer
-from cloudckpt.backends.formats.put import Planned, Putting
-from cloudckpt.backends.formats.selection import Selected, nested, selected
-from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
@@ -77,7 +76,7 @@ def named_kind(target: Target) -> Kind | None:
     name = target.uri.rpartition("/")[2].lower()
     if name.endswith(safetensors.SUFFIX):
         return "safetensors"
-    return "torch" if name.endswith(torch_file.SUFFIXES) else None
+    return "torch" if name.endswith(torch_reader.SUFFIXES) else None
 
 
 def convert(
@@ -160,9 +159,9 @@ def _open(target: Target, memory_limit: int, *, trust: bool) -> Source:
     store = open_store(folder)
     try:
         if kind == "torch":
-            return torch_file.open_file(store, name, target, memory_limit, trust=trust)
+            return torch_reader.open_file(store, name, target, memory_limit, trust=trust)
         if kind == "checkpoint":
-            return checkpoint.open_checkpoint(store, target, memory_limit, trust=trust)
+            return dcp.open_checkpoint(store, target, memory_limit, trust=trust)
         if file:
             return safetensors.open_file(store, name, target, memory_limit)
         return safetensors.open_folder(store, target, memory_limit)
@@ -198,8 +197,8 @@ class _Job:
         self.entries = source.entries(self._keys)
 
     def to_checkpoint(self) -> Conversion:
-        state, fetched = self._state(checkpoint.stand_ins(self.entries))
-        checkpoint.write_checkpoint(
+        state, fetched = self._state(dcp.stand_ins(self.entries))
+        dcp.write_checkpoint(
             self._target,
             state,
             fetched,

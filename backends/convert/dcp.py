@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import committed
 from cloudckpt.backends.format.tensor_archive import encode_fetched
-from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.save.writer import StorageWriter
 from cloudckpt.backends.store import ObjectStore

@@ -22,11 +22,11 @@ from typing import IO, Any, Final, cast
 import torch
 from awscrt import checksums as crt
 
+from cloudckpt.backends.convert.publish import Planned
+from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.format.stock_archive import EndsOnly
 from cloudckpt.backends.format.tensor_archive import FramingSink
-from cloudckpt.backends.formats.put import Planned
-from cloudckpt.backends.formats.source import Entry, Source
 from cloudckpt.backends.save.uploader import NotSentError
 from cloudckpt.backends.torch_private import FakeTensorMode, storage_identity
 from cloudckpt.backends.transfer.segments import Late, Segment, View, bytes_of

@@ -1,0 +1,1 @@
+"""Conversion between checkpoints, `torch.save` files and safetensors."""
