@@ -44,7 +44,7 @@ from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
-from cloudckpt.backends.stores.s3_codes import SET_THE_CLOCK, quoted
+from cloudckpt.backends.stores.s3.codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system.system_limits import open_files_cure
 
 SETTINGS: Final = "the option endpoint_url or STORAGE_EMULATOR_HOST"

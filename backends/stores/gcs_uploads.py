@@ -22,7 +22,7 @@ from cloudckpt.backends.stores.gcs_multipart import Completed, Page
 from cloudckpt.backends.stores.gcs_requests import Requests
 from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
-from cloudckpt.backends.stores.s3_checksum import combined, given_or_of
+from cloudckpt.backends.stores.s3.checksums import combined, given_or_of
 
 LIMITS: Final = PartLimits(5 << 20, 5 << 30, 10_000, in_place=True)
 """Limits of parts, as in Google's "Quotas & limits"."""

@@ -14,7 +14,7 @@ import pytest
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, StorageError
 from cloudckpt.backends.store import Upload
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.answers import serving
 from support.foreign import OPERATIONS
 from support.gcs import GCSServer

@@ -18,7 +18,7 @@ import cloudckpt
 from cloudckpt import doctor
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.manage.gc import collect_garbage
-from cloudckpt.backends.stores import s3_answers
+from cloudckpt.backends.stores.s3 import answers as s3_answers
 from cloudckpt.retention import Retention, prune
 from cloudckpt.run import Run
 from support.gcs import GCSServer

@@ -21,8 +21,8 @@ from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.store import Part
 from cloudckpt.backends.stores.pace import Pace
 from cloudckpt.backends.stores.retry import Judgement, Reply, Retries, Verdict, seconds_after
-from cloudckpt.backends.stores.s3_checksum import combined, contradicted, given_or_of
-from cloudckpt.backends.stores.s3_verdict import judge
+from cloudckpt.backends.stores.s3.checksums import combined, contradicted, given_or_of
+from cloudckpt.backends.stores.s3.verdict import judge
 
 _FINAL = Judgement(Verdict.FINAL)
 _TRANSIENT = Judgement(Verdict.TRANSIENT)

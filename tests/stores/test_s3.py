@@ -22,7 +22,7 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import ObjectStore, Overwrite
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from support.conformance import StoreConformance
 from support.servers import S3Server, unused_port

@@ -13,8 +13,9 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.backends.stores import s3_capabilities, s3_requests
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3 import capabilities as s3_capabilities
+from cloudckpt.backends.stores.s3 import requests as s3_requests
+from cloudckpt.backends.stores.s3.store import S3Store
 from support import dialects
 from support.buckets import (
     OPERATIONS,

@@ -19,10 +19,10 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.stores.causes import Route
 from cloudckpt.backends.stores.retry import Verdict
-from cloudckpt.backends.stores.s3_client import SETTINGS
-from cloudckpt.backends.stores.s3_codes import quoted
-from cloudckpt.backends.stores.s3_errors import explained
-from cloudckpt.backends.stores.s3_verdict import judge
+from cloudckpt.backends.stores.s3.client import SETTINGS
+from cloudckpt.backends.stores.s3.codes import quoted
+from cloudckpt.backends.stores.s3.errors import explained
+from cloudckpt.backends.stores.s3.verdict import judge
 from support.buckets import OPERATIONS, Bucket, Stores
 from support.proxy import Answer, Proxy
 

@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.store import Part, Upload
 from cloudckpt.backends.stores.pace import ON_BEHALF
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.buckets import (
     PART,
     Bucket,

@@ -24,9 +24,9 @@ from botocore.config import Config
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, StorageError
 from cloudckpt.backends.store import Part, Upload
-from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.stores.s3_connections import Connections
-from cloudckpt.backends.stores.s3_errors import status_of
+from cloudckpt.backends.stores.s3.connections import Connections
+from cloudckpt.backends.stores.s3.errors import status_of
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.answers import serving
 from support.as_aws import elsewhere, in_region
 from support.buckets import Bucket, open_in, send

@@ -16,7 +16,7 @@ from cloudckpt import Checkpointer
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.manage.gc import collect_garbage
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.answers import serving
 from support.places import Place
 from support.proxy import Proxy, Request, SendAs, Spoiling, proxied

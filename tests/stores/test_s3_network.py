@@ -17,9 +17,10 @@ from cloudckpt.backends.errors import (
     UnansweredError,
 )
 from cloudckpt.backends.store import Create, Overwrite
-from cloudckpt.backends.stores import s3_requests, s3_verdict
 from cloudckpt.backends.stores.retry import Judgement
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3 import requests as s3_requests
+from cloudckpt.backends.stores.s3 import verdict as s3_verdict
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.buckets import (
     OPERATIONS,
     PART,

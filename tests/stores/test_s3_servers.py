@@ -27,9 +27,9 @@ from cloudckpt.backends.save.save_lease import SaveMarker
 from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.pace import Paces
-from cloudckpt.backends.stores.s3 import S3Store
-from cloudckpt.backends.stores.s3_capabilities import TagForm, server_of
-from cloudckpt.backends.stores.s3_client import Clients
+from cloudckpt.backends.stores.s3.capabilities import TagForm, server_of
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.store import S3Store
 from support import dialects
 from support.places import Place
 from support.proxy import Answer, DropHeaders, LoseAnswer, Proxy, Rule, proxied

@@ -14,7 +14,7 @@ from awscrt import checksums
 import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Overwrite
-from cloudckpt.backends.stores import s3
+from cloudckpt.backends.stores.s3 import store as s3
 from cloudckpt.backends.stores.s3_body import BuffersBody
 from support.certificate import self_signed
 from support.proxy import Answer, Proxy, Request, proxied

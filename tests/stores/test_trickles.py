@@ -15,7 +15,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import Upload
 from cloudckpt.backends.stores.http.bounded import MOST
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.answers import serving
 from support.gcs import GCSServer
 from support.proxy import MOST_PIECES, RawAnswer, Request, Sip, Spoiling, Trickle

@@ -11,7 +11,7 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Overwrite, Upload
-from cloudckpt.backends.stores.s3 import S3Store
+from cloudckpt.backends.stores.s3.store import S3Store
 from support.proxy import Proxy
 from support.servers import S3Server
 

@@ -37,7 +37,8 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo, ObjectStore, Update
-from cloudckpt.backends.stores import open_store, s3_client
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.s3 import client as s3_client
 from support import states
 from support.faults import SEAM, FaultyStore, Journal
 from support.places import Place
@@ -49,7 +50,7 @@ DEADLINE = 60.0
 """Seconds that a save may take, and a rank that lost the other one may take to end."""
 _IMPORTS = 120.0
 """Seconds that the zygote may take to import torch."""
-_LATE_IMPORTS = ("torch._dynamo", "cloudckpt.backends.stores.local", "cloudckpt.backends.stores.s3")
+_LATE_IMPORTS = ("torch._dynamo", "cloudckpt.backends.stores.local", "cloudckpt.backends.stores.s3.store")
 """What every rank would import anew: the first, for DTensors, takes seconds."""
 
 

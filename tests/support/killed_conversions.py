@@ -27,7 +27,7 @@ from cloudckpt.backends.store import ObjectStore
 LATE_IMPORTS = (
     "torch._dynamo",
     "cloudckpt.backends.stores.local",
-    "cloudckpt.backends.stores.s3",
+    "cloudckpt.backends.stores.s3.store",
     "cloudckpt.backends.stores.gcs",
 )
 """What every process would import anew: the first takes seconds."""

@@ -33,7 +33,7 @@ DEADLINE = 120.0
 _PRELOADED = [
     "cloudckpt",
     "cloudckpt.backends.stores.local",
-    "cloudckpt.backends.stores.s3",
+    "cloudckpt.backends.stores.s3.store",
     "torch.distributed.checkpoint",
 ]
 _LAST_WORDS = 10.0

@@ -10,9 +10,9 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores.exam import Exam
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import code_of, is_denial
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import code_of, is_denial
+from cloudckpt.backends.stores.s3.requests import Requests
 
 _NO_RULES: Final = "NoSuchLifecycleConfiguration"
 _ADD_A_RULE: Final = "Add a lifecycle rule with AbortIncompleteMultipartUpload"

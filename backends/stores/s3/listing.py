@@ -11,9 +11,9 @@ from botocore.exceptions import ClientError
 
 from cloudckpt.backends.errors import StorageError, UnsupportedError
 from cloudckpt.backends.store import Listing, ObjectInfo, PendingUpload, Upload
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import is_page, not_s3, status_of
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import is_page, not_s3, status_of
+from cloudckpt.backends.stores.s3.requests import Requests
 
 _UNSUPPORTED = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 _OBJECT_TOKENS = {"ContinuationToken": "NextContinuationToken"}

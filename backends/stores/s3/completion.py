@@ -20,9 +20,9 @@ from botocore.compat import HTTPHeaders
 from botocore.exceptions import ClientError
 from botocore.utils import percent_encode
 
-from cloudckpt.backends.stores.s3_codes import WRONG_REGION
-from cloudckpt.backends.stores.s3_connections import Answer, Connections
-from cloudckpt.backends.stores.s3_errors import code_of, status_of
+from cloudckpt.backends.stores.s3.codes import WRONG_REGION
+from cloudckpt.backends.stores.s3.connections import Answer, Connections
+from cloudckpt.backends.stores.s3.errors import code_of, status_of
 
 _OPERATION: Final = "CompleteMultipartUpload"
 _KEY: Final = "cloudckpt-key"

@@ -26,10 +26,10 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.checksum import ALGORITHMS, CRC32C, CRC64NVME
 from cloudckpt.backends.stores.names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
-from cloudckpt.backends.stores.s3_checksum import content_md5, parameters
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import is_of_credentials, status_of
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.checksums import content_md5, parameters
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import is_of_credentials, status_of
+from cloudckpt.backends.stores.s3.requests import Requests
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 

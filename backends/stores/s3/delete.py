@@ -16,16 +16,11 @@ from typing import Any, Final
 from botocore.exceptions import ClientError
 
 from cloudckpt.backends.errors import AccessDeniedError
-from cloudckpt.backends.stores.s3_capabilities import Server
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_codes import WRONG_REGION, quoted
-from cloudckpt.backends.stores.s3_errors import (
-    NotDeletedError,
-    code_of,
-    is_of_credentials,
-    status_of,
-)
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.capabilities import Server
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.codes import WRONG_REGION, quoted
+from cloudckpt.backends.stores.s3.errors import NotDeletedError, code_of, is_of_credentials, status_of
+from cloudckpt.backends.stores.s3.requests import Requests
 from cloudckpt.backends.transfer.task_pool import run_all
 
 _BATCH: Final = 1000

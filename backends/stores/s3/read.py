@@ -18,8 +18,8 @@ from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.causes import Route, ended_cure, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.http.content_range import whole_size
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import BrokenBodyError, not_s3, without_etag
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import BrokenBodyError, not_s3, without_etag
 from cloudckpt.backends.stores.whole import check_whole
 
 _PIECE: Final = 8 << 20

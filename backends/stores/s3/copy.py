@@ -12,10 +12,10 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.checksum import ALGORITHMS
 from cloudckpt.backends.store import ObjectInfo, ObjectStore, Part, Upload
 from cloudckpt.backends.stores.retry import Outcome
-from cloudckpt.backends.stores.s3_capabilities import TagForm
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import not_s3, status_of
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.capabilities import TagForm
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import not_s3, status_of
+from cloudckpt.backends.stores.s3.requests import Requests
 
 LARGEST: Final = 5 << 30
 """Bytes that CopyObject takes."""

@@ -34,14 +34,13 @@ from cloudckpt.backends.store import (
 )
 from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
-from cloudckpt.backends.stores.s3_answers import check_key
-from cloudckpt.backends.stores.s3_body import BuffersBody
-from cloudckpt.backends.stores.s3_capabilities import PutSupport, server_of
-from cloudckpt.backends.stores.s3_checksum import content_md5, contradicted, given_or_of, parameters, proves
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_copy import Copying, Original
-from cloudckpt.backends.stores.s3_delete import Deleter
-from cloudckpt.backends.stores.s3_errors import (
+from cloudckpt.backends.stores.s3.answers import check_key
+from cloudckpt.backends.stores.s3.capabilities import PutSupport, server_of
+from cloudckpt.backends.stores.s3.checksums import content_md5, contradicted, given_or_of, parameters, proves
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.copy import Copying, Original
+from cloudckpt.backends.stores.s3.delete import Deleter
+from cloudckpt.backends.stores.s3.errors import (
     code_of,
     is_of_credentials,
     not_s3,
@@ -49,10 +48,11 @@ from cloudckpt.backends.stores.s3_errors import (
     unanswered,
     without_etag,
 )
-from cloudckpt.backends.stores.s3_listing import check_supported, listed_objects, listed_uploads
-from cloudckpt.backends.stores.s3_missing import read_object
-from cloudckpt.backends.stores.s3_read import read_range, read_whole
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.listing import check_supported, listed_objects, listed_uploads
+from cloudckpt.backends.stores.s3.missing import read_object
+from cloudckpt.backends.stores.s3.read import read_range, read_whole
+from cloudckpt.backends.stores.s3.requests import Requests
+from cloudckpt.backends.stores.s3_body import BuffersBody
 
 _DELETED_AT_ONCE = 1000
 _MIN_PART = 5 << 20

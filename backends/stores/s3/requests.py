@@ -12,10 +12,10 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
 from cloudckpt.backends.stores.causes import Route, ended_cure, readable, words
 from cloudckpt.backends.stores.retry import Outcome, Retries
-from cloudckpt.backends.stores.s3_client import SETTINGS, Clients
-from cloudckpt.backends.stores.s3_errors import BrokenBodyError, explained
-from cloudckpt.backends.stores.s3_shared import SharedClients
-from cloudckpt.backends.stores.s3_verdict import judge
+from cloudckpt.backends.stores.s3.client import SETTINGS, Clients
+from cloudckpt.backends.stores.s3.errors import BrokenBodyError, explained
+from cloudckpt.backends.stores.s3.shared import SharedClients
+from cloudckpt.backends.stores.s3.verdict import judge
 
 _T = TypeVar("_T")
 

@@ -14,9 +14,9 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_codes import WRONG_CLOCK, WRONG_REGION
-from cloudckpt.backends.stores.s3_errors import (
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.codes import WRONG_CLOCK, WRONG_REGION
+from cloudckpt.backends.stores.s3.errors import (
     answer_of,
     code_of,
     denied_action,
@@ -25,8 +25,8 @@ from cloudckpt.backends.stores.s3_errors import (
     not_s3,
     status_of,
 )
-from cloudckpt.backends.stores.s3_requests import Requests
-from cloudckpt.backends.stores.s3_settings import settings_of
+from cloudckpt.backends.stores.s3.requests import Requests
+from cloudckpt.backends.stores.s3.settings import settings_of
 
 _ACTIONS: Final = {
     "put": "s3:PutObject",

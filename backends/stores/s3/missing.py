@@ -20,9 +20,9 @@ from botocore.exceptions import ClientError
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.stores.retry import Outcome
-from cloudckpt.backends.stores.s3_client import Clients
-from cloudckpt.backends.stores.s3_errors import denial, is_denial, not_s3, status_of
-from cloudckpt.backends.stores.s3_requests import Requests
+from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.s3.errors import denial, is_denial, not_s3, status_of
+from cloudckpt.backends.stores.s3.requests import Requests
 
 _T = TypeVar("_T")
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.stores.causes import Route, origin
 from cloudckpt.backends.stores.http import bounded
-from cloudckpt.backends.stores.s3_errors import not_s3
+from cloudckpt.backends.stores.s3.errors import not_s3
 
 _AWS_HOSTS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _ROOTS: Final[Mapping[str, str]] = {
