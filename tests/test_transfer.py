@@ -36,7 +36,7 @@ from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from cloudckpt.backends.stores.local import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX

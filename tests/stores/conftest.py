@@ -11,7 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 import pytest
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support import live
 from support.buckets import Bucket, Stores, open_in
 from support.gcs import GCSServer

@@ -16,8 +16,8 @@ from google.auth.exceptions import RefreshError
 from cloudckpt import Checkpointer
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ObjectNotFoundError, StorageError
-from cloudckpt.backends.stores import gcs_errors
 from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.gcs import errors as gcs_errors
 from support.findings import doctor
 from support.gcs import GCSServer
 from support.places import Place

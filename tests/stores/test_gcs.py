@@ -8,7 +8,7 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.conformance import StoreConformance
 from support.fake_gcs import FAULTS, FakeGCS
 from support.gcs import GCSServer

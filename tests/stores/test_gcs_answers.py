@@ -24,7 +24,7 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import Create, Overwrite, Part
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.gcs import GCSServer, gcs_server
 
 _GRANULE = 256 << 10

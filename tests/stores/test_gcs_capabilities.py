@@ -17,9 +17,10 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.store import Create, Overwrite, Update
-from cloudckpt.backends.stores import gcs_client, gcs_endpoint
-from cloudckpt.backends.stores.gcs import GCSStore
-from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, PutSupport
+from cloudckpt.backends.stores.gcs import client as gcs_client
+from cloudckpt.backends.stores.gcs import endpoint as gcs_endpoint
+from cloudckpt.backends.stores.gcs.capabilities import GCSCapabilities, PutSupport
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from cloudckpt.doctor import examine
 from support.fake_gcs import FakeGCS
 from support.gcs import GCSServer

@@ -18,7 +18,7 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import Create, Overwrite, Upload
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.answers import WELCOME, answering
 from support.gcs import GCSServer
 

@@ -12,7 +12,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.store import Upload
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.fake_gcs import FakeGCS
 from support.gcs import GCSServer
 from support.proxy import LoseAnswer, Request, Spoiling, proxied

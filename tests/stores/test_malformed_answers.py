@@ -10,7 +10,7 @@ import pytest
 
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError, UnansweredError
 from cloudckpt.backends.store import ObjectStore, Overwrite
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.buckets import Bucket, Stores
 from support.gcs import GCSServer
 from support.malformed import NOT_A_STORE, NOT_HTTP, redirection

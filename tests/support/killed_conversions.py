@@ -28,7 +28,7 @@ LATE_IMPORTS = (
     "torch._dynamo",
     "cloudckpt.backends.stores.local",
     "cloudckpt.backends.stores.s3.store",
-    "cloudckpt.backends.stores.gcs",
+    "cloudckpt.backends.stores.gcs.store",
 )
 """What every process would import anew: the first takes seconds."""
 MOST = 100

@@ -11,8 +11,8 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import ObjectStore
-from cloudckpt.backends.stores import gcs_capabilities
-from cloudckpt.backends.stores.gcs import GCSStore
+from cloudckpt.backends.stores.gcs import capabilities as gcs_capabilities
+from cloudckpt.backends.stores.gcs.store import GCSStore
 from cloudckpt.backends.stores.s3 import capabilities as s3_capabilities
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.foreign import Stage, stage

@@ -27,7 +27,7 @@ from cloudckpt.backends.config.options import Options, where_credentials_belong
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.stores.gcs_endpoint import (
+from cloudckpt.backends.stores.gcs.endpoint import (
     configured_endpoint,
     elsewhere,
     is_google,
@@ -35,7 +35,7 @@ from cloudckpt.backends.stores.gcs_endpoint import (
     same_origin,
     serves_xml,
 )
-from cloudckpt.backends.stores.gcs_errors import SETTINGS, PageError, RefusedError
+from cloudckpt.backends.stores.gcs.errors import SETTINGS, PageError, RefusedError
 from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.users import release, use

@@ -10,7 +10,7 @@ import urllib3
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
-from cloudckpt.backends.stores.gcs_answers import (
+from cloudckpt.backends.stores.gcs.answers import (
     FIELDS,
     check_listing,
     content_length,
@@ -22,8 +22,8 @@ from cloudckpt.backends.stores.gcs_answers import (
     whole_size,
     written_info,
 )
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.http.connections import fill
 from cloudckpt.backends.stores.whole import check_whole
 

@@ -9,13 +9,13 @@ from urllib.parse import quote
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.store import ObjectInfo
-from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, written_info
-from cloudckpt.backends.stores.gcs_capabilities import server_of
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import explained, status_of
-from cloudckpt.backends.stores.gcs_read import stat
-from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.gcs_write import delete
+from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, written_info
+from cloudckpt.backends.stores.gcs.capabilities import server_of
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import explained, status_of
+from cloudckpt.backends.stores.gcs.read import stat
+from cloudckpt.backends.stores.gcs.requests import Requests
+from cloudckpt.backends.stores.gcs.write import delete
 
 _NO_REWRITE: Final = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 

@@ -10,10 +10,10 @@ from typing import Final
 
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.store import ObjectInfo
-from cloudckpt.backends.stores.gcs_answers import FIELDS, document, lacking, written_info
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_endpoint import elsewhere, is_of
-from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, written_info
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.endpoint import elsewhere, is_of
+from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
 _NOTHING: Final = (b"", b"null", b"{}")

@@ -17,11 +17,11 @@ import urllib3
 
 from cloudckpt.backends.errors import IntegrityError, StorageError
 from cloudckpt.backends.store import Departed, Part, PendingUpload, Upload
-from cloudckpt.backends.stores import gcs_xml
-from cloudckpt.backends.stores.gcs_answers import crc32c_of, lacking
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import GoneError, PageError, RefusedError
-from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs import xml as gcs_xml
+from cloudckpt.backends.stores.gcs.answers import crc32c_of, lacking
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import GoneError, PageError, RefusedError
+from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
 _NO_BUCKET: Final = "NoSuchBucket"

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Final
 
-from cloudckpt.backends.stores import gcs_batch
-from cloudckpt.backends.stores.gcs_answers import lacking
-from cloudckpt.backends.stores.gcs_capabilities import server_of
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import RefusedError, explained, judge, status_of
-from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.gcs_write import delete
+from cloudckpt.backends.stores.gcs import batch_delete as gcs_batch
+from cloudckpt.backends.stores.gcs.answers import lacking
+from cloudckpt.backends.stores.gcs.capabilities import server_of
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import RefusedError, explained, judge, status_of
+from cloudckpt.backends.stores.gcs.requests import Requests
+from cloudckpt.backends.stores.gcs.write import delete
 from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.retry import Verdict
 from cloudckpt.backends.transfer.task_pool import run_all

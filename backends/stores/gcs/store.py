@@ -23,15 +23,17 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
-from cloudckpt.backends.stores import gcs_read, gcs_session, gcs_write
-from cloudckpt.backends.stores.gcs_answers import written_info
-from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, PutSupport, server_of
-from cloudckpt.backends.stores.gcs_copy import copied
-from cloudckpt.backends.stores.gcs_delete import delete_objects
-from cloudckpt.backends.stores.gcs_errors import GoneError, explained
-from cloudckpt.backends.stores.gcs_requests import Requests
-from cloudckpt.backends.stores.gcs_session import Session, StatusUnknownError, WrongSizeError
-from cloudckpt.backends.stores.gcs_uploads import LIMITS, MultipartUploads
+from cloudckpt.backends.stores.gcs import read as gcs_read
+from cloudckpt.backends.stores.gcs import resumable_upload as gcs_session
+from cloudckpt.backends.stores.gcs import write as gcs_write
+from cloudckpt.backends.stores.gcs.answers import written_info
+from cloudckpt.backends.stores.gcs.capabilities import GCSCapabilities, PutSupport, server_of
+from cloudckpt.backends.stores.gcs.copy import copied
+from cloudckpt.backends.stores.gcs.delete import delete_objects
+from cloudckpt.backends.stores.gcs.errors import GoneError, explained
+from cloudckpt.backends.stores.gcs.requests import Requests
+from cloudckpt.backends.stores.gcs.resumable_upload import Session, StatusUnknownError, WrongSizeError
+from cloudckpt.backends.stores.gcs.uploads import LIMITS, MultipartUploads
 
 _GRANULE: Final = 256 << 10
 """Bytes that a session takes multiples of."""

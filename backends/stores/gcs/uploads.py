@@ -15,11 +15,13 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.store import Departed, ObjectInfo, Part, PartLimits, PendingUpload, Upload
-from cloudckpt.backends.stores import gcs_multipart, gcs_read, gcs_write
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import GoneError, explained, status_of
-from cloudckpt.backends.stores.gcs_multipart import Completed, Page
-from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs import multipart as gcs_multipart
+from cloudckpt.backends.stores.gcs import read as gcs_read
+from cloudckpt.backends.stores.gcs import write as gcs_write
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import GoneError, explained, status_of
+from cloudckpt.backends.stores.gcs.multipart import Completed, Page
+from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3.checksums import combined, given_or_of

@@ -18,14 +18,14 @@ from urllib.parse import quote
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
 from cloudckpt.backends.store import Departed, Part
 from cloudckpt.backends.stores.causes import words
-from cloudckpt.backends.stores.gcs_answers import lacking, parsed, size_of
-from cloudckpt.backends.stores.gcs_capabilities import Server
-from cloudckpt.backends.stores.gcs_errors import CANCELLED, GoneError, RefusedError, judge
+from cloudckpt.backends.stores.gcs.answers import lacking, parsed, size_of
+from cloudckpt.backends.stores.gcs.capabilities import Server
+from cloudckpt.backends.stores.gcs.errors import CANCELLED, GoneError, RefusedError, judge
 from cloudckpt.backends.stores.retry import Reply
 from cloudckpt.backends.stores.s3_body import BuffersBody
 
 if TYPE_CHECKING:
-    from cloudckpt.backends.stores.gcs_client import Client
+    from cloudckpt.backends.stores.gcs.client import Client
 
 _GRANULE: Final = 256 << 10
 _MORE: Final = int(HTTPStatus.PERMANENT_REDIRECT)

@@ -13,11 +13,11 @@ from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, Config
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
 from cloudckpt.backends.stores.causes import Route
-from cloudckpt.backends.stores.gcs_answers import document
-from cloudckpt.backends.stores.gcs_capabilities import GCSCapabilities, server_of
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, judge
-from cloudckpt.backends.stores.gcs_requests import Requests
+from cloudckpt.backends.stores.gcs.answers import document
+from cloudckpt.backends.stores.gcs.capabilities import GCSCapabilities, server_of
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import SETTINGS, RefusedError, explained, judge
+from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.retry import Outcome, Retries
 
 _PERMISSIONS: Final = {

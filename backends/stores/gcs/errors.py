@@ -28,7 +28,6 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.stores import gcs_xml
 from cloudckpt.backends.stores.causes import (
     USER_OF_PROXY,
     Route,
@@ -41,6 +40,7 @@ from cloudckpt.backends.stores.causes import (
     words,
 )
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.gcs import xml as gcs_xml
 from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.proxies import proxy_of
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after

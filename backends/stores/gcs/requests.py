@@ -12,9 +12,9 @@ from urllib.parse import quote
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
 from cloudckpt.backends.stores.causes import Route, readable
-from cloudckpt.backends.stores.gcs_answers import check_listing, document, entries
-from cloudckpt.backends.stores.gcs_client import Client
-from cloudckpt.backends.stores.gcs_errors import SETTINGS, RefusedError, explained, foreign, judge, status_of
+from cloudckpt.backends.stores.gcs.answers import check_listing, document, entries
+from cloudckpt.backends.stores.gcs.client import Client
+from cloudckpt.backends.stores.gcs.errors import SETTINGS, RefusedError, explained, foreign, judge, status_of
 from cloudckpt.backends.stores.retry import Outcome, Retries
 
 _T = TypeVar("_T")
