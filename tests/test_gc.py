@@ -25,7 +25,7 @@ from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import marker_name
 from cloudckpt.backends.store import Create, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.local import LocalStore
+from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.backends.stores.names import PIN, probe_name
 from cloudckpt.retention import drop
 from cloudckpt.run import Run

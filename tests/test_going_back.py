@@ -23,7 +23,7 @@ from cloudckpt.backends.errors import AccessDeniedError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.manage.set_aside import ASIDE
-from cloudckpt.backends.stores.local import LocalStore
+from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.loading import Loading
 from cloudckpt.retention import drop
 from cloudckpt.run import Run

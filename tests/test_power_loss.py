@@ -22,7 +22,9 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.convert.convert import convert
 from cloudckpt.backends.copy.copy import copy_checkpoint
 from cloudckpt.backends.errors import CheckpointError
-from cloudckpt.backends.stores import files, local, open_store
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.local import durable_io
+from cloudckpt.backends.stores.local import store as local
 from cloudckpt.retention import PruningWriter, Retention
 from cloudckpt.run import Run
 from support import power_cuts, roles
@@ -325,14 +327,14 @@ def broken(what: str, tmp_path: Path) -> Verdict:
 
 
 def test_folders_that_are_not_synced_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "sync_folder", lambda _: None)
+    monkeypatch.setattr(durable_io, "sync_folder", lambda _: None)
     assert broken("second step", tmp_path).vanished > 0
 
 
 def test_a_folder_of_somebody_else_that_is_not_synced_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "sync_above", lambda _: None)
+    monkeypatch.setattr(durable_io, "sync_above", lambda _: None)
     assert broken("first save, folders just made", tmp_path).vanished > 0
 
 

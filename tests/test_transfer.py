@@ -37,7 +37,7 @@ from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.gcs.store import GCSStore
-from cloudckpt.backends.stores.local import LocalStore
+from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX
 from cloudckpt.backends.stores.s3 import copy as s3_copy

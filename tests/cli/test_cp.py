@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.stores.local import LocalStore
+from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.cli import output, progress
 from support import states
 from support.commands import Ran, at, run, save

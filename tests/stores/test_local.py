@@ -23,7 +23,8 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upload
-from cloudckpt.backends.stores import files, open_store
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.local import durable_io
 from support.conformance import StoreConformance
 from support.jobs import count_to, try_to_create, write_beyond_the_limit
 
@@ -210,20 +211,28 @@ def test_short_reads_and_writes_are_carried_on(tmp_path: Path) -> None:
     """A pipe-sized kernel answer is given by hand, for a disk gives one only when it is full."""
     data = bytes(range(256)) * 16
     views = [memoryview(data)[start : start + 37] for start in range(0, len(data), 37)]
-    with files.opened(tmp_path / "file", os.O_RDWR | os.O_CREAT) as fd, pytest.MonkeyPatch.context() as patch:
+    with (
+        durable_io.opened(tmp_path / "file", os.O_RDWR | os.O_CREAT) as fd,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(os, "pwritev", lambda fd, batch, offset: os.pwrite(fd, batch[0][:29], offset))
-        assert files.write_fully(fd, 5, views) == len(data)
+        assert durable_io.write_fully(fd, 5, views) == len(data)
         patch.setattr(os, "preadv", _preadv_at_most(31))
         memory = bytearray(len(data))
-        assert files.read_fully(fd, 5, [memoryview(memory)[:1000], memoryview(memory)[1000:]]) == len(data)
+        assert durable_io.read_fully(fd, 5, [memoryview(memory)[:1000], memoryview(memory)[1000:]]) == len(
+            data
+        )
     assert memory == data
 
 
 def test_a_write_that_takes_nothing_does_not_go_on_for_ever(tmp_path: Path) -> None:
-    with files.opened(tmp_path / "file", os.O_RDWR | os.O_CREAT) as fd, pytest.MonkeyPatch.context() as patch:
+    with (
+        durable_io.opened(tmp_path / "file", os.O_RDWR | os.O_CREAT) as fd,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(os, "pwritev", lambda *_: 0)
         with pytest.raises(OSError, match="took no bytes"):
-            files.write_fully(fd, 0, [memoryview(b"data")])
+            durable_io.write_fully(fd, 0, [memoryview(b"data")])
 
 
 # A file system that refuses

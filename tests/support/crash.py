@@ -50,7 +50,11 @@ DEADLINE = 60.0
 """Seconds that a save may take, and a rank that lost the other one may take to end."""
 _IMPORTS = 120.0
 """Seconds that the zygote may take to import torch."""
-_LATE_IMPORTS = ("torch._dynamo", "cloudckpt.backends.stores.local", "cloudckpt.backends.stores.s3.store")
+_LATE_IMPORTS = (
+    "torch._dynamo",
+    "cloudckpt.backends.stores.local.store",
+    "cloudckpt.backends.stores.s3.store",
+)
 """What every rank would import anew: the first, for DTensors, takes seconds."""
 
 

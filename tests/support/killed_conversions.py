@@ -26,7 +26,7 @@ from cloudckpt.backends.store import ObjectStore
 
 LATE_IMPORTS = (
     "torch._dynamo",
-    "cloudckpt.backends.stores.local",
+    "cloudckpt.backends.stores.local.store",
     "cloudckpt.backends.stores.s3.store",
     "cloudckpt.backends.stores.gcs.store",
 )

@@ -32,7 +32,7 @@ DEADLINE = 120.0
 """Seconds that one save may take, imports and waiting for all others included."""
 _PRELOADED = [
     "cloudckpt",
-    "cloudckpt.backends.stores.local",
+    "cloudckpt.backends.stores.local.store",
     "cloudckpt.backends.stores.s3.store",
     "torch.distributed.checkpoint",
 ]

@@ -42,11 +42,11 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
-from cloudckpt.backends.stores import files
-from cloudckpt.backends.stores.local_errors import NOT_THERE, translated
+from cloudckpt.backends.stores.local import durable_io
+from cloudckpt.backends.stores.local.errors import NOT_THERE, translated
+from cloudckpt.backends.stores.local.paths import Tree
 from cloudckpt.backends.stores.names import STEP
 from cloudckpt.backends.stores.runs import runs
-from cloudckpt.backends.stores.tree import Tree
 from cloudckpt.backends.stores.whole import check_whole
 from cloudckpt.backends.system import descriptors
 
@@ -81,7 +81,7 @@ class LocalStore(ObjectStore):
 
     def put(self, name: str, data: bytes, condition: Condition) -> ObjectInfo:
         with self._errors(name, writing=True), self._putting(name) as (hidden, fd):
-            files.write_fully(fd, 0, [memoryview(data)])
+            durable_io.write_fully(fd, 0, [memoryview(data)])
             return self._publish(fd, hidden, name, condition)
 
     def get(self, name: str) -> tuple[bytes, ObjectInfo]:
@@ -126,7 +126,7 @@ class LocalStore(ObjectStore):
             with self._errors(name):
                 path = self._tree.path(name)
                 try:
-                    with files.locked(path.parent, needed=False):
+                    with durable_io.locked(path.parent, needed=False):
                         path.unlink()
                 except OSError as error:
                     if error.errno not in NOT_THERE:
@@ -138,7 +138,7 @@ class LocalStore(ObjectStore):
                 with contextlib.suppress(
                     FileNotFoundError
                 ):  # removed with an object of it by another process
-                    files.sync_folder(folder)
+                    durable_io.sync_folder(folder)
                 self._remove_empty(folder)
 
     def begin_upload(self, name: str) -> Upload:
@@ -163,7 +163,7 @@ class LocalStore(ObjectStore):
                 raise self._ended(upload)
             size = 0
             for run in runs(buffers, _WINDOW):
-                size += files.write_fully(fd, offset + size, run)
+                size += durable_io.write_fully(fd, offset + size, run)
                 if departed is not None:
                     departed(size)
             os.fdatasync(fd)
@@ -187,7 +187,7 @@ class LocalStore(ObjectStore):
     def abort_upload(self, upload: Upload) -> None:
         with self._errors(upload.name):
             hidden = self._tree.hidden(upload)
-            with files.unused(hidden) as unused:
+            with durable_io.unused(hidden) as unused:
                 if unused:  # else it is no upload, but a put in progress
                     self._remove(hidden)
 
@@ -197,7 +197,7 @@ class LocalStore(ObjectStore):
             for upload, entry in self._tree.uploads(prefix):
                 with contextlib.suppress(FileNotFoundError):  # ended in the meantime
                     started = _time(entry.stat(follow_symlinks=False))
-                    if not files.is_locked(Path(entry.path)):
+                    if not durable_io.is_locked(Path(entry.path)):
                         yield PendingUpload(upload, started)
 
     def empty_folders(self) -> Iterator[EmptyFolder]:
@@ -209,7 +209,7 @@ class LocalStore(ObjectStore):
     def remove_empty_folder(self, name: str) -> None:
         with self._errors(name):
             folder = self._tree.path(name)
-            files.remove_empty_folders(folder, below=folder.parent)
+            durable_io.remove_empty_folders(folder, below=folder.parent)
 
     def copy_from(self, source: ObjectStore, info: ObjectInfo) -> ObjectInfo | None:
         """By the kernel: within one file system that shares blocks, no byte is moved."""
@@ -222,7 +222,7 @@ class LocalStore(ObjectStore):
             self._errors(name, writing=True),
             self._putting(name) as (hidden, fd),
         ):
-            copied = files.copy_whole(original, fd, info.size)
+            copied = durable_io.copy_whole(original, fd, info.size)
             if not copied or _info(name, os.fstat(original)).version != info.version:
                 return None
             return self._publish(fd, hidden, name, Overwrite())
@@ -234,7 +234,7 @@ class LocalStore(ObjectStore):
             hidden = self._tree.hidden(Upload(name, uuid.uuid4().hex))
             fd = self._create(hidden)
             try:
-                files.lock(fd)
+                durable_io.lock(fd)
                 if not os.path.lexists(hidden):  # aborted by another process before it was locked
                     continue
                 try:
@@ -250,9 +250,9 @@ class LocalStore(ObjectStore):
         for attempt in range(_OPEN_TRIES):
             try:
                 self._made_root |= not self._root.is_dir()
-                files.make_folders(hidden.parent)
+                durable_io.make_folders(hidden.parent)
                 if not self._is_anchored:
-                    files.sync_above(self._root)
+                    durable_io.sync_above(self._root)
                     self._is_anchored = True
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
                 return descriptors.opened(hidden, flags)
@@ -268,7 +268,7 @@ class LocalStore(ObjectStore):
         os.utime(fd, ns=(time.time_ns(), time.time_ns()))
         os.fsync(fd)
         # The lock is for updates: they compare and replace in one step only if nothing else is put meanwhile.
-        with files.locked(path.parent, needed=isinstance(condition, Update)):
+        with durable_io.locked(path.parent, needed=isinstance(condition, Update)):
             match condition:
                 case Overwrite():
                     hidden.replace(path)
@@ -286,7 +286,7 @@ class LocalStore(ObjectStore):
                         )
                     hidden.replace(path)
         with contextlib.suppress(FileNotFoundError):  # another process deleted the object and its folder
-            files.sync_folders(path.parent, self._root)
+            durable_io.sync_folders(path.parent, self._root)
         return _info(name, os.fstat(fd))
 
     def _version(self, name: str) -> str | None:
@@ -336,7 +336,7 @@ class LocalStore(ObjectStore):
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[int]:
         # O_NONBLOCK: opening a FIFO must not wait for its writer.
-        with files.opened(self._tree.path(name), os.O_RDONLY | os.O_NONBLOCK) as fd:
+        with durable_io.opened(self._tree.path(name), os.O_RDONLY | os.O_NONBLOCK) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ObjectNotFoundError("this is not a file", uri=self._uri, object_name=name)
             yield fd
@@ -352,7 +352,7 @@ class LocalStore(ObjectStore):
         end = offset + sum(buffer.nbytes for buffer in buffers)
         at = offset
         for run in runs(buffers, _WINDOW):
-            got = files.read_fully(fd, at, run)
+            got = durable_io.read_fully(fd, at, run)
             at += got
             if got < sum(piece.nbytes for piece in run):
                 raise IntegrityError(
@@ -372,7 +372,7 @@ class LocalStore(ObjectStore):
         The root stays, unless this store made it or its name is that of a step, which a run made.
         """
         may_remove_root = self._made_root or STEP.fullmatch(self._root.name) is not None
-        files.remove_empty_folders(folder, below=self._root.parent if may_remove_root else self._root)
+        durable_io.remove_empty_folders(folder, below=self._root.parent if may_remove_root else self._root)
 
     def _errors(self, name: str | None, *, writing: bool = False) -> contextlib.AbstractContextManager[None]:
         return translated(self._uri, name, writing=writing)
