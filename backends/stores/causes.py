@@ -27,7 +27,7 @@ from urllib3.util.ssl_match_hostname import CertificateError as WrongHostError
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import UnansweredError
 from cloudckpt.backends.stores.http.bounded import TooLongError
-from cloudckpt.backends.stores.proxies import PORTS, Proxy, unused_all_proxy
+from cloudckpt.backends.stores.http.proxies import PORTS, Proxy, unused_all_proxy
 from cloudckpt.backends.system.printable import one_line
 
 _T = TypeVar("_T")

@@ -24,7 +24,7 @@ from cloudckpt.backends.stores.http import body_loop
 from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.http.connections import AWS_POOLS, BrokenOffError, fill
 from cloudckpt.backends.stores.http.rates import Rates, SlowConnectionError
-from cloudckpt.backends.stores.s3_body import BuffersBody
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from support.certificate import self_signed
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"

@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.http import addresses
-from cloudckpt.backends.stores.http.addresses import Addresses
+from cloudckpt.backends.stores.http import server_addresses
+from cloudckpt.backends.stores.http.server_addresses import Addresses
 from support.certificate import self_signed
 from support.gcs import GCSServer
 from support.places import Place, new_place
@@ -38,7 +38,7 @@ Names = Callable[..., None]
 def named(monkeypatch: pytest.MonkeyPatch) -> Names:
     """Have a name resolve to some addresses of this machine."""
     resolve = socket.getaddrinfo
-    monkeypatch.setattr(addresses, "_known", {})
+    monkeypatch.setattr(server_addresses, "_known", {})
 
     def resolve_to(*found: str) -> None:
         def getaddrinfo(host: Any, *rest: Any, **options: Any) -> list[Any]:
@@ -107,18 +107,18 @@ def test_an_address_that_refuses_is_passed_over_and_left_out_for_a_while(
 ) -> None:
     named(DEAD, FIRST, SECOND)
     tried: list[str] = []
-    begin = addresses._begun
+    begin = server_addresses._begun
 
-    def noting(address: addresses.Address, *rest: Any) -> socket.socket:
+    def noting(address: server_addresses.Address, *rest: Any) -> socket.socket:
         tried.append(address.sockaddr[0])
         return begin(address, *rest)
 
-    monkeypatch.setattr(addresses, "_begun", noting)
+    monkeypatch.setattr(server_addresses, "_begun", noting)
     with listening(FIRST, SECOND) as server:
         to = Addresses(NAME, server.port)
         assert set(connect(to, 10)) == {FIRST, SECOND}
         assert tried.count(DEAD) == 1
-        monkeypatch.setattr(addresses, "_DEAD_FOR", 0.0)
+        monkeypatch.setattr(server_addresses, "_DEAD_FOR", 0.0)
         to._dead.clear()
         connect(to, 3)
         assert tried.count(DEAD) > 1

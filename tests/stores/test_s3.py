@@ -22,8 +22,8 @@ from cloudckpt.backends.errors import (
     StorageError,
 )
 from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.s3.store import S3Store
-from cloudckpt.backends.stores.s3_body import BuffersBody
 from support.conformance import StoreConformance
 from support.servers import S3Server, unused_port
 from support.shortcomings import FAULTS, RACES

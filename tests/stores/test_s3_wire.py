@@ -14,8 +14,8 @@ from awscrt import checksums
 import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.store import Overwrite
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.s3 import store as s3
-from cloudckpt.backends.stores.s3_body import BuffersBody
 from support.certificate import self_signed
 from support.proxy import Answer, Proxy, Request, proxied
 from support.servers import S3Server

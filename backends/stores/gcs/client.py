@@ -38,10 +38,10 @@ from cloudckpt.backends.stores.gcs.endpoint import (
 from cloudckpt.backends.stores.gcs.errors import SETTINGS, PageError, RefusedError
 from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.http.connections import POOLS
+from cloudckpt.backends.stores.http.proxies import Proxy, proxy_of
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
-from cloudckpt.backends.stores.proxies import Proxy, proxy_of
-from cloudckpt.backends.stores.s3_body import BuffersBody
 from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 

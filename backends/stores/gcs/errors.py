@@ -42,7 +42,7 @@ from cloudckpt.backends.stores.causes import (
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.gcs import xml as gcs_xml
 from cloudckpt.backends.stores.http.connections import BrokenOffError
-from cloudckpt.backends.stores.proxies import proxy_of
+from cloudckpt.backends.stores.http.proxies import proxy_of
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3.codes import SET_THE_CLOCK, quoted
 from cloudckpt.backends.system.system_limits import open_files_cure

@@ -22,7 +22,7 @@ from cloudckpt.backends.stores.gcs.answers import crc32c_of, lacking
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.errors import GoneError, PageError, RefusedError
 from cloudckpt.backends.stores.gcs.requests import Requests
-from cloudckpt.backends.stores.s3_body import BuffersBody
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 
 _NO_BUCKET: Final = "NoSuchBucket"
 _MOST_OF_AN_ANSWER: Final = 1 << 20

@@ -21,8 +21,8 @@ from cloudckpt.backends.stores.causes import words
 from cloudckpt.backends.stores.gcs.answers import lacking, parsed, size_of
 from cloudckpt.backends.stores.gcs.capabilities import Server
 from cloudckpt.backends.stores.gcs.errors import CANCELLED, GoneError, RefusedError, judge
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.retry import Reply
-from cloudckpt.backends.stores.s3_body import BuffersBody
 
 if TYPE_CHECKING:
     from cloudckpt.backends.stores.gcs.client import Client

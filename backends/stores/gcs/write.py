@@ -14,7 +14,7 @@ from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, wri
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.endpoint import elsewhere, is_of
 from cloudckpt.backends.stores.gcs.requests import Requests
-from cloudckpt.backends.stores.s3_body import BuffersBody
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 
 _NOTHING: Final = (b"", b"null", b"{}")
 """Bodies of the answer to a deletion. Google's is the first, those of emulators are the others."""

@@ -23,8 +23,8 @@ from cloudckpt.backends.store import Arrived
 from cloudckpt.backends.stores.http import body_loop, bounded
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.stores.http.reach import Reaching
+from cloudckpt.backends.stores.http.request_body import BuffersBody, Rest
 from cloudckpt.backends.stores.runs import runs
-from cloudckpt.backends.stores.s3_body import BuffersBody, Rest
 
 _WINDOW: Final = 1 << 20
 """Bytes received before ``arrived`` is called: enough for a call, and still in the processor's cache."""

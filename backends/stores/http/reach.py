@@ -12,7 +12,7 @@ from typing import Any
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
 from cloudckpt.backends.stores.http import tls_sessions
-from cloudckpt.backends.stores.http.addresses import addresses_of
+from cloudckpt.backends.stores.http.server_addresses import addresses_of
 
 
 class Reaching:

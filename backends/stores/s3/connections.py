@@ -21,9 +21,9 @@ from botocore import exceptions as boto
 from urllib3.util import wait_for_read
 
 from cloudckpt.backends.stores.http import bounded, tls_sessions
-from cloudckpt.backends.stores.http.addresses import addresses_of
-from cloudckpt.backends.stores.proxies import Proxy
-from cloudckpt.backends.stores.tls import context as tls_context
+from cloudckpt.backends.stores.http.proxies import Proxy
+from cloudckpt.backends.stores.http.server_addresses import addresses_of
+from cloudckpt.backends.stores.http.tls import context as tls_context
 
 _Idle: TypeAlias = "defaultdict[tuple[str, str], deque[_Connection]]"
 """By scheme and network location."""

@@ -32,6 +32,7 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
+from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.lost_begins import abort_others
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3.answers import check_key
@@ -52,7 +53,6 @@ from cloudckpt.backends.stores.s3.listing import check_supported, listed_objects
 from cloudckpt.backends.stores.s3.missing import read_object
 from cloudckpt.backends.stores.s3.read import read_range, read_whole
 from cloudckpt.backends.stores.s3.requests import Requests
-from cloudckpt.backends.stores.s3_body import BuffersBody
 
 _DELETED_AT_ONCE = 1000
 _MIN_PART = 5 << 20
