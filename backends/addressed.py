@@ -6,8 +6,8 @@ import os
 from typing import Any, ClassVar
 
 from cloudckpt.backends.config.target import Target, is_checkpoint_uri
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 
 
 class Addressed:

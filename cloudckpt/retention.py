@@ -19,8 +19,8 @@ from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.manage.delete import delete_remains, delete_set_aside, delete_unread
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.save.writer import StorageWriter
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.run import Entry, Run

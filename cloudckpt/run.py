@@ -30,9 +30,9 @@ from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.load.read_lease import READ_LEASE, is_read
 from cloudckpt.backends.manage.set_aside import ASIDE, set_aside
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent, silent_since
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, Overwrite
+from cloudckpt.backends.stores.object_names import PIN, STEP_DIGITS, STEP_PREFIX, probe_name
 from cloudckpt.backends.transfer.task_pool import run_all
 
 _FOLDER = re.compile(rf"{STEP_PREFIX}([0-9]{{{STEP_DIGITS}}})/?")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save.writer import StorageWriter as OurWriter
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import background_log, descriptors, system_limits
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor import collectives, failures, quiet, snapshot, unpickle, wire

@@ -25,8 +25,8 @@ import cloudckpt
 from cloudckpt import Checkpointer, events, progress
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.retention import PruningWriter, Retention
 from cloudckpt.run import Run
 from support import injected, states

@@ -26,7 +26,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.commit import Previous, put_metadata
 from cloudckpt.backends.save.uploader import StagedObject
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Capabilities,
     Condition,
     Create,

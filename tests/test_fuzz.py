@@ -34,8 +34,8 @@ from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.state.codec import archive as archives
 from cloudckpt.backends.state.values import load_tensor, prove_safe
-from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from support import fuzz, hostile
 
 pytestmark = pytest.mark.timeout(120)

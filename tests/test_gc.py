@@ -23,10 +23,10 @@ from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ConfigurationError, StorageError
 from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import marker_name
-from cloudckpt.backends.store import Create, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Upload
 from cloudckpt.backends.stores.local.store import LocalStore
-from cloudckpt.backends.stores.names import PIN, probe_name
+from cloudckpt.backends.stores.object_names import PIN, probe_name
 from cloudckpt.retention import drop
 from cloudckpt.run import Run
 from support.places import Place

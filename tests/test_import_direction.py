@@ -31,9 +31,9 @@ def tree(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("module", "breach"),
     [
-        ("backends/store.py", "import cloudckpt.executor"),
+        ("backends/stores/base.py", "import cloudckpt.executor"),
         ("backends/stores/__init__.py", "from cloudckpt import executor"),
-        ("backends/store.py", "from cloudckpt import StorageWriter"),
+        ("backends/stores/base.py", "from cloudckpt import StorageWriter"),
         ("executor/__init__.py", "import cloudckpt"),
     ],
 )

@@ -39,8 +39,8 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage.verify import Damage, _grouped, verify
-from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.transfer.byte_ranges import Arrival
 from cloudckpt.backends.transfer.download_checksums import Checking

@@ -21,8 +21,8 @@ from cloudckpt.backends.manage.delete import delete_unread
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.save.save_lease import SaveMarker
-from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, Overwrite
 from cloudckpt.retention import Retention, prune, superseded
 from cloudckpt.run import Run
 from support import roles

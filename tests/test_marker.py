@@ -24,7 +24,7 @@ from cloudckpt.backends.errors import CheckpointNotFoundError, CommitError, Stor
 from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.manage.gc import Garbage, collect_garbage
 from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
-from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo
+from cloudckpt.backends.stores.base import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.outsiders import OnS3
 from support.servers import S3Server

@@ -21,8 +21,8 @@ from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageEr
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.save.commit import find_previous
-from cloudckpt.backends.store import Create, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, Overwrite
 from cloudckpt.backends.system.printable import lines, one_line
 from cloudckpt.retention import drop
 from cloudckpt.run import Run

@@ -14,7 +14,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage import confirmation
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.commit import Previous
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.run import Run
 from support import roles

@@ -24,8 +24,8 @@ import cloudckpt
 from cloudckpt.backends.checksum import chunk_size
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

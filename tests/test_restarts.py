@@ -22,7 +22,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import stale_attempts
 from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import HIDDEN_PREFIX
+from cloudckpt.backends.stores.object_names import HIDDEN_PREFIX
 from cloudckpt.backends.system import process_identity
 from cloudckpt.run import Run
 from support.executors import until

@@ -15,8 +15,8 @@ from bench.endpoint import Endpoint, served
 from bench.growth import reached
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.retention import Retention
 from cloudckpt.run import Entry, Run
 from support.gcs import GCSServer, gcs_server

@@ -34,12 +34,12 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage import gc
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
-from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX
+from cloudckpt.backends.stores.object_names import PROBE, PROBE_PREFIX
 from cloudckpt.backends.stores.s3 import copy as s3_copy
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.copies import (

@@ -19,8 +19,8 @@ from torch.distributed.tensor import Shard
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError
-from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Overwrite
 from support import states
 from support.crash import committed
 from support.gcs import GCSServer

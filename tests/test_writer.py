@@ -26,8 +26,8 @@ from cloudckpt.backends.save.object_layout import (
     part_size_for,
     part_size_in_place,
 )
-from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Condition, ObjectInfo, ObjectStore, Part, PartLimits, Upload
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.transfer import downloader
 from cloudckpt.backends.transfer.downloader import Downloader

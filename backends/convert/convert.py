@@ -24,8 +24,8 @@ from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save.uploader import Observer
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 
 Kind = Literal["checkpoint", "torch", "safetensors"]
 """A checkpoint, a ``torch.save`` file, or one or more safetensors files."""

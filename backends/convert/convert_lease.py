@@ -23,7 +23,7 @@ from pydantic import Field
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
 from cloudckpt.backends.manage.confirmation import leases_now
 from cloudckpt.backends.save.save_lease import SILENT_FOR, SaveMarker, is_silent
-from cloudckpt.backends.store import ObjectStore, PendingUpload, Upload
+from cloudckpt.backends.stores.base import ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)

@@ -18,7 +18,7 @@ from cloudckpt.backends.format.committed import committed
 from cloudckpt.backends.format.tensor_archive import encode_fetched
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.save.writer import StorageWriter
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 
 

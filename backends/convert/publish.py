@@ -12,7 +12,7 @@ from cloudckpt.backends.convert import convert_lease
 from cloudckpt.backends.errors import CheckpointError, CheckpointExistsError, PreconditionFailedError
 from cloudckpt.backends.save import commit, object_layout
 from cloudckpt.backends.save.uploader import Observer, Uploader
-from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.transfer.segments import Segment
 

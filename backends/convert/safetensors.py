@@ -29,7 +29,7 @@ from cloudckpt.backends.convert.state_source import Entry, Source
 from cloudckpt.backends.errors import ConfigurationError, IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.tensor_archive import Payload
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.segments import Segment, View
 

@@ -21,7 +21,7 @@ from cloudckpt.backends import strides
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_plan import load
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.downloader import Downloader
 from cloudckpt.backends.transfer.segments import Fetched, Wanted
 

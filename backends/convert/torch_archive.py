@@ -14,7 +14,7 @@ from typing import IO, Final, cast
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, IntegrityError
 from cloudckpt.backends.format.stock_archive import Positioned
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import Downloader
 

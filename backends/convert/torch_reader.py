@@ -38,7 +38,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.pickle_limits import claims_too_much
 from cloudckpt.backends.format.tensor_archive import Payload
 from cloudckpt.backends.state.values import plain_data_allowed
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo, flatten_state_dict, weights_only
 from cloudckpt.backends.transfer.downloader import Downloader
 

@@ -14,7 +14,7 @@ from cloudckpt.backends.copy.journal import Entry
 from cloudckpt.backends.copy.object_copy import is_unique
 from cloudckpt.backends.errors import CommitError, ObjectNotFoundError
 from cloudckpt.backends.save.object_checks import found
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.transfer.task_pool import run_all
 
 

@@ -33,8 +33,8 @@ from cloudckpt.backends.save import commit, object_layout
 from cloudckpt.backends.save.commit import Previous
 from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
 from cloudckpt.backends.save.uploader import Observer
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, Upload
 from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)

@@ -29,7 +29,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.uploader import Observer, StagedObject
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import lanes
 from cloudckpt.backends.transfer.buffer_pool import Scratch

@@ -28,7 +28,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.save.save_lease import marker_name
-from cloudckpt.backends.store import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
+from cloudckpt.backends.stores.base import Condition, Create, ObjectStore, Overwrite, Part, Update, Upload
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.backends.system.printable import one_line
 

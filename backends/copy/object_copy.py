@@ -16,7 +16,7 @@ from cloudckpt.backends.copy.journal import Entry, SentPart
 from cloudckpt.backends.errors import AccessDeniedError, ConfigurationError, UnsupportedError
 from cloudckpt.backends.save import object_layout
 from cloudckpt.backends.save.uploader import StagedObject
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, PartLimits, Upload
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, PartLimits, Upload
 
 _UNIQUE: Final = re.compile(r"__\d+_\d+\.[0-9a-f]{32}\.distcp")
 """Names that this library gives; those of stock DCP are the same for every save."""

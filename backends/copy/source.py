@@ -18,8 +18,8 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import chosen_metadata, committed
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
-from cloudckpt.backends.stores.names import check_name
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.object_names import check_name
 from cloudckpt.backends.system.system_limits import Workers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 
 
 def listed_metadata(store: ObjectStore) -> list[str]:

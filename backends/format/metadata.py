@@ -27,7 +27,7 @@ from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.format import metadata_pickler
 from cloudckpt.backends.format.metadata_unpickler import MetadataUnpickler, is_index, is_offset
 from cloudckpt.backends.format.tensor_archive import Payload
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.gc_pause import no_collection
 

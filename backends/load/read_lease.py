@@ -19,8 +19,8 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.manage.confirmation import leases_now
 from cloudckpt.backends.save.save_lease import SaveMarker, is_silent
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)

@@ -13,7 +13,7 @@ from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.manage.set_aside import ASIDE, NOTICE
 from cloudckpt.backends.save.save_lease import is_silent
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 
 _RESOLUTION = timedelta(seconds=1)
 """Times in listings and in answers to single objects may be rounded differently."""

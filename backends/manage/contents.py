@@ -14,8 +14,8 @@ from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import listed_metadata
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo
 
 

@@ -19,9 +19,9 @@ from cloudckpt.backends.manage.set_aside import ASIDE, NOTICE, objects_of
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.object_checks import found
 from cloudckpt.backends.save.save_lease import MARKER, is_silent, silent_since
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import PIN
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.object_names import PIN
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.transfer.task_pool import begun

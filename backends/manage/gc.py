@@ -31,9 +31,9 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.manage import confirmation, set_aside
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent, silent_since
-from cloudckpt.backends.store import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.names import DATA, HIDDEN_PREFIX, PIN, PROBE, STEP
+from cloudckpt.backends.stores.base import EmptyFolder, ObjectInfo, ObjectStore, PendingUpload, Upload
+from cloudckpt.backends.stores.object_names import DATA, HIDDEN_PREFIX, PIN, PROBE, STEP
 from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)

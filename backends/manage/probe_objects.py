@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterable, Sequence
 
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError
-from cloudckpt.backends.store import ObjectStore, Part, Upload
-from cloudckpt.backends.stores.names import PROBE, PROBE_PREFIX, probe_name
+from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
+from cloudckpt.backends.stores.object_names import PROBE, PROBE_PREFIX, probe_name
 
 
 class Litter:

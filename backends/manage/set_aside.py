@@ -15,7 +15,7 @@ from typing import Final
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import commit
-from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import Create, ObjectInfo, ObjectStore, Overwrite
 
 _PREFIX: Final = ".cloudckpt-aside."
 ASIDE: Final = re.compile(rf"(?:.*/)?{re.escape(_PREFIX)}[0-9a-f]{{32}}")

@@ -19,8 +19,8 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import chosen_metadata, committed
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.state.proving import Unloadable, prove
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.torch_private import StorageInfo
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import Downloader

@@ -32,8 +32,16 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save.object_checks import ASKED_ONE_BY_ONE, found, listed_sizes, missing
 from cloudckpt.backends.save.uploader import StagedObject
-from cloudckpt.backends.store import Condition, Create, ObjectInfo, ObjectStore, Overwrite, Update, Upload
-from cloudckpt.backends.stores.pace import ON_BEHALF
+from cloudckpt.backends.stores.base import (
+    Condition,
+    Create,
+    ObjectInfo,
+    ObjectStore,
+    Overwrite,
+    Update,
+    Upload,
+)
+from cloudckpt.backends.stores.throttle import ON_BEHALF
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, lanes

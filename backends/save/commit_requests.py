@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cloudckpt.backends.save.save_lease import SaveMarker
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.task_pool import begun
 
 _FRESH: Final = 5.0

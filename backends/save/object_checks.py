@@ -8,7 +8,7 @@ from typing import Final
 
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.transfer.task_pool import outcomes_of
 

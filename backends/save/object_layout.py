@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.store import PartLimits
+from cloudckpt.backends.stores.base import PartLimits
 
 _MIB = 1 << 20
 _PART_SIZE = 32 * _MIB

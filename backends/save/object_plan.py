@@ -21,7 +21,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.tensor_archive import Item, encode_bytes, encode_tensor
 from cloudckpt.backends.save import object_layout
 from cloudckpt.backends.state import tensors
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.torch_private import AsyncCollectiveTensor, StorageInfo
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
 from cloudckpt.backends.transfer.cuda import await_caller

@@ -26,7 +26,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnsupportedError,
 )
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, Overwrite, Update
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, Overwrite, Update
 from cloudckpt.backends.system import background_log, process_identity, system_limits
 from cloudckpt.backends.system.printable import one_line
 

@@ -26,8 +26,8 @@ from cloudckpt.backends.load.read_lease import READ_LEASE
 from cloudckpt.backends.manage.confirmation import is_held, leases_now
 from cloudckpt.backends.manage.set_aside import ASIDE
 from cloudckpt.backends.save.save_lease import MARKER, SILENT_FOR, is_silent
-from cloudckpt.backends.store import ObjectInfo, ObjectStore, PendingUpload
-from cloudckpt.backends.stores.names import DATA, STEP, STEP_PREFIX
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, PendingUpload
+from cloudckpt.backends.stores.object_names import DATA, STEP, STEP_PREFIX
 from cloudckpt.backends.system import background_log, process_identity
 from cloudckpt.backends.system.printable import one_line
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.checksum import Fragment, algorithm_for
-from cloudckpt.backends.store import ObjectStore, Part, Upload
+from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
 from cloudckpt.backends.transfer.buffer_pool import Scratch

@@ -36,8 +36,8 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import commit, object_layout, object_plan, write_results
 from cloudckpt.backends.save.commit_requests import Coordinator
 from cloudckpt.backends.save.uploader import Observer, StagedObject, Uploader
-from cloudckpt.backends.store import ObjectInfo, ObjectStore
-from cloudckpt.backends.stores.whole import loadable
+from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
+from cloudckpt.backends.stores.size_limit import loadable
 from cloudckpt.backends.system import background_log, tracebacks
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.torch_private import StorageInfo

@@ -8,7 +8,7 @@ from typing import cast
 from cloudckpt.backends.config.libraries import install_hint
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, StorageError
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import descriptors
 from cloudckpt.backends.system.system_limits import open_files_cure
 

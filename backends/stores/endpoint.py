@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.stores.causes import Route, TunnelError, cause_of, words
+from cloudckpt.backends.stores.failure_causes import Route, TunnelError, cause_of, words
 from cloudckpt.backends.stores.http.proxies import PORTS, Proxy, unused_all_proxy
 from cloudckpt.backends.stores.http.tls import context as tls_context
 

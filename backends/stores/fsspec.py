@@ -33,7 +33,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,
@@ -46,8 +46,8 @@ from cloudckpt.backends.store import (
     PendingUpload,
     Upload,
 )
-from cloudckpt.backends.stores.runs import runs
-from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.stores.buffer_batches import runs
+from cloudckpt.backends.stores.size_limit import check_whole
 from cloudckpt.backends.system.system_limits import open_files_cure
 
 _UPLOADS = ".cloudckpt-uploads"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.store import PendingUpload, Upload
+from cloudckpt.backends.stores.base import PendingUpload, Upload
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 

@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,
@@ -39,8 +39,8 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
-from cloudckpt.backends.stores.names import check_name
-from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.stores.object_names import check_name
+from cloudckpt.backends.stores.size_limit import check_whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from typing import Final, Generic, TypeVar
 
 import tenacity
 
-from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.throttle import Pace
 from cloudckpt.backends.system import background_log
 
 _T = TypeVar("_T")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.transfer.request_limit import at_first
 

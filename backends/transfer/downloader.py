@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.save.uploader import Observer
-from cloudckpt.backends.store import Arrived, ObjectStore
+from cloudckpt.backends.stores.base import Arrived, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
 from cloudckpt.backends.transfer.buffer_pool import Scratch

@@ -8,7 +8,7 @@ import resource
 from typing import Final
 
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.http.rates import NEAR, rates
 from cloudckpt.backends.system.system_limits import local_ranks, pids_room
 

@@ -13,7 +13,7 @@ from typing import Final
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.manage.probe_objects import Litter
 from cloudckpt.backends.save.uploader import Observer, Uploader
-from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
 from cloudckpt.backends.transfer.downloader import LARGEST_READ, Downloader
 from cloudckpt.backends.transfer.segments import View

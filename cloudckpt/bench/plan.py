@@ -7,7 +7,7 @@ from typing import Final
 
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.save.object_layout import part_size_in_place
-from cloudckpt.backends.store import PartLimits
+from cloudckpt.backends.stores.base import PartLimits
 from cloudckpt.backends.transfer.downloader import LARGEST_READ
 from cloudckpt.bench.advice import Setting
 

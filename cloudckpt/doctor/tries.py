@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.manage.probe_objects import Litter
-from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upload
+from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.exam import Exam
 
 _DATA: Final = b"can this job checkpoint here?"

@@ -31,8 +31,8 @@ import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, CheckpointNotFoundError
 from cloudckpt.backends.manage.gc import collect_garbage
-from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Overwrite
 
 BUCKET = "demo"
 PROBE = "probe"

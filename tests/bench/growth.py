@@ -44,7 +44,7 @@ from bench.endpoint import Endpoint, served
 from bench.report import machine
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import commit, object_layout, object_plan
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.stores.base import ObjectInfo
 from support import peak
 from support.servers import S3Server
 

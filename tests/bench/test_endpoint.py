@@ -17,7 +17,7 @@ import pytest
 from bench.endpoint import Endpoint, served
 from bench.endpoint_store import PIECE, SMALL, Pool
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.conformance import StoreConformance
 

@@ -8,7 +8,7 @@ import pytest
 
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import PartLimits
+from cloudckpt.backends.stores.base import PartLimits
 from cloudckpt.bench import Measured, Setting, bench, planned
 from cloudckpt.bench.advice import advised
 from cloudckpt.bench.plan import ROUNDS, plan_for

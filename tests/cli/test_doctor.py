@@ -13,8 +13,8 @@ import pytest
 from cloudckpt import collect_garbage
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.manage.probe_objects import Litter
-from cloudckpt.backends.store import Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.backends.stores.local.exam import file_system_of
 from cloudckpt.doctor import Finding, examine
 from cloudckpt.doctor.machine import memory, shared_memory, standard_streams, threads, working_directory

@@ -16,7 +16,7 @@ from google.auth.exceptions import RefreshError
 from cloudckpt import Checkpointer
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ObjectNotFoundError, StorageError
-from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.failure_causes import Route
 from cloudckpt.backends.stores.gcs import errors as gcs_errors
 from support.findings import doctor
 from support.gcs import GCSServer

@@ -14,7 +14,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, StorageError
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.fsspec import FsspecStore
 from support.conformance import StoreConformance
 from support.servers import S3Server

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.conformance import StoreConformance
 from support.fake_gcs import FAULTS, FakeGCS

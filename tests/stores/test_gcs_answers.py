@@ -23,7 +23,7 @@ from cloudckpt.backends.errors import (
     PreconditionFailedError,
     StorageError,
 )
-from cloudckpt.backends.store import Create, Overwrite, Part
+from cloudckpt.backends.stores.base import Create, Overwrite, Part
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.gcs import GCSServer, gcs_server
 

@@ -16,7 +16,7 @@ from cloudckpt.backends.errors import (
     ConfigurationError,
 )
 from cloudckpt.backends.manage.gc import collect_garbage
-from cloudckpt.backends.store import Create, Overwrite, Update
+from cloudckpt.backends.stores.base import Create, Overwrite, Update
 from cloudckpt.backends.stores.gcs import client as gcs_client
 from cloudckpt.backends.stores.gcs import endpoint as gcs_endpoint
 from cloudckpt.backends.stores.gcs.capabilities import GCSCapabilities, PutSupport

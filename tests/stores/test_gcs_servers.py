@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.backends.store import Create, Overwrite, Upload
+from cloudckpt.backends.stores.base import Create, Overwrite, Upload
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.answers import WELCOME, answering
 from support.gcs import GCSServer

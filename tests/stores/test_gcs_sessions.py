@@ -11,7 +11,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     UnsupportedError,
 )
-from cloudckpt.backends.store import Upload
+from cloudckpt.backends.stores.base import Upload
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.fake_gcs import FakeGCS
 from support.gcs import GCSServer

@@ -26,7 +26,7 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts
-from cloudckpt.backends.store import Part, Upload
+from cloudckpt.backends.stores.base import Part, Upload
 from cloudckpt.backends.stores.gcs import client as gcs_client
 from cloudckpt.backends.stores.gcs import xml as gcs_xml
 from cloudckpt.backends.stores.gcs.endpoint import serves_xml

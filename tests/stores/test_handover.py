@@ -6,8 +6,8 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.store import ObjectStore, Part, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from support import fake_gcs
 from support.places import Place
 from support.ranks import RankPools

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore
 from support import live
 from support.conformance import StoreConformance
 from support.places import Place

@@ -22,8 +22,8 @@ from cloudckpt.backends.errors import (
     PreconditionFailedError,
     StorageError,
 )
-from cloudckpt.backends.store import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.local import durable_io
 from support.conformance import StoreConformance
 from support.jobs import count_to, try_to_create, write_beyond_the_limit

@@ -22,8 +22,8 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import commit
 from cloudckpt.backends.save.commit import put_metadata
-from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Condition, ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.gcs import GCSServer
 from support.proxy import Answer, CutRequest, LoseAnswer, Proxy, proxied

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from cloudckpt.backends.errors import CheckpointError, IntegrityError, StorageError, UnansweredError
-from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from support.buckets import Bucket, Stores
 from support.gcs import GCSServer

@@ -11,8 +11,8 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError, PreconditionFailedError
-from cloudckpt.backends.store import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.conformance import StoreConformance
 

@@ -14,8 +14,8 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, StorageError
-from cloudckpt.backends.store import ObjectStore, Overwrite, Upload
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite, Upload
 from support.answers import serving
 from support.gcs import GCSServer
 from support.proxy import Answer, Request, SendAs, Spoiling, proxied

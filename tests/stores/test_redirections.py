@@ -13,7 +13,7 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, StorageError
-from cloudckpt.backends.store import Upload
+from cloudckpt.backends.stores.base import Upload
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.answers import serving
 from support.foreign import OPERATIONS

@@ -18,11 +18,11 @@ from botocore import exceptions as boto
 
 from cloudckpt.backends.checksum import ALGORITHMS
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.store import Part
-from cloudckpt.backends.stores.pace import Pace
+from cloudckpt.backends.stores.base import Part
 from cloudckpt.backends.stores.retry import Judgement, Reply, Retries, Verdict, seconds_after
 from cloudckpt.backends.stores.s3.checksums import combined, contradicted, given_or_of
 from cloudckpt.backends.stores.s3.verdict import judge
+from cloudckpt.backends.stores.throttle import Pace
 
 _FINAL = Judgement(Verdict.FINAL)
 _TRANSIENT = Judgement(Verdict.TRANSIENT)

@@ -21,7 +21,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.backends.store import ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.conformance import StoreConformance

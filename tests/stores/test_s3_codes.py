@@ -17,7 +17,7 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.failure_causes import Route
 from cloudckpt.backends.stores.retry import Verdict
 from cloudckpt.backends.stores.s3.client import SETTINGS
 from cloudckpt.backends.stores.s3.codes import quoted

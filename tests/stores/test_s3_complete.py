@@ -18,9 +18,9 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.store import Part, Upload
-from cloudckpt.backends.stores.pace import ON_BEHALF
+from cloudckpt.backends.stores.base import Part, Upload
 from cloudckpt.backends.stores.s3.store import S3Store
+from cloudckpt.backends.stores.throttle import ON_BEHALF
 from support.buckets import (
     PART,
     Bucket,

@@ -23,7 +23,7 @@ from botocore.config import Config
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, StorageError
-from cloudckpt.backends.store import Part, Upload
+from cloudckpt.backends.stores.base import Part, Upload
 from cloudckpt.backends.stores.s3.connections import Connections
 from cloudckpt.backends.stores.s3.errors import status_of
 from cloudckpt.backends.stores.s3.store import S3Store

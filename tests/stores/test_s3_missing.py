@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError, StorageError
-from cloudckpt.backends.store import Create, Overwrite
+from cloudckpt.backends.stores.base import Create, Overwrite
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.as_aws import hides_missing
 from support.buckets import Bucket, Stores

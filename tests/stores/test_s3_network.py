@@ -16,7 +16,7 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.store import Create, Overwrite
+from cloudckpt.backends.stores.base import Create, Overwrite
 from cloudckpt.backends.stores.retry import Judgement
 from cloudckpt.backends.stores.s3 import requests as s3_requests
 from cloudckpt.backends.stores.s3 import verdict as s3_verdict

@@ -24,12 +24,12 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import save_lease
 from cloudckpt.backends.save.save_lease import SaveMarker
-from cloudckpt.backends.store import Create, Overwrite, Update
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.stores.pace import Paces
+from cloudckpt.backends.stores.base import Create, Overwrite, Update
 from cloudckpt.backends.stores.s3.capabilities import TagForm, server_of
 from cloudckpt.backends.stores.s3.client import Clients
 from cloudckpt.backends.stores.s3.store import S3Store
+from cloudckpt.backends.stores.throttle import Paces
 from support import dialects
 from support.places import Place
 from support.proxy import Answer, DropHeaders, LoseAnswer, Proxy, Rule, proxied

@@ -13,7 +13,7 @@ from awscrt import checksums
 
 import cloudckpt
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import Overwrite
+from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.s3 import store as s3
 from support.certificate import self_signed

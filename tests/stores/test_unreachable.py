@@ -12,8 +12,8 @@ import pytest
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, StorageError, UnansweredError
-from cloudckpt.backends.store import ObjectStore, Overwrite
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from support.answers import WELCOME, answering
 from support.certificate import self_signed
 from support.proxy import proxied

@@ -10,7 +10,7 @@ from typing import Any, Self
 import pytest
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import Overwrite, Upload
+from cloudckpt.backends.stores.base import Overwrite, Upload
 from cloudckpt.backends.stores.s3.store import S3Store
 from support.proxy import Proxy
 from support.servers import S3Server

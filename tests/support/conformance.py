@@ -40,7 +40,7 @@ from cloudckpt.backends.errors import (
     PreconditionFailedError,
     StorageError,
 )
-from cloudckpt.backends.store import Create, ObjectInfo, ObjectStore, Overwrite, Part, Update, Upload
+from cloudckpt.backends.stores.base import Create, ObjectInfo, ObjectStore, Overwrite, Part, Update, Upload
 
 T = TypeVar("T")
 

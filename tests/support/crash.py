@@ -36,8 +36,8 @@ from torch.distributed.tensor import Shard
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo, ObjectStore, Update
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Capabilities, Condition, ObjectInfo, ObjectStore, Update
 from cloudckpt.backends.stores.s3 import client as s3_client
 from support import states
 from support.faults import SEAM, FaultyStore, Journal

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import StorageError, UnansweredError
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,
@@ -29,7 +30,6 @@ from cloudckpt.backends.store import (
     PendingUpload,
     Upload,
 )
-from cloudckpt.backends.stores import open_store
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from cloudckpt.backends.store import ObjectStore, Overwrite, Part, Upload
+from cloudckpt.backends.stores.base import ObjectStore, Overwrite, Part, Upload
 
 DATA: Final = b"d" * (256 << 10)
 """Bytes of each object: what a session of GCS takes at once."""

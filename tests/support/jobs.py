@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import PreconditionFailedError, StorageError
-from cloudckpt.backends.store import Create, ObjectStore, Update
 from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create, ObjectStore, Update
 
 
 def write_beyond_the_limit(root: str) -> list[StorageError]:

@@ -22,7 +22,7 @@ from cloudckpt.backends import stores
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.convert import convert as conversion
 from cloudckpt.backends.manage import gc
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 
 LATE_IMPORTS = (
     "torch._dynamo",

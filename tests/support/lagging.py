@@ -16,7 +16,7 @@ from unittest import mock
 
 from cloudckpt.backends.errors import ObjectNotFoundError
 from cloudckpt.backends.save.save_lease import SILENT_FOR
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,

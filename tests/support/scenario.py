@@ -6,7 +6,7 @@ import enum
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
-from cloudckpt.backends.store import Capabilities, Condition, ObjectInfo, Overwrite
+from cloudckpt.backends.stores.base import Capabilities, Condition, ObjectInfo, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.turnstile import Kind
 

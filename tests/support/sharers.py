@@ -17,7 +17,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.load.peer_transport import Lobby
 from cloudckpt.backends.load.shared_reader import Circle, SharedReads
-from cloudckpt.backends.store import Arrived
+from cloudckpt.backends.stores.base import Arrived
 from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.backends.transfer.byte_ranges import Extent
 from cloudckpt.backends.transfer.downloader import Downloader

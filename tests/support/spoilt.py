@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import ObjectStore
+from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.stores.gcs import capabilities as gcs_capabilities
 from cloudckpt.backends.stores.gcs.store import GCSStore
 from cloudckpt.backends.stores.s3 import capabilities as s3_capabilities

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from cloudckpt.backends.errors import CheckpointError, PreconditionFailedError
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,

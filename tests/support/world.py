@@ -19,7 +19,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage.set_aside import ASIDE
-from cloudckpt.backends.store import Condition, ObjectInfo, ObjectStore, Overwrite
+from cloudckpt.backends.stores.base import Condition, ObjectInfo, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.interleave import Strand, Violation
 from support.lagging import Past, RunOfTwo, clock, simulated

@@ -12,7 +12,7 @@ import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.stores.http import content_range
 
 _T = TypeVar("_T")

@@ -20,14 +20,14 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.store import ObjectInfo, Upload
+from cloudckpt.backends.stores.base import ObjectInfo, Upload
 from cloudckpt.backends.stores.gcs import multipart as gcs_multipart
 from cloudckpt.backends.stores.gcs.answers import document
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.errors import CANCELLED, status_of
 from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.gcs.write import begin_session, delete, insert
-from cloudckpt.backends.stores.names import probe_name
+from cloudckpt.backends.stores.object_names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line

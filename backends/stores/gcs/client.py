@@ -26,7 +26,7 @@ from urllib3.util.ssl_ import create_urllib3_context
 from cloudckpt.backends.config.options import Options, where_credentials_belong
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.failure_causes import Route
 from cloudckpt.backends.stores.gcs.endpoint import (
     configured_endpoint,
     elsewhere,
@@ -41,7 +41,7 @@ from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.http.users import release, use
-from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
+from cloudckpt.backends.stores.throttle import ON_BEHALF, Paces
 from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 

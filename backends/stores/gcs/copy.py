@@ -8,7 +8,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError, PreconditionFailedError
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, written_info
 from cloudckpt.backends.stores.gcs.capabilities import server_of
 from cloudckpt.backends.stores.gcs.client import Client

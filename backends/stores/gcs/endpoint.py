@@ -11,7 +11,7 @@ from urllib3.util import parse_url
 
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError, StorageError
-from cloudckpt.backends.stores.causes import origin
+from cloudckpt.backends.stores.failure_causes import origin
 
 _VARIABLE: Final = "STORAGE_EMULATOR_HOST"
 _UNSET: Final = ("", "default")

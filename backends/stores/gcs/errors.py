@@ -28,7 +28,8 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.stores.causes import (
+from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.failure_causes import (
     USER_OF_PROXY,
     Route,
     UnreadableError,
@@ -39,7 +40,6 @@ from cloudckpt.backends.stores.causes import (
     origin,
     words,
 )
-from cloudckpt.backends.stores.endpoint import duration, seconds_off
 from cloudckpt.backends.stores.gcs import xml as gcs_xml
 from cloudckpt.backends.stores.http.connections import BrokenOffError
 from cloudckpt.backends.stores.http.proxies import proxy_of

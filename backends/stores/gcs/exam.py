@@ -12,7 +12,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.stores import endpoint
-from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.failure_causes import Route
 from cloudckpt.backends.stores.gcs.answers import document
 from cloudckpt.backends.stores.gcs.capabilities import GCSCapabilities, server_of
 from cloudckpt.backends.stores.gcs.client import Client

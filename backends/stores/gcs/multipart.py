@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 import urllib3
 
 from cloudckpt.backends.errors import IntegrityError, StorageError
-from cloudckpt.backends.store import Departed, Part, PendingUpload, Upload
+from cloudckpt.backends.stores.base import Departed, Part, PendingUpload, Upload
 from cloudckpt.backends.stores.gcs import xml as gcs_xml
 from cloudckpt.backends.stores.gcs.answers import crc32c_of, lacking
 from cloudckpt.backends.stores.gcs.client import Client

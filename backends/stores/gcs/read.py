@@ -9,7 +9,7 @@ import urllib3
 
 from cloudckpt.backends.checksum import CRC32C
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.store import Arrived, Listing, ObjectInfo
+from cloudckpt.backends.stores.base import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs.answers import (
     FIELDS,
     check_listing,
@@ -25,7 +25,7 @@ from cloudckpt.backends.stores.gcs.answers import (
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.requests import Requests
 from cloudckpt.backends.stores.http.connections import fill
-from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.stores.size_limit import check_whole
 
 _PIECE: Final = 8 << 20
 _READS: Final = 5

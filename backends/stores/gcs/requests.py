@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, ObjectNotFoundError
-from cloudckpt.backends.stores.causes import Route, readable
+from cloudckpt.backends.stores.failure_causes import Route, readable
 from cloudckpt.backends.stores.gcs.answers import check_listing, document, entries
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.errors import SETTINGS, RefusedError, explained, foreign, judge, status_of

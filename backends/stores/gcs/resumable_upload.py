@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote
 
 from cloudckpt.backends.errors import IntegrityError, StorageError, UnsupportedError
-from cloudckpt.backends.store import Departed, Part
-from cloudckpt.backends.stores.causes import words
+from cloudckpt.backends.stores.base import Departed, Part
+from cloudckpt.backends.stores.failure_causes import words
 from cloudckpt.backends.stores.gcs.answers import lacking, parsed, size_of
 from cloudckpt.backends.stores.gcs.capabilities import Server
 from cloudckpt.backends.stores.gcs.errors import CANCELLED, GoneError, RefusedError, judge

@@ -7,7 +7,7 @@ from typing import Final
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,

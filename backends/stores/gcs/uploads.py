@@ -14,7 +14,7 @@ from cloudckpt.backends.errors import (
     UnansweredError,
     UnsupportedError,
 )
-from cloudckpt.backends.store import Departed, ObjectInfo, Part, PartLimits, PendingUpload, Upload
+from cloudckpt.backends.stores.base import Departed, ObjectInfo, Part, PartLimits, PendingUpload, Upload
 from cloudckpt.backends.stores.gcs import multipart as gcs_multipart
 from cloudckpt.backends.stores.gcs import read as gcs_read
 from cloudckpt.backends.stores.gcs import write as gcs_write

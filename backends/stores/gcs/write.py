@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import Final
 
 from cloudckpt.backends.checksum import CRC32C
-from cloudckpt.backends.store import ObjectInfo
+from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, written_info
 from cloudckpt.backends.stores.gcs.client import Client
 from cloudckpt.backends.stores.gcs.endpoint import elsewhere, is_of

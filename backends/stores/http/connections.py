@@ -19,12 +19,12 @@ from botocore.awsrequest import AWSHTTPConnection, AWSHTTPSConnection
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from cloudckpt.backends.store import Arrived
+from cloudckpt.backends.stores.base import Arrived
+from cloudckpt.backends.stores.buffer_batches import runs
 from cloudckpt.backends.stores.http import body_loop, bounded
 from cloudckpt.backends.stores.http.rates import rates
 from cloudckpt.backends.stores.http.reach import Reaching
 from cloudckpt.backends.stores.http.request_body import BuffersBody, Rest
-from cloudckpt.backends.stores.runs import runs
 
 _WINDOW: Final = 1 << 20
 """Bytes received before ``arrived`` is called: enough for a call, and still in the processor's cache."""

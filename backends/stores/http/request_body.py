@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cloudckpt.backends.store import Departed
+from cloudckpt.backends.stores.base import Departed
 
 _SLICE = 1 << 20
 _SMALL = 1 << 16

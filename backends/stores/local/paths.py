@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.store import Upload
-from cloudckpt.backends.stores.names import check_name
+from cloudckpt.backends.stores.base import Upload
+from cloudckpt.backends.stores.object_names import check_name
 
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<upload_id>[0-9a-f]{32})\.partial", re.DOTALL)
 _UPLOAD_ID = re.compile(r"[0-9a-f]{32}")

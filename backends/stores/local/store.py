@@ -26,7 +26,7 @@ from pathlib import Path
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError, PreconditionFailedError
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,
@@ -42,12 +42,12 @@ from cloudckpt.backends.store import (
     Update,
     Upload,
 )
+from cloudckpt.backends.stores.buffer_batches import runs
 from cloudckpt.backends.stores.local import durable_io
 from cloudckpt.backends.stores.local.errors import NOT_THERE, translated
 from cloudckpt.backends.stores.local.paths import Tree
-from cloudckpt.backends.stores.names import STEP
-from cloudckpt.backends.stores.runs import runs
-from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.stores.object_names import STEP
+from cloudckpt.backends.stores.size_limit import check_whole
 from cloudckpt.backends.system import descriptors
 
 _OPEN_TRIES = 20

@@ -13,7 +13,7 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.stores.causes import Route, origin
+from cloudckpt.backends.stores.failure_causes import Route, origin
 from cloudckpt.backends.stores.http import bounded
 from cloudckpt.backends.stores.s3.errors import not_s3
 

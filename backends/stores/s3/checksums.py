@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cloudckpt.backends.checksum import ALGORITHMS, Fragment
-from cloudckpt.backends.store import Part
+from cloudckpt.backends.stores.base import Part
 
 
 def given_or_of(name: str, checksum: str | None, buffers: Sequence[memoryview]) -> str:

@@ -31,16 +31,16 @@ from cloudckpt.backends.config.endpoint_url import is_address
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.backends.stores.causes import Route
+from cloudckpt.backends.stores.failure_causes import Route
 from cloudckpt.backends.stores.http.botocore_session import use_connections
 from cloudckpt.backends.stores.http.proxies import proxy_of
 from cloudckpt.backends.stores.http.request_body import BuffersBody
-from cloudckpt.backends.stores.pace import ON_BEHALF, Paces
 from cloudckpt.backends.stores.s3 import answers as s3_answers
 from cloudckpt.backends.stores.s3.checksums import content_md5
 from cloudckpt.backends.stores.s3.completion import Completion
 from cloudckpt.backends.stores.s3.connections import Connections
 from cloudckpt.backends.stores.s3.endpoint import checked_endpoint
+from cloudckpt.backends.stores.throttle import ON_BEHALF, Paces
 from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 

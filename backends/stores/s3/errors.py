@@ -26,8 +26,8 @@ from cloudckpt.backends.errors import (
     StorageError,
     UnansweredError,
 )
-from cloudckpt.backends.stores.causes import USER_OF_PROXY, Route, cause_of, ended_cure, origin, words
 from cloudckpt.backends.stores.endpoint import duration, seconds_off
+from cloudckpt.backends.stores.failure_causes import USER_OF_PROXY, Route, cause_of, ended_cure, origin, words
 from cloudckpt.backends.stores.s3.codes import is_about_caller, is_known, meaning_of, quoted
 from cloudckpt.backends.system.system_limits import open_files_cure
 

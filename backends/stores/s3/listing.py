@@ -10,7 +10,7 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from cloudckpt.backends.errors import StorageError, UnsupportedError
-from cloudckpt.backends.store import Listing, ObjectInfo, PendingUpload, Upload
+from cloudckpt.backends.stores.base import Listing, ObjectInfo, PendingUpload, Upload
 from cloudckpt.backends.stores.s3.client import Clients
 from cloudckpt.backends.stores.s3.errors import is_page, not_s3, status_of
 from cloudckpt.backends.stores.s3.requests import Requests

@@ -14,13 +14,13 @@ from botocore.exceptions import HTTPClientError, IncompleteReadError
 from botocore.response import StreamingBody
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.store import Arrived
-from cloudckpt.backends.stores.causes import Route, ended_cure, words
+from cloudckpt.backends.stores.base import Arrived
+from cloudckpt.backends.stores.failure_causes import Route, ended_cure, words
 from cloudckpt.backends.stores.http.connections import BrokenOffError, fill
 from cloudckpt.backends.stores.http.content_range import whole_size
 from cloudckpt.backends.stores.s3.client import Clients
 from cloudckpt.backends.stores.s3.errors import BrokenBodyError, not_s3, without_etag
-from cloudckpt.backends.stores.whole import check_whole
+from cloudckpt.backends.stores.size_limit import check_whole
 
 _PIECE: Final = 8 << 20
 

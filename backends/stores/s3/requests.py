@@ -10,7 +10,7 @@ import urllib3.exceptions
 
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import AccessDeniedError, CheckpointError
-from cloudckpt.backends.stores.causes import Route, ended_cure, readable, words
+from cloudckpt.backends.stores.failure_causes import Route, ended_cure, readable, words
 from cloudckpt.backends.stores.retry import Outcome, Retries
 from cloudckpt.backends.stores.s3.client import SETTINGS, Clients
 from cloudckpt.backends.stores.s3.errors import BrokenBodyError, explained

@@ -16,8 +16,8 @@ from typing import Final
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores.http.users import release, use
-from cloudckpt.backends.stores.pace import Paces
 from cloudckpt.backends.stores.s3.client import Clients
+from cloudckpt.backends.stores.throttle import Paces
 from cloudckpt.backends.transfer.request_limit import connections
 
 _KEPT: Final = 4

@@ -16,7 +16,7 @@ from cloudckpt.backends.errors import (
     IntegrityError,
     ObjectNotFoundError,
 )
-from cloudckpt.backends.store import (
+from cloudckpt.backends.stores.base import (
     Arrived,
     Capabilities,
     Condition,

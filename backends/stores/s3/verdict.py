@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 from botocore import exceptions as boto
 
-from cloudckpt.backends.stores.causes import UnreadableError, is_lasting, is_of_certificate
+from cloudckpt.backends.stores.failure_causes import UnreadableError, is_lasting, is_of_certificate
 from cloudckpt.backends.stores.retry import Judgement, Reply, Verdict, seconds_after
 from cloudckpt.backends.stores.s3.codes import EXPIRED, is_about_caller
 from cloudckpt.backends.stores.s3.errors import BrokenBodyError, NotDeletedError, code_of, plain, status_of
