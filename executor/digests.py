@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 
 import torch
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.torch_private import coordinates, is_traceable_wrapper_subclass
 

@@ -321,7 +321,7 @@ def faulty(at: str, fault: Fault | None) -> Iterator[Journal]:
 
     with (
         mock.patch("cloudckpt.backends.convert.convert.open_store", opened),
-        mock.patch("cloudckpt.backends.addressed.open_store", opened),
+        mock.patch("cloudckpt.backends.dcp_base.open_store", opened),
     ):
         yield journal
 

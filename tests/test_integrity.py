@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import cloudckpt
-from cloudckpt.backends.checksum import (
+from cloudckpt.backends.checksums import (
     ALGORITHMS,
     CRC32C,
     CRC64NVME,

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 import cloudckpt
-from cloudckpt.backends.checksum import chunk_size
+from cloudckpt.backends.checksums import chunk_size
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.stores import open_store

@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends.checksum import Algorithm, Checks, Fragment
+from cloudckpt.backends.checksums import Algorithm, Checks, Fragment
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.torch_private import StorageInfo

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, wait
 
-from cloudckpt.backends.checksum import algorithm_for
+from cloudckpt.backends.checksums import algorithm_for
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copy import object_copy
 from cloudckpt.backends.copy.copy_checksums import Passing

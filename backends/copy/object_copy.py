@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloudckpt.backends.checksum import ALGORITHMS, Algorithm, Fragment
+from cloudckpt.backends.checksums import ALGORITHMS, Algorithm, Fragment
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.copy.copy_checksums import ObjectChecks
 from cloudckpt.backends.copy.journal import Entry, SentPart

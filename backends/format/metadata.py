@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from cloudckpt.backends.checksum import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
+from cloudckpt.backends.checksums import ALGORITHMS, CRC64NVME, Algorithm, Checks, is_consistent
 from cloudckpt.backends.errors import IntegrityError, UnsafeCheckpointError
 from cloudckpt.backends.format import metadata_pickler
 from cloudckpt.backends.format.metadata_unpickler import MetadataUnpickler, is_index, is_offset

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from cloudckpt.backends import strides
-from cloudckpt.backends.checksum import Checks, Chunk, Expected, chunk_size
+from cloudckpt.backends.checksums import Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.errors import (
     CheckpointError,
     ConfigurationError,

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
-from cloudckpt.backends.addressed import Addressed
-from cloudckpt.backends.checksum import CRC64NVME
+from cloudckpt.backends.checksums import CRC64NVME
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
+from cloudckpt.backends.dcp_base import Addressed
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from cloudckpt.backends.checksum import LARGEST_CHUNK
+from cloudckpt.backends.checksums import LARGEST_CHUNK
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.load.peer_transport import Door, Link, Lobby, LostPeerError, Purpose, call
 from cloudckpt.backends.load.read_assignment import Offer, Task, tasks_of

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from cloudckpt.backends.checksum import FRAMED, Algorithm, Checks, count_chunks
+from cloudckpt.backends.checksums import FRAMED, Algorithm, Checks, count_chunks
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
 from cloudckpt.backends.errors import CheckpointNotFoundError, ObjectNotFoundError

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.backends.checksum import Chunk, Chunks, Expected
+from cloudckpt.backends.checksums import Chunk, Chunks, Expected
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError, ObjectNotFoundError
 from cloudckpt.backends.format import metadata as md

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from cloudckpt.backends.checksum import Algorithm, Checks, Fragment, joined
+from cloudckpt.backends.checksums import Algorithm, Checks, Fragment, joined
 from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.format import metadata as md

@@ -14,7 +14,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Final
 
-from cloudckpt.backends.checksum import Fragment, algorithm_for
+from cloudckpt.backends.checksums import Fragment, algorithm_for
 from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes

@@ -21,10 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from cloudckpt.backends.addressed import Addressed
 from cloudckpt.backends.config import uri_hints
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
+from cloudckpt.backends.dcp_base import Addressed
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.backends.checksum import Expected
+from cloudckpt.backends.checksums import Expected
 from cloudckpt.backends.strides import span as span_of
 from cloudckpt.backends.transfer.cuda import settle
 

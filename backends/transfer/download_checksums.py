@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from cloudckpt.backends.checksum import Expected
+from cloudckpt.backends.checksums import Expected
 from cloudckpt.backends.transfer.byte_ranges import Arrival
 
 

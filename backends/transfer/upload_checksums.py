@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from cloudckpt.backends.checksum import Algorithm, Fragment, cut
+from cloudckpt.backends.checksums import Algorithm, Fragment, cut
 from cloudckpt.backends.transfer.segments import Window
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from cloudckpt.backends.checksum import algorithm_for
+from cloudckpt.backends.checksums import algorithm_for
 from cloudckpt.backends.errors import (
     AccessDeniedError,
     CheckpointError,

@@ -28,7 +28,7 @@ from rich.table import Table
 
 import cloudckpt
 from bench.endpoint import served
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from support.servers import S3Server
 
 _TENSOR = 32 << 20

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import pytest
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from support.gcs import GCSServer, gcs_server
 
 _PART = 5 << 20

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from botocore import exceptions as boto
 
-from cloudckpt.backends.checksum import ALGORITHMS
+from cloudckpt.backends.checksums import ALGORITHMS
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.stores.base import Part
 from cloudckpt.backends.stores.retry import Judgement, Reply, Retries, Verdict, seconds_after

@@ -11,7 +11,7 @@ import pytest
 
 from bench.endpoint import served
 from bench.growth import reached
-from cloudckpt.backends.checksum import ALGORITHMS
+from cloudckpt.backends.checksums import ALGORITHMS
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     IntegrityError,

@@ -33,7 +33,7 @@ from cloudckpt.backends.stores.base import (
 
 T = TypeVar("T")
 
-SEAM = "cloudckpt.backends.addressed.open_store"
+SEAM = "cloudckpt.backends.dcp_base.open_store"
 
 
 class InjectedFault(StorageError):

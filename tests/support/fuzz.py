@@ -35,7 +35,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 from torch.distributed.checkpoint.api import CheckpointException
 
 import cloudckpt
-from cloudckpt.backends.checksum import CRC64NVME
+from cloudckpt.backends.checksums import CRC64NVME
 from cloudckpt.backends.errors import CheckpointError, IntegrityError
 from cloudckpt.backends.format import metadata, metadata_unpickler, stock_archive
 from cloudckpt.backends.load import read_plan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cloudckpt.backends.checksum import CRC32C, Checks, Chunk, Expected, chunk_size
+from cloudckpt.backends.checksums import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.load.peer_transport import Lobby

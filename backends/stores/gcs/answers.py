@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import urllib3
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.stores.http import content_range

@@ -19,7 +19,7 @@ from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import quote
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.stores.base import ObjectInfo, Upload
 from cloudckpt.backends.stores.gcs import multipart as gcs_multipart
 from cloudckpt.backends.stores.gcs.answers import document

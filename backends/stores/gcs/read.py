@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import urllib3
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.stores.base import Arrived, Listing, ObjectInfo
 from cloudckpt.backends.stores.gcs.answers import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from http import HTTPStatus
 from typing import Final
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.errors import (
     CheckpointError,
     IntegrityError,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Final
 
-from cloudckpt.backends.checksum import CRC32C
+from cloudckpt.backends.checksums import CRC32C
 from cloudckpt.backends.stores.base import ObjectInfo
 from cloudckpt.backends.stores.gcs.answers import FIELDS, document, lacking, written_info
 from cloudckpt.backends.stores.gcs.client import Client

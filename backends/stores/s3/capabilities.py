@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.backends.checksum import ALGORITHMS, CRC32C, CRC64NVME
+from cloudckpt.backends.checksums import ALGORITHMS, CRC32C, CRC64NVME
 from cloudckpt.backends.stores.object_names import probe_name
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3.checksums import content_md5, parameters

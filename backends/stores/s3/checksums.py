@@ -20,7 +20,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cloudckpt.backends.checksum import ALGORITHMS, Fragment
+from cloudckpt.backends.checksums import ALGORITHMS, Fragment
 from cloudckpt.backends.stores.base import Part
 
 

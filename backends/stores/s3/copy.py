@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.backends.checksum import ALGORITHMS
+from cloudckpt.backends.checksums import ALGORITHMS
 from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, Part, Upload
 from cloudckpt.backends.stores.retry import Outcome
 from cloudckpt.backends.stores.s3.capabilities import TagForm

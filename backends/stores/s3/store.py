@@ -9,7 +9,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.backends.checksum import CRC64NVME
+from cloudckpt.backends.checksums import CRC64NVME
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import (
     ConfigurationError,
