@@ -18,10 +18,11 @@ from typing import Any
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import descriptors, system_limits
-from cloudckpt.executor import interpreter, memory_limits, quiet, unpickle
-from cloudckpt.executor.arena import Arena
+from cloudckpt.executor import interpreter, quiet, unpickle
 from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest
 from cloudckpt.executor.progress import ProgressBoard
+from cloudckpt.executor.snapshot import memory_limits
+from cloudckpt.executor.snapshot.arena import Arena
 
 _START = (
     # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.

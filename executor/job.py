@@ -6,11 +6,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cloudckpt.executor import snapshot
 from cloudckpt.executor.council import Council
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rank_conflicts import RankConflicts
+from cloudckpt.executor.snapshot import snapshot
 
 
 @dataclass(slots=True)

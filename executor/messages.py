@@ -8,7 +8,7 @@ from typing import Any
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
-from cloudckpt.executor.snapshot import Snapshot
+from cloudckpt.executor.snapshot.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)

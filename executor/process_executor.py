@@ -22,14 +22,15 @@ from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.system import background_log, descriptors
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import forks, host_memory, outcomes, quiet, snapshot, unpickle
+from cloudckpt.executor import forks, outcomes, quiet, unpickle
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
-from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.roll_call import Call
+from cloudckpt.executor.snapshot import host_memory, snapshot
+from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.supervisor import Supervisor
 from cloudckpt.executor.unobserved import log_pending
 from cloudckpt.executor.unpickle import MainScript

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Final, Literal, Self, get_args
 
-from cloudckpt.executor.arena import new_descriptor
+from cloudckpt.executor.snapshot.arena import new_descriptor
 
 Phase = Literal["waiting", "starting", "planning", "writing", "committing", "committed", "done", "failed"]
 

@@ -13,14 +13,15 @@ from dataclasses import replace
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import failures, snapshot
+from cloudckpt.executor import failures
 from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.council import Council, Standing, Trial, Verdict
 from cloudckpt.executor.job import Job, Terms
-from cloudckpt.executor.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
-from cloudckpt.executor.pool import ArenaPool
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoard
+from cloudckpt.executor.snapshot import snapshot
+from cloudckpt.executor.snapshot.arena_pool import ArenaPool
+from cloudckpt.executor.snapshot.memory_limits import PROCESS_BYTES
 from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 

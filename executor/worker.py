@@ -29,13 +29,14 @@ from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import background_log, descriptors, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import collectives, failures, quiet, snapshot, unpickle, wire
-from cloudckpt.executor.arena import Arena
+from cloudckpt.executor import collectives, failures, quiet, unpickle, wire
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.planning import PlanCache, Prepared
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, ProgressBoard
 from cloudckpt.executor.rank_conflicts import RankCheck, Summary
+from cloudckpt.executor.snapshot import snapshot
+from cloudckpt.executor.snapshot.arena import Arena
 from cloudckpt.executor.watch import watched
 
 _log = background_log.logger(__name__)

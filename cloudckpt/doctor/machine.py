@@ -12,9 +12,10 @@ from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.system import system_limits
 from cloudckpt.backends.system.descriptors import fill_standard, filled
-from cloudckpt.executor import memory_limits, unpickle
-from cloudckpt.executor.arena import memory_file
-from cloudckpt.executor.memory_limits import Room
+from cloudckpt.executor import unpickle
+from cloudckpt.executor.snapshot import memory_limits
+from cloudckpt.executor.snapshot.arena import memory_file
+from cloudckpt.executor.snapshot.memory_limits import Room
 
 _GIB: Final = 1 << 30
 _SHM: Final = Path("/dev/shm")  # noqa: S108 - looked at, and nothing is put there

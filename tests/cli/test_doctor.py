@@ -18,7 +18,7 @@ from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.backends.stores.local.exam import file_system_of
 from cloudckpt.doctor import Finding, examine
 from cloudckpt.doctor.machine import memory, shared_memory, standard_streams, threads, working_directory
-from cloudckpt.executor import memory_limits
+from cloudckpt.executor.snapshot import memory_limits
 from support.commands import COLUMNS, Ran, in_a_pipe, on_a_terminal, options_of
 from support.findings import ABORTED, assert_only, by_check, doctor, failed, ruled
 from support.gcs import GCSServer

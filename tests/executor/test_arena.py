@@ -15,10 +15,10 @@ import torch
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.transfer import cuda
-from cloudckpt.executor import arena as arenas
-from cloudckpt.executor import copying, snapshot
-from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.layout import Layout, Source
+from cloudckpt.executor.snapshot import arena as arenas
+from cloudckpt.executor.snapshot import snapshot, source_copy
+from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.snapshot.memory_layout import Layout, Source
 from support import states
 from support.snapshots import program, round_trip
 
@@ -266,7 +266,7 @@ def runtime(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
         yield
         noted.calls.append("leave side")
 
-    copy_bytes: Any = copying._as_bytes
+    copy_bytes: Any = source_copy._as_bytes
 
     def as_bytes(source: Source, arena: Arena, offset: int, *, non_blocking: bool) -> None:
         if source.memory.device.type == "cpu":
@@ -279,7 +279,7 @@ def runtime(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runtime]:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
     monkeypatch.setattr(torch.cuda, "stream", current)
-    monkeypatch.setattr(copying, "_as_bytes", as_bytes)
+    monkeypatch.setattr(source_copy, "_as_bytes", as_bytes)
     yield noted
     arena.close()  # which asks to unpin
 
@@ -293,7 +293,7 @@ def test_device_copies_follow_the_callers_work_on_a_stream_of_their_own_and_are_
     arena: Arena, runtime: Runtime
 ) -> None:
     arena.reserve(1)
-    copying.copy(of_device(0, 64), arena)
+    source_copy.copy(of_device(0, 64), arena)
     assert runtime.calls == [
         f"pin {arena.nbytes}",
         "side waits for the caller's on cuda:0",
@@ -310,13 +310,13 @@ def test_pages_are_pinned_once_and_anew_only_when_the_arena_is_resized(
 ) -> None:
     arena.reserve(1)
     for _ in range(3):
-        copying.copy(of_device(0), arena)
+        source_copy.copy(of_device(0), arena)
     assert [call for call in runtime.calls if "pin" in call] == [f"pin {arena.nbytes}"]
     assert arena.pinned
     runtime.calls.clear()
     arena.reserve(10 * MIB)
     assert runtime.calls == ["unpin"]  # before the pages go
-    copying.copy(of_device(0), arena)
+    source_copy.copy(of_device(0), arena)
     arena.close()
     assert [call for call in runtime.calls if "pin" in call] == ["unpin", f"pin {10 * MIB}", "unpin"]
 
@@ -324,7 +324,7 @@ def test_pages_are_pinned_once_and_anew_only_when_the_arena_is_resized(
 def test_pages_that_can_not_be_pinned_are_copied_to_all_the_same(arena: Arena, runtime: Runtime) -> None:
     runtime.refuses = True
     arena.reserve(1)
-    copying.copy(of_device(0), arena)
+    source_copy.copy(of_device(0), arena)
     assert not arena.pinned
     assert runtime.calls[1] == "forget the error"  # or the trainer's next kernel would be said to have failed
     assert runtime.calls[-1] == "synchronize"
@@ -338,10 +338,10 @@ def test_a_copy_that_fails_leaves_none_under_way(
     def fails(*_args: Any, **_options: Any) -> None:
         raise RuntimeError("out of memory on the device")
 
-    monkeypatch.setattr(copying, "_as_bytes", fails)
+    monkeypatch.setattr(source_copy, "_as_bytes", fails)
     arena.reserve(1)
     with pytest.raises(RuntimeError, match="out of memory"):
-        copying.copy(of_device(0), arena)
+        source_copy.copy(of_device(0), arena)
     assert runtime.calls[-1] == "synchronize"
 
 

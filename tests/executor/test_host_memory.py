@@ -12,9 +12,9 @@ import torch
 import cloudckpt
 from cloudckpt import PerRank
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.executor import host_memory, memory_limits
-from cloudckpt.executor.host_memory import Need, check
-from cloudckpt.executor.memory_limits import Room
+from cloudckpt.executor.snapshot import host_memory, memory_limits
+from cloudckpt.executor.snapshot.host_memory import Need, check
+from cloudckpt.executor.snapshot.memory_limits import Room
 from support.ranks import RankPools
 
 MIB = 1 << 20

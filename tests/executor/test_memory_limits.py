@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.executor.memory_limits import killer_since, kills, least_room, require
+from cloudckpt.executor.snapshot.memory_limits import killer_since, kills, least_room, require
 
 MIB = 1 << 20
 

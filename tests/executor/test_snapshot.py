@@ -29,8 +29,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 import cloudckpt
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.strides import span
-from cloudckpt.executor import ProcessExecutor, snapshot
-from cloudckpt.executor.arena import Arena
+from cloudckpt.executor import ProcessExecutor
+from cloudckpt.executor.snapshot import snapshot
+from cloudckpt.executor.snapshot.arena import Arena
 from support import states
 from support.ranks import RankPools
 from support.snapshots import State, plain, planned, round_trip

@@ -115,7 +115,7 @@ def limits(
         run_out(Path(group) / "memory.limit_in_bytes", checkpointer, state(1.0), said)
         return
     if of == "memory":
-        from cloudckpt.executor.memory_limits import PROCESS_BYTES  # noqa: PLC0415
+        from cloudckpt.executor.snapshot.memory_limits import PROCESS_BYTES  # noqa: PLC0415
 
         file = Path(group) / "memory.limit_in_bytes"
         stat = dict(line.split() for line in (Path(group) / "memory.stat").read_text().splitlines())

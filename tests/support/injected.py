@@ -14,7 +14,7 @@ from cloudckpt import Checkpointer, run, saves
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.load import reader
 from cloudckpt.backends.state import load_planner
-from cloudckpt.executor import arena, snapshot
+from cloudckpt.executor.snapshot import arena, snapshot
 from cloudckpt.state import app_state
 from support import living as kept
 

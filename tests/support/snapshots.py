@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
 
-from cloudckpt.executor import snapshot
-from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.snapshot import Snapshot
+from cloudckpt.executor.snapshot import snapshot
+from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.snapshot.snapshot import Snapshot
 
 State = dict[str, Any]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.layout import Layout
-from cloudckpt.executor.memory_limits import PROCESS_BYTES
+from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.snapshot.memory_layout import Layout
+from cloudckpt.executor.snapshot.memory_limits import PROCESS_BYTES
 
 
 class ArenaPool:

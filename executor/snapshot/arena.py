@@ -20,7 +20,7 @@ from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import descriptors
 from cloudckpt.backends.system.system_limits import REFUSED, open_files_cure
 from cloudckpt.backends.transfer.cuda import lock_pages, unlock_pages
-from cloudckpt.executor import memory_limits
+from cloudckpt.executor.snapshot import memory_limits
 
 _GRAIN = 2 << 20
 """Bytes to which sizes are rounded up: a huge page."""

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from cloudckpt.backends.transfer.cuda import side_streams
-from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.layout import Layout, Source
+from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.snapshot.memory_layout import Layout, Source
 
 _SMALL = 1 << 20
 """Bytes below which one ``memmove`` is cheaper than torch's copy on several threads."""

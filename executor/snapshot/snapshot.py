@@ -34,9 +34,10 @@ from cloudckpt.backends.torch_private import (
     typed,
     untyped,
 )
-from cloudckpt.executor import copying, unpickle
-from cloudckpt.executor.arena import Arena
-from cloudckpt.executor.layout import Layout, View, lay_out
+from cloudckpt.executor import unpickle
+from cloudckpt.executor.snapshot import source_copy
+from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.snapshot.memory_layout import Layout, View, lay_out
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({str, int, float, bool, dict, list, tuple, type(None)})
@@ -75,7 +76,7 @@ def take(state: Mapping[str, Any], arena: Arena) -> Snapshot:
     with _without_collection():
         pickled, collector, layout = _described(state)
     arena.reserve(layout.nbytes)
-    copying.copy(layout, arena)
+    source_copy.copy(layout, arena)
     extents = [(offset, source.nbytes) for source, offset in zip(layout.sources, layout.offsets, strict=True)]
     return Snapshot(pickled, tuple(collector.meshes.values()), layout.views, extents)
 

@@ -16,10 +16,11 @@ from typing import Any, Final, Self
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import background_log
-from cloudckpt.executor import memory_limits, wire
-from cloudckpt.executor.arena import memory_file
-from cloudckpt.executor.memory_limits import CURE, PROCESS_BYTES, Room, in_mib
+from cloudckpt.executor import wire
 from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.snapshot import memory_limits
+from cloudckpt.executor.snapshot.arena import memory_file
+from cloudckpt.executor.snapshot.memory_limits import CURE, PROCESS_BYTES, Room, in_mib
 
 _log = background_log.logger(__name__)
 
