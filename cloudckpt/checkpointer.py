@@ -23,8 +23,8 @@ from cloudckpt.executor.forks import Unpicklable
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
-from cloudckpt.executor.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.executor.worker.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import RankZeroDisplay

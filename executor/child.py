@@ -18,11 +18,11 @@ from typing import Any
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import descriptors, system_limits
-from cloudckpt.executor import interpreter, quiet, unpickle
 from cloudckpt.executor.messages import ArenaNews, Hello, SaveRequest
 from cloudckpt.executor.progress import ProgressBoard
 from cloudckpt.executor.snapshot import memory_limits
 from cloudckpt.executor.snapshot.arena import Arena
+from cloudckpt.executor.worker import interpreter, main_unpickler, process_setup
 
 _START = (
     # SIGTERM waits for the thread that takes back what a save left open: no thread may be without this mask.
@@ -33,7 +33,7 @@ _START = (
     # the imports, which take most of its memory.
     "import contextlib, pathlib\n"
     "with contextlib.suppress(OSError): pathlib.Path('/proc/self/oom_score_adj').write_text('1000')\n"
-    "from cloudckpt.executor.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
+    "from cloudckpt.executor.worker.worker import main; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
 """The whole program: nothing of the trainer's main script runs again."""
 
@@ -142,15 +142,15 @@ class CheckpointProcess:
 
 def _started(*fds: int) -> subprocess.Popen[bytes]:
     """Start the program, which inherits these descriptors."""
-    search_path = json.dumps(unpickle.search_path())
+    search_path = json.dumps(main_unpickler.search_path())
     return subprocess.Popen(  # noqa: S603 - this interpreter, on our own module
         [sys.executable, *interpreter.options(), "-c", _START, search_path, *map(str, fds)],
         stdin=subprocess.DEVNULL,
         pass_fds=fds,
         process_group=0,
         # Libraries look for their own files from there, which fails in one that was deleted.
-        cwd=None if unpickle.working_directory() is not None else "/",
-        env=os.environ | {"OMP_NUM_THREADS": str(quiet.threads())},
+        cwd=None if main_unpickler.working_directory() is not None else "/",
+        env=os.environ | {"OMP_NUM_THREADS": str(process_setup.threads())},
     )
 
 

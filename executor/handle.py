@@ -11,11 +11,11 @@ from typing import Any, Generic, TypeVar
 from torch.distributed.checkpoint.metadata import Metadata
 
 from cloudckpt.backends.system.tracebacks import trimmed
-from cloudckpt.executor import unpickle
 from cloudckpt.executor.forks import Owner
 from cloudckpt.executor.messages import Sealed
 from cloudckpt.executor.progress import Progress
 from cloudckpt.executor.unobserved import Unobserved
+from cloudckpt.executor.worker import main_unpickler
 
 _WAITING = Progress(0, 0, "waiting")
 
@@ -111,7 +111,7 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         with self._unsealing:
             # Unpickled when it is asked for, not while training goes on.
             if self._made is None and self._sealed is not None:
-                self._made, self._sealed = self._make(unpickle.loads(self._sealed.metadata)), None
+                self._made, self._sealed = self._make(main_unpickler.loads(self._sealed.metadata)), None
         return self._made  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

@@ -9,8 +9,8 @@ from typing import Any
 from cloudckpt.executor.council import Council
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.snapshot import snapshot
+from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 
 
 @dataclass(slots=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.snapshot.snapshot import Snapshot
+from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,18 +22,19 @@ from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.system import background_log, descriptors
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import forks, outcomes, quiet, unpickle
+from cloudckpt.executor import forks, outcomes
 from cloudckpt.executor.gathering import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
-from cloudckpt.executor.rank_conflicts import RankConflicts
 from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.snapshot import host_memory, snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.supervisor import Supervisor
 from cloudckpt.executor.unobserved import log_pending
-from cloudckpt.executor.unpickle import MainScript
+from cloudckpt.executor.worker import main_unpickler, process_setup
+from cloudckpt.executor.worker.main_unpickler import MainScript
+from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 
 _log = background_log.logger(__name__)
 
@@ -100,7 +101,7 @@ class ProcessExecutor(forks.Unpicklable):
                 "and began to train",
                 hint='Put what it does under if __name__ == "__main__", or the class into a module',
             )
-        quiet.check()
+        process_setup.check()
         descriptors.fill_standard()
         self._network = NetworkOptions.given(interface, port_range)
         self._ranks = Gathering(start_timeout, use_prefix_store, self._network)
@@ -391,7 +392,7 @@ def _writer(
 
 def _pickled(writer: StorageWriter, planner: SavePlanner | None) -> bytes:
     try:
-        return unpickle.dumps((writer, planner))
+        return main_unpickler.dumps((writer, planner))
     except ConfigurationError:
         raise
     except Exception as error:

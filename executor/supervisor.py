@@ -22,8 +22,8 @@ from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoar
 from cloudckpt.executor.snapshot import snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.snapshot.memory_limits import PROCESS_BYTES
-from cloudckpt.executor.unpickle import MainScript
 from cloudckpt.executor.vigil import Alarm, Decided, Vigil
+from cloudckpt.executor.worker.main_unpickler import MainScript
 
 _log = background_log.logger(__name__)
 

@@ -12,10 +12,10 @@ from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.system import system_limits
 from cloudckpt.backends.system.descriptors import fill_standard, filled
-from cloudckpt.executor import unpickle
 from cloudckpt.executor.snapshot import memory_limits
 from cloudckpt.executor.snapshot.arena import memory_file
 from cloudckpt.executor.snapshot.memory_limits import Room
+from cloudckpt.executor.worker import main_unpickler
 
 _GIB: Final = 1 << 30
 _SHM: Final = Path("/dev/shm")  # noqa: S108 - looked at, and nothing is put there
@@ -51,7 +51,7 @@ def machine(options: Options, state_size: int | None, ranks: int) -> Iterator[Fi
     yield threads(own, system_limits.pids_room(), ranks * (_THREADS + 2 * options.concurrency))
     fill_standard()
     yield standard_streams(filled())
-    yield working_directory(unpickle.working_directory())
+    yield working_directory(main_unpickler.working_directory())
 
 
 def shared_memory(size: int | None, free: int, *, snapshot: int | None, memfd: bool) -> Finding:

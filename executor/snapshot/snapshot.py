@@ -34,10 +34,10 @@ from cloudckpt.backends.torch_private import (
     typed,
     untyped,
 )
-from cloudckpt.executor import unpickle
 from cloudckpt.executor.snapshot import source_copy
 from cloudckpt.executor.snapshot.arena import Arena
 from cloudckpt.executor.snapshot.memory_layout import Layout, View, lay_out
+from cloudckpt.executor.worker import main_unpickler
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _VALUES = frozenset({str, int, float, bool, dict, list, tuple, type(None)})
@@ -142,7 +142,7 @@ def _culprit(state: Mapping[str, Any], above: str = "") -> str:
 class _RefusedError(Exception):
     """A value that can't be saved."""
 
-    def __init__(self, why: tensors.Refusal | unpickle.Unimportable) -> None:
+    def __init__(self, why: tensors.Refusal | main_unpickler.Unimportable) -> None:
         super().__init__(why.reason)
         self.why = why
 
@@ -174,7 +174,7 @@ class _Collector(pickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         """Restore a wrapper of tensors on a device on the host, and refuse what could not be restored."""
-        if (why := unpickle.unimportable(obj)) is not None:
+        if (why := main_unpickler.unimportable(obj)) is not None:
             raise _RefusedError(why)
         if isinstance(obj, torch.Tensor) and subclasses.is_wrapper(obj):
             return subclasses.reduce_to_host(obj)
@@ -229,7 +229,7 @@ class _Collector(pickle.Pickler):
         return self._mesh_numbers[id(mesh)]
 
 
-class _Restorer(unpickle.Unpickler):
+class _Restorer(main_unpickler.Unpickler):
     """Unpickles a state, with tensors over the arena for the numbers in it."""
 
     def __init__(self, taken: Snapshot, arena: Arena) -> None:
@@ -237,7 +237,7 @@ class _Restorer(unpickle.Unpickler):
         self._extents = [arena.bytes_at(*extent).untyped_storage() for extent in taken.extents]
         self._tensors = [self._view(view) for view in taken.views]
         self._leaves: dict[int, torch.Tensor] = {}
-        self._meshes = [unpickle.loads(mesh) for mesh in taken.meshes]
+        self._meshes = [main_unpickler.loads(mesh) for mesh in taken.meshes]
 
     def persistent_load(self, pid: Any) -> Any:
         """What `_Collector.persistent_id` described."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard
 
 import cloudckpt
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.planning import PlanCache, Prepared
+from cloudckpt.executor.worker.plan_cache import PlanCache, Prepared
 from support import executors, states
 from support.ranks import RankPool, RankPools
 

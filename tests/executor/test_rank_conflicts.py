@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cloudckpt import Checkpointer, ConfigurationError
 from cloudckpt.executor import ProcessExecutor, failures
-from cloudckpt.executor.digests import value_digest
-from cloudckpt.executor.rank_conflicts import RankCheck, RankConflicts, checked, judged
+from cloudckpt.executor.worker.digests import value_digest
+from cloudckpt.executor.worker.rank_conflicts import RankCheck, RankConflicts, checked, judged
 from support.living import end, living
 from support.ranks import RankPool, RankPools
 

@@ -26,7 +26,7 @@ from cloudckpt.backends.state import placements
 from cloudckpt.backends.state.placements import ShardAttributes, shard_attributes
 from cloudckpt.backends.state.tensors import refusal
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.planning import Prepared
+from cloudckpt.executor.worker.plan_cache import Prepared
 from support.ranks import RankPools
 from support.snapshots import round_trip
 

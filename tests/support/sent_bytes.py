@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt import ranks
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.executor import collectives
-from cloudckpt.executor.rank_conflicts import RankCheck, Summary
-from cloudckpt.executor.worker import Worker
+from cloudckpt.executor.worker.rank_conflicts import RankCheck, Summary
+from cloudckpt.executor.worker.worker import Worker
 from support.collectives import RANKS
 
 DATA = (b"", b"\x80\x04" * 3_000_000, b"\xff\x00")

@@ -29,15 +29,16 @@ from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import background_log, descriptors, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import collectives, failures, quiet, unpickle, wire
+from cloudckpt.executor import collectives, failures, wire
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
-from cloudckpt.executor.planning import PlanCache, Prepared
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, ProgressBoard
-from cloudckpt.executor.rank_conflicts import RankCheck, Summary
 from cloudckpt.executor.snapshot import snapshot
 from cloudckpt.executor.snapshot.arena import Arena
-from cloudckpt.executor.watch import watched
+from cloudckpt.executor.worker import main_unpickler, process_setup
+from cloudckpt.executor.worker.instrument import watched
+from cloudckpt.executor.worker.plan_cache import PlanCache, Prepared
+from cloudckpt.executor.worker.rank_conflicts import RankCheck, Summary
 
 _log = background_log.logger(__name__)
 
@@ -58,13 +59,13 @@ def main(connection_fd: int, board_fd: int) -> None:
     """Serve the trainer at the other end of the connection until it is gone, or has had enough."""
     descriptors.fill_standard()
     connection = Connection(connection_fd)
-    hello: Hello = unpickle.loads(connection.recv_bytes())
-    unpickle.MainScript.expect(hello.main_script)
+    hello: Hello = main_unpickler.loads(connection.recv_bytes())
+    main_unpickler.MainScript.expect(hello.main_script)
     board = ProgressBoard.attach(board_fd)
     worker = Worker(hello, connection, board)
     try:
         _begin("cloudckpt-end", _end_when_told, worker, hello.parent_pid)
-        quiet.settle(hello.info.global_rank, hello.generation, hello.parent_pid, hello.log_level)
+        process_setup.settle(hello.info.global_rank, hello.generation, hello.parent_pid, hello.log_level)
         network = _meet(hello)
         _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
@@ -264,7 +265,7 @@ class Worker:
         """What is to be saved and how, or why it could not be read here."""
         try:
             arena = self._arena(request.arena)
-            writer, planner = unpickle.loads(request.storage)
+            writer, planner = main_unpickler.loads(request.storage)
             state = snapshot.restore(request.snapshot, arena)
             plan = Prepared(b"") if planner is not None else Prepared.of(state)
             common, summary = self._summarized(request, plan)

@@ -32,8 +32,9 @@ from cloudckpt.backends.torch_private import (
     compute_local_shape_and_global_offset,
     local_tensor,
 )
-from cloudckpt.executor import collectives, digests, failures, wire
+from cloudckpt.executor import collectives, failures, wire
 from cloudckpt.executor.roll_call import named
+from cloudckpt.executor.worker import digests
 
 _log = background_log.logger(__name__)
 

@@ -1,0 +1,1 @@
+"""The program of a checkpoint process: compare, plan, save."""
