@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.last_call import Heard, LastCall
-from cloudckpt.executor.rendezvous import grouped
-from cloudckpt.executor.roll_call import Call
+from cloudckpt.executor.coordination.call_comparison import Call
+from cloudckpt.executor.coordination.final_step import Heard, LastCall
+from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.ranks import agreed
 
 T = TypeVar("T")

@@ -18,12 +18,13 @@ from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
-from cloudckpt.executor import ProcessExecutor, SaveHandle, failures
+from cloudckpt.executor import ProcessExecutor, SaveHandle
+from cloudckpt.executor.coordination import remote_errors
+from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.executor.forks import Unpicklable
 from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
-from cloudckpt.executor.rendezvous import grouped
 from cloudckpt.executor.worker.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption
@@ -353,7 +354,7 @@ class Checkpointer(Unpicklable):
             return
         try:
             self._close(deliver=False)
-        except failures.ANY as failed:  # what ended the block is raised
+        except remote_errors.ANY as failed:  # what ended the block is raised
             _log.log(background_log.warning_on(self._rank()), "%s", one_line(failed))
 
     def _close(self, *, deliver: bool) -> None:
@@ -381,7 +382,7 @@ class Checkpointer(Unpicklable):
                 raise TimeoutError("the saves before it took too long")
             info = self._saving.begin(step, state_dict, metric).result(self._preemption.remaining)
             _log.warning("the last step, %d, is committed", step)
-        except failures.ANY as error:
+        except remote_errors.ANY as error:
             _log.warning("the last step, %d, is given up, what was committed stays: %s", step, error)
         raise self._preemption.ended(step, info)
 

@@ -24,8 +24,8 @@ from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.state.load_planner import CheckpointLoadPlanner
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.tracebacks import trimmed, trimming
-from cloudckpt.executor import failures
-from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.executor.coordination import remote_errors
+from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
 from cloudckpt.ranks import agreed, gathered, together
 from cloudckpt.read_ahead import ReadAhead
@@ -304,9 +304,9 @@ class _Carried:
                 if self.alone:
                     self.own = error
                     raise _Carrier from error
-                common = failures.shared(error, self.rank)
-                self.own = common if isinstance(error, failures.ANY) else error
-                raise _Carrier(failures.dumps(common)) from error
+                common = remote_errors.shared(error, self.rank)
+                self.own = common if isinstance(error, remote_errors.ANY) else error
+                raise _Carrier(remote_errors.dumps(common)) from error
 
         return carrying
 
@@ -315,16 +315,16 @@ class _Carried:
         failed = {rank: (_opened(failure), frames) for rank, (failure, frames) in error.failures.items()}
         lowest = min(failed)
         if self.own is None:
-            first = failures.original(CheckpointException("load", failed), self.rank)
-        elif self.alone or not isinstance(self.own, failures.ANY):
+            first = remote_errors.original(CheckpointException("load", failed), self.rank)
+        elif self.alone or not isinstance(self.own, remote_errors.ANY):
             first = trimmed(self.own)
         else:
-            common = failures.original(CheckpointException("load", failed), self.rank, with_frames=False)
-            first = failures.with_traceback_of(self.own, common)
+            common = remote_errors.original(CheckpointException("load", failed), self.rank, with_frames=False)
+            first = remote_errors.with_traceback_of(self.own, common)
         if isinstance(first, CheckpointError):
             first.located(uri=uri, rank=lowest)
         raise first from first.__cause__
 
 
 def _opened(error: BaseException) -> BaseException:
-    return failures.loads(*error.args) if isinstance(error, _Carrier) and error.args else error
+    return remote_errors.loads(*error.args) if isinstance(error, _Carrier) and error.args else error

@@ -14,7 +14,7 @@ from typing import Any
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.events import CheckpointInfo
-from cloudckpt.executor.last_call import Heard, LastCall
+from cloudckpt.executor.coordination.final_step import Heard, LastCall
 from cloudckpt.signals import Listener
 
 _RESERVE = 5.0

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from cloudckpt.backends.errors import note_others
 from cloudckpt.backends.system.system_limits import try_for
 from cloudckpt.backends.system.tracebacks import trimmed, trimming
-from cloudckpt.executor import collectives, failures, wire
-from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.executor.coordination import collectives, remote_errors, wire_format
+from cloudckpt.executor.coordination.rendezvous import grouped
 
 _LAST_WORD = 10.0
 """Seconds that a rank that was interrupted tries to tell the others: they may have been so themselves."""
@@ -130,13 +130,13 @@ class _Outcome:
         try:
             return cls(_message(call()))
         except BaseException as error:  # noqa: BLE001 - every rank raises it
-            common = failures.shared(error, rank)
-            raised = common if isinstance(error, failures.ANY) else error
-            return cls(_FAILURE + failures.dumps(common), raised)
+            common = remote_errors.shared(error, rank)
+            raised = common if isinstance(error, remote_errors.ANY) else error
+            return cls(_FAILURE + remote_errors.dumps(common), raised)
 
     @property
     def interrupted(self) -> bool:
-        return self.raised is not None and not isinstance(self.raised, failures.ANY)
+        return self.raised is not None and not isinstance(self.raised, remote_errors.ANY)
 
 
 def _settled(own: _Outcome | None, tell: Callable[[], bytes]) -> Any:
@@ -144,7 +144,7 @@ def _settled(own: _Outcome | None, tell: Callable[[], bytes]) -> Any:
     if own is None or own.raised is None:
         message = tell()
         if (failure := _failure(message)) is not None:
-            raise failures.loads(failure)
+            raise remote_errors.loads(failure)
         return _answer(message, 0)
     if own.interrupted:
         _within(_LAST_WORD, tell)
@@ -155,7 +155,9 @@ def _settled(own: _Outcome | None, tell: Callable[[], bytes]) -> Any:
         own.raised.add_note(f"the other ranks could not be notified: {type(lost).__name__}: {lost}")
         raise trimmed(own.raised) from own.raised.__cause__
     common = (
-        own.raised if failure is None else failures.with_traceback_of(own.raised, failures.loads(failure))
+        own.raised
+        if failure is None
+        else remote_errors.with_traceback_of(own.raised, remote_errors.loads(failure))
     )
     raise common from common.__cause__
 
@@ -173,9 +175,9 @@ def _first(own: bytes, every: list[bytes]) -> bytes:
     rank, *others = sorted(failed)
     if not others:
         return _FAILURE + failed[rank]
-    error = failures.loads(failed[rank])
-    note_others(error, {other: failures.loads(failed[other]) for other in others})
-    return _FAILURE + failures.dumps(error)
+    error = remote_errors.loads(failed[rank])
+    note_others(error, {other: remote_errors.loads(failed[other]) for other in others})
+    return _FAILURE + remote_errors.dumps(error)
 
 
 def _message(answer: Any) -> bytes:
@@ -199,7 +201,7 @@ def _answer(message: bytes, rank: int) -> Any:
     try:
         return json.loads(message.removeprefix(_JSON))
     except (ValueError, RecursionError) as error:
-        raise wire.foreign(f"what rank {rank} sent", "is no answer") from error
+        raise wire_format.foreign(f"what rank {rank} sent", "is no answer") from error
 
 
 def _within(seconds: float, tell: Callable[[], object]) -> None:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import ProcessExecutor, SaveHandle
-from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cloudckpt.executor.council import Council
+from cloudckpt.executor.coordination.consensus import Council
 from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.snapshot import snapshot

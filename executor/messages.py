@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.snapshot.snapshot import Snapshot
 from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 

@@ -22,12 +22,13 @@ from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.system import background_log, descriptors
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import forks, outcomes
-from cloudckpt.executor.gathering import Gathering
+from cloudckpt.executor import forks
+from cloudckpt.executor.coordination import rank_outcomes
+from cloudckpt.executor.coordination.call_comparison import Call
+from cloudckpt.executor.coordination.rank_group import Gathering
 from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
-from cloudckpt.executor.roll_call import Call
 from cloudckpt.executor.snapshot import host_memory, snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.supervisor import Supervisor
@@ -204,7 +205,7 @@ class ProcessExecutor(forks.Unpicklable):
         )
         if begun is not None:
             begun(job.delivery.handle)
-        with outcomes.joining(job, supervisor):
+        with rank_outcomes.joining(job, supervisor):
             job.storage = _pickled(writer, planner)
             # In the order of the calls, also for a state that comes later: the one behind must not take it.
             job.arena = self._acquired(subject or "this save")
@@ -251,7 +252,7 @@ class ProcessExecutor(forks.Unpicklable):
                     delivery=Delivery(_itself),
                 )
             )
-            with outcomes.joining(jobs[1], supervisor):
+            with rank_outcomes.joining(jobs[1], supervisor):
                 timeout = self._start_timeout
                 with host_memory.Comparison(self._ranks.place, self._calls, timeout) as memory:
                     layout = snapshot.layout_of(state_dict() if callable(state_dict) else state_dict)

@@ -13,9 +13,9 @@ from dataclasses import replace
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import failures
 from cloudckpt.executor.child import CheckpointProcess
-from cloudckpt.executor.council import Council, Standing, Trial, Verdict
+from cloudckpt.executor.coordination import remote_errors
+from cloudckpt.executor.coordination.consensus import Council, Standing, Trial, Verdict
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoard
@@ -140,7 +140,7 @@ class Supervisor:
             while (job := self._jobs.get()) is not None:
                 try:
                     self._serve(job)
-                except failures.ANY as error:  # a bug of ours must not leave the others waiting
+                except remote_errors.ANY as error:  # a bug of ours must not leave the others waiting
                     self._end_process()
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
@@ -161,28 +161,28 @@ class Supervisor:
             self._end_process()
             self._council = job.council
         if job.failure is not None and self._terms.grouped:
-            job.failure = failures.shared(job.failure, self._terms.rank)
+            job.failure = remote_errors.shared(job.failure, self._terms.rank)
         standing = Standing(
             call=job.number,
             subject=job.subject,
             generation=self._living_generation(),
-            failure=failures.dumps(job.failure) if job.failure is not None else None,
+            failure=remote_errors.dumps(job.failure) if job.failure is not None else None,
             together=job.use_collectives,
         )
         try:
             trial = job.council.convene(standing, self._terms.start_timeout)
-        except failures.ANY as error:  # whatever kept a rank from saving, raised by the handle
+        except remote_errors.ANY as error:  # whatever kept a rank from saving, raised by the handle
             common = (
                 job.failure
                 if not self._terms.grouped and job.failure is not None
-                else failures.with_traceback_of(job.failure, error)
+                else remote_errors.with_traceback_of(job.failure, error)
             )
             self._finish(job, None, common)
             return
         try:
             trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
         except ExecutorError as error:  # no thread for it
-            trial.report(failures.dumps(error), sound=False)
+            trial.report(remote_errors.dumps(error), sound=False)
             self._end_process()
             self._finish(job, None, error)
             return
@@ -197,7 +197,7 @@ class Supervisor:
             state = job.state.result(self._terms.save_timeout)
             job.taken = snapshot.take(state, self._arenas[job.arena])
             job.delivery.staged()
-        except failures.ANY as error:  # staging is the caller's code; every rank is told
+        except remote_errors.ANY as error:  # staging is the caller's code; every rank is told
             job.failure = error
         finally:
             job.state = None
@@ -214,8 +214,8 @@ class Supervisor:
             own = answer.failure
         except Decided:
             pass
-        except failures.ANY as error:  # told to every rank, raised by the handle
-            own = failures.dumps(error)
+        except remote_errors.ANY as error:  # told to every rank, raised by the handle
+            own = remote_errors.dumps(error)
             trial.report(own, sound=False)
         if answer is not None:
             if not answer.sound:
@@ -232,7 +232,7 @@ class Supervisor:
             self._end_process()
         failure = verdict.failure if verdict is not None and verdict.failure is not None else own
         if failure is not None:
-            return None, failures.own_or_common(own, failure)
+            return None, remote_errors.own_or_common(own, failure)
         if answer is None:
             return None, ExecutorError(
                 f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
@@ -275,7 +275,7 @@ class Supervisor:
         process = self._process = CheckpointProcess(hello, self._board)
         ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
         if ready.failure is not None:
-            raise failures.loads(ready.failure)
+            raise remote_errors.loads(ready.failure)
         if ready.network is not None:
             _log.info("%s", ready.network)  # each rank has an address of its own
         if ready.warning is not None and terms.rank == 0:  # the same on every rank

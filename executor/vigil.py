@@ -13,7 +13,7 @@ from typing import TypeVar
 from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTimeoutError
 from cloudckpt.backends.system import descriptors
 from cloudckpt.executor.child import CheckpointProcess, exit_words
-from cloudckpt.executor.council import Trial
+from cloudckpt.executor.coordination.consensus import Trial
 from cloudckpt.executor.messages import Answer, Ready
 from cloudckpt.executor.progress import (
     MAY_BE_COMMITTED,

@@ -18,11 +18,11 @@ from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.system.printable import one_line
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 from cloudckpt.executor.network import addresses
 from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.network.formation import Formation
 from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
-from cloudckpt.executor.rendezvous import MeetingPlace
 
 _GOODBYE: Final = 10.0
 """Seconds that rank 0 waits for the others at the end."""

@@ -17,7 +17,7 @@ from cloudckpt.backends.state.flatten import flatten
 from cloudckpt.backends.state.load_planner import Targets
 from cloudckpt.backends.state.markers import CheckpointState
 from cloudckpt.backends.state.tree import SavedTree
-from cloudckpt.executor.rendezvous import grouped
+from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.state.describe import Describer
 from cloudckpt.state.owners import Owners
 from cloudckpt.state.per_rank import PerRank

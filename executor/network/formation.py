@@ -13,12 +13,12 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.system.printable import one_line
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 from cloudckpt.executor.network import gloo, probe, store_group
 from cloudckpt.executor.network.agreement import Agreement
 from cloudckpt.executor.network.members import Choice, Member, Plan, choose
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.network.probe import Peer, ProbeListener
-from cloudckpt.executor.rendezvous import MeetingPlace
 
 _PROBE_SHARE: Final = 0.2
 _CONNECT_SHARE: Final = 0.6

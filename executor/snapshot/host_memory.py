@@ -16,8 +16,8 @@ from typing import Any, Final, Self
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import background_log
-from cloudckpt.executor import wire
-from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.coordination import wire_format
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 from cloudckpt.executor.snapshot import memory_limits
 from cloudckpt.executor.snapshot.arena import memory_file
 from cloudckpt.executor.snapshot.memory_limits import CURE, PROCESS_BYTES, Room, in_mib
@@ -120,13 +120,13 @@ class Comparison:
 
         def exchange() -> Sequence[Need | None]:
             store: Any = place.connect("memory", self._timeout)  # torch's stub lacks multi_get
-            store.set(f"{number}/{place.rank}", wire.text(_Told(self.need)))
+            store.set(f"{number}/{place.rank}", wire_format.text(_Told(self.need)))
             if self.need is None:
                 return []
             keys = [f"{number}/{rank}" for rank in range(place.world_size)]
             store.wait(keys, timedelta(seconds=self._timeout))
             told = zip(keys, store.multi_get(keys), strict=True)
-            return [wire.message(text, _Told, key).need for key, text in told]
+            return [wire_format.message(text, _Told, key).need for key, text in told]
 
         try:
             return place.bounded("compare their memory", exchange, self._timeout)

@@ -32,8 +32,8 @@ from cloudckpt.backends.torch_private import (
     compute_local_shape_and_global_offset,
     local_tensor,
 )
-from cloudckpt.executor import collectives, failures, wire
-from cloudckpt.executor.roll_call import named
+from cloudckpt.executor.coordination import collectives, remote_errors, wire_format
+from cloudckpt.executor.coordination.call_comparison import named
 from cloudckpt.executor.worker import digests
 
 _log = background_log.logger(__name__)
@@ -170,7 +170,7 @@ class RankCheck:
         told = self._compared(leaves, policy, left_out)
         if told.failure is not None:
             self.forget()
-            failure = failures.loads(told.failure)
+            failure = remote_errors.loads(told.failure)
             raise CheckpointException("compare the ranks", {0: (failure, [])})  # type: ignore[dict-item]
         weights = {(name, offsets): weight for name, offsets, weight in told.weights}
         self._remember(own.structure, weights, policy)
@@ -184,18 +184,21 @@ class RankCheck:
         """Have rank 0 compare the digests of all ranks, and return what it says to this one."""
         own = {key: digests.digest(leaf, None) for key, leaf in self._entries(leaves, left_out)}
         message = _Digests([(*key, digest.hex()) for key, digest in own.items()])
-        gathered = collectives.gather(wire.text(message, wire.MOST_SENT).encode())
+        gathered = collectives.gather(wire_format.text(message, wire_format.MOST_SENT).encode())
         messages: list[bytes] | None = None
         if gathered is not None:
-            messages = [wire.text(told, wire.MOST_SENT).encode() for told in self._judged(gathered, policy)]
-        return wire.sent(collectives.scatter(messages), _Told, 0)
+            messages = [
+                wire_format.text(told, wire_format.MOST_SENT).encode()
+                for told in self._judged(gathered, policy)
+            ]
+        return wire_format.sent(collectives.scatter(messages), _Told, 0)
 
     def _judged(self, gathered: Sequence[bytes], policy: RankConflicts) -> list[_Told]:
         """Compare the digests of all ranks. What fails on rank 0 is for all: they wait for its message."""
         try:
             every = [_digests(data, rank) for rank, data in enumerate(gathered)]
         except CheckpointError as error:
-            return [_Told([], (), failures.dumps(error)) for _ in gathered]
+            return [_Told([], (), remote_errors.dumps(error)) for _ in gathered]
         words = judged(every, policy)
         if words[0].conflicts and words[0].failure is None and policy == "warn":
             _log.warning("%s", _described(every, words[0].conflicts))
@@ -278,7 +281,7 @@ def judged(every: Sequence[Mapping[Key, bytes]], policy: RankConflicts) -> list[
             "ranks different names, or let names differ with rank_conflicts=[...], which saves the lowest "
             "rank's value",
         )
-    record = failures.dumps(failure) if failure is not None else None
+    record = remote_errors.dumps(failure) if failure is not None else None
     return [
         _Told([(*key, weight) for key, weight in one.items()], tuple(conflicts), record) for one in weights
     ]
@@ -290,11 +293,11 @@ def _digests(data: bytes, rank: int) -> dict[Key, bytes]:
     Raises:
         ExecutorError: it is none.
     """
-    found = wire.sent(data, _Digests, rank)
+    found = wire_format.sent(data, _Digests, rank)
     try:
         return {(name, offsets): bytes.fromhex(digest) for name, offsets, digest in found.entries}
     except ValueError as error:
-        raise wire.foreign(f"what rank {rank} sent", "has a digest that is no number") from error
+        raise wire_format.foreign(f"what rank {rank} sent", "has a digest that is no number") from error
 
 
 def _described(

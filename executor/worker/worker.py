@@ -29,7 +29,7 @@ from cloudckpt.backends.save.writer import StorageWriter as OurWriter
 from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.system import background_log, descriptors, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import collectives, failures, wire
+from cloudckpt.executor.coordination import collectives, remote_errors, wire_format
 from cloudckpt.executor.messages import Answer, ArenaNews, Hello, ProofRequest, Ready, SaveRequest, Sealed
 from cloudckpt.executor.network.formation import Formation, Network
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, ProgressBoard
@@ -69,7 +69,9 @@ def main(connection_fd: int, board_fd: int) -> None:
         network = _meet(hello)
         _begin("cloudckpt-beat", _beat, board, hello.parent_pid)
     except Exception as error:  # noqa: BLE001 - the trainer raises it
-        connection.send(Ready(hello.generation, failures.dumps(failures.noted(_start_error(error, hello)))))
+        connection.send(
+            Ready(hello.generation, remote_errors.dumps(remote_errors.noted(_start_error(error, hello))))
+        )
         return
     if hello.info.disable_automatic_gc:
         gc.disable()
@@ -213,7 +215,7 @@ class Worker:
             if self._grouped:
                 dist.barrier()
         except RuntimeError as error:
-            return Answer(request.number, failure=failures.dumps(self._lost(error)), sound=False)
+            return Answer(request.number, failure=remote_errors.dumps(self._lost(error)), sound=False)
         return Answer(request.number)
 
     def _save(self, request: SaveRequest) -> Answer:
@@ -223,7 +225,7 @@ class Worker:
             fingerprints = self._together(prepared, request)
             metadata = self._saved(request, cast("_Prepared", prepared), fingerprints)
             return Answer(request.number, result=_sealed(metadata))
-        except failures.ANY as error:  # the trainer raises it
+        except remote_errors.ANY as error:  # the trainer raises it
             self._plans.forget()
             if self._check is not None:
                 self._check.forget()
@@ -231,8 +233,8 @@ class Worker:
             _log.debug("the save failed in the checkpoint process", exc_info=error)
             alike = isinstance(error, CheckpointException) or not self._grouped
             lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
-            told = self._lost(error) if lost else failures.original(error, self._hello.info.global_rank)
-            return Answer(request.number, failure=failures.dumps(told), sound=alike)
+            told = self._lost(error) if lost else remote_errors.original(error, self._hello.info.global_rank)
+            return Answer(request.number, failure=remote_errors.dumps(told), sound=alike)
         finally:
             self._writer = None
 
@@ -289,11 +291,11 @@ class Worker:
             if isinstance(prepared, Exception):
                 raise prepared
             return [prepared.plan.fingerprint.hex().encode()]
-        own = _Report(failures.dumps(prepared)) if isinstance(prepared, Exception) else prepared.report()
-        gathered = collectives.all_gather(wire.text(own, wire.MOST_SENT).encode())
-        reports = [wire.sent(data, _Report, rank) for rank, data in enumerate(gathered)]
+        own = _Report(remote_errors.dumps(prepared)) if isinstance(prepared, Exception) else prepared.report()
+        gathered = collectives.all_gather(wire_format.text(own, wire_format.MOST_SENT).encode())
+        reports = [wire_format.sent(data, _Report, rank) for rank, data in enumerate(gathered)]
         problems = {
-            rank: (failures.loads(report.failure), _NO_FRAMES)
+            rank: (remote_errors.loads(report.failure), _NO_FRAMES)
             for rank, report in enumerate(reports)
             if report.failure is not None
         }

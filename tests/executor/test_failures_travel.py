@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
-from cloudckpt.executor import failures
+from cloudckpt.executor.coordination import remote_errors
 from support.injected import EXCEPTIONS
 
 
@@ -20,11 +20,11 @@ class Mute(Exception):
 def test_an_exception_arrives_with_class_text_arguments_fields_and_notes(kind: str) -> None:
     error = EXCEPTIONS[kind]()
     error.add_note("a note")
-    arrived = failures.loads(failures.dumps(error))
+    arrived = remote_errors.loads(remote_errors.dumps(error))
     assert type(arrived) is type(error)
     assert (str(arrived), arrived.args, arrived.__notes__) == (str(error), error.args, ["a note"])
     assert vars(arrived).keys() >= vars(error).keys() - {"__notes__"}
-    assert str(failures.loads(failures.dumps(arrived))) == str(error)
+    assert str(remote_errors.loads(remote_errors.dumps(arrived))) == str(error)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_an_exception_arrives_with_class_text_arguments_fields_and_notes(kind: s
 )
 def test_one_that_can_not_travel_is_told_in_words(error: Exception, said: str) -> None:
     error.add_note("a note")
-    arrived = failures.loads(failures.dumps(error))
+    arrived = remote_errors.loads(remote_errors.dumps(error))
     assert type(arrived) is CheckpointError
     assert f"{type(error).__name__}: " in str(arrived)
     assert said in str(arrived)
@@ -40,12 +40,12 @@ def test_one_that_can_not_travel_is_told_in_words(error: Exception, said: str) -
 
 
 def test_what_is_shared_names_its_rank_once() -> None:
-    shared = failures.shared(failures.shared(ValueError("seven"), 3), 3)
+    shared = remote_errors.shared(remote_errors.shared(ValueError("seven"), 3), 3)
     assert [note.splitlines()[0] for note in shared.__notes__] == ["raised on rank 3"]
 
 
 def test_an_interruption_is_the_others_executor_error() -> None:
-    shared = failures.shared(KeyboardInterrupt(), 1)
+    shared = remote_errors.shared(KeyboardInterrupt(), 1)
     assert isinstance(shared, ExecutorError)
     assert shared.rank == 1
     assert "rank 1 was interrupted by KeyboardInterrupt" in str(shared)

@@ -14,8 +14,8 @@ from typing import Any, Final
 import pytest
 from torch.distributed import DistError, TCPStore
 
-from cloudckpt.executor import wire
-from cloudckpt.executor.council import Agreement, Standing, Verdict
+from cloudckpt.executor.coordination import wire_format
+from cloudckpt.executor.coordination.consensus import Agreement, Standing, Verdict
 from support.commanded import Rank
 from support.processes import unused_port
 
@@ -57,7 +57,7 @@ def _foreign(store: TCPStore, key: str, rng: random.Random) -> None:
             Standing(rng.randrange(99), "the save of step 1", None),
         ]
     )
-    store.set(key, wire.text(message))
+    store.set(key, wire_format.text(message))
 
 
 def _deleted(store: TCPStore, key: str, _: random.Random) -> None:

@@ -9,8 +9,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from cloudckpt.executor.last_call import LastCall
-from cloudckpt.executor.rendezvous import MeetingPlace
+from cloudckpt.executor.coordination.final_step import LastCall
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 
 RANKS = 4
 PATIENCE = 30.0

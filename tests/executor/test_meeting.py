@@ -16,9 +16,9 @@ from torch.distributed import DistNetworkError, TCPStore
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.gathering import Gathering
+from cloudckpt.executor.coordination.rank_group import Gathering
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, unreached
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import MeetingPlace, unreached
 from support.gc_report import Reporting
 from support.ranks import RankPool, RankPools
 

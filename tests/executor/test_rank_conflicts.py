@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from cloudckpt import Checkpointer, ConfigurationError
-from cloudckpt.executor import ProcessExecutor, failures
+from cloudckpt.executor import ProcessExecutor
+from cloudckpt.executor.coordination import remote_errors
 from cloudckpt.executor.worker.digests import value_digest
 from cloudckpt.executor.worker.rank_conflicts import RankCheck, RankConflicts, checked, judged
 from support.living import end, living
@@ -226,7 +227,7 @@ def test_thousands_of_ranks_and_names_make_a_short_message() -> None:
     ]
     record = judged(digests, "error")[0].failure
     assert record is not None
-    failure = failures.loads(record)
+    failure = remote_errors.loads(record)
     assert len(str(failure)) < 700
     assert "'layer.9' and 15 more: rank 1, 3, 5, 7, 9, 11, 13, 15, … differs from rank 0" in str(failure)
 

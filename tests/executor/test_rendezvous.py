@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.executor import ProcessExecutor, ProcessGroupInfo
-from cloudckpt.executor.meeting import Meeting
+from cloudckpt.executor.coordination.meeting_store import Meeting
 from cloudckpt.executor.network.network_options import NetworkOptions
 from support.executors import within
 from support.ranks import RankPool, RankPools

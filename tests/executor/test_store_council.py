@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import pytest
 from torch.distributed import TCPStore
 
-from cloudckpt.executor.council import Standing, Trial
-from cloudckpt.executor.rendezvous import MeetingPlace
-from cloudckpt.executor.store_council import StoreCouncil
+from cloudckpt.executor.coordination.consensus import Standing, Trial
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
+from cloudckpt.executor.coordination.store_consensus import StoreCouncil
 from support.executors import until
 from support.servers import unused_port
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.backends import errors
 from cloudckpt.backends.errors import CheckpointError, ExecutorError, IntegrityError
-from cloudckpt.executor import failures, wire
+from cloudckpt.executor.coordination import remote_errors, wire_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +57,32 @@ class Canary:
 
 @given(st.builds(Message, st.integers(), st.text(st.characters(codec="utf-8")), st.just(b"{}")))
 def test_a_message_is_read_as_it_was_sent(sent: Message) -> None:
-    assert wire.message(wire.text(sent).encode(), Message, "key") == sent
+    assert wire_format.message(wire_format.text(sent).encode(), Message, "key") == sent
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_refused_with_the_key(data: bytes) -> None:
     with pytest.raises(ExecutorError, match="'1/agreement' in the store of the job"):
-        wire.message(data, Message, "1/agreement")
+        wire_format.message(data, Message, "1/agreement")
 
 
 def test_foreign_values_are_refused(tmp_path: Path) -> None:
     canary = tmp_path / "ran"
-    honest = wire.text(Message(1, "a"))
+    honest = wire_format.text(Message(1, "a"))
     foreign = [
         pickle.dumps(Canary(canary)).hex().encode(),
         pickle.dumps(Canary(canary)),
-        wire.text(Other(1, "a")).encode(),
+        wire_format.text(Other(1, "a")).encode(),
         honest.replace('"number": 1', '"number": "1"').encode(),
         honest.replace("cloudckpt-1", "cloudckpt-2").encode(),
         honest.encode()[:-1],
-        honest.encode() + b" " * wire.MOST,
+        honest.encode() + b" " * wire_format.MOST,
         b"cloudckpt-1 Message " + b"[" * 100_000,
     ]
     for data in foreign:
         assert data != honest.encode()
         with pytest.raises(ExecutorError, match="in the store of the job"):
-            wire.message(data, Message, "key")
+            wire_format.message(data, Message, "key")
     assert not canary.exists()
 
 
@@ -101,7 +101,7 @@ ERRORS: list[BaseException] = [
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_is_made_again_from_data(error: BaseException) -> None:
     error.add_note("raised on rank 3")
-    again = failures.loads(failures.dumps(error))
+    again = remote_errors.loads(remote_errors.dumps(error))
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert again.__notes__ == ["raised on rank 3"]
@@ -111,9 +111,9 @@ def test_an_error_is_made_again_from_data(error: BaseException) -> None:
 
 def test_the_constructor_of_a_users_error_is_not_called(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    record = json.loads(failures.dumps(OwnError("x")))
+    record = json.loads(remote_errors.dumps(OwnError("x")))
     record["error"]["args"] = ["x", {"dict": [["made", str(made)]]}]
-    assert isinstance(failures.loads(json.dumps(record).encode()), OwnError)
+    assert isinstance(remote_errors.loads(json.dumps(record).encode()), OwnError)
     assert not made.exists()
 
 
@@ -126,7 +126,7 @@ def test_an_error_that_is_not_plain_data_keeps_its_class_and_text() -> None:
         (ValueError(open(__file__)), "ValueError: <_io"),  # noqa: SIM115, PTH123
         (ValueError("x" * 2_000_000), "xxx"),
     ]:
-        again = failures.loads(failures.dumps(error))
+        again = remote_errors.loads(remote_errors.dumps(error))
         assert text in str(again)
         if isinstance(error.args[0], str):
             continue
@@ -137,13 +137,13 @@ def test_an_error_that_is_not_plain_data_keeps_its_class_and_text() -> None:
     "named", ["builtins:SystemExit", "builtins:KeyboardInterrupt", "builtins:eval", "os:system", "nowhere:X"]
 )
 def test_nothing_but_an_exception_is_made(named: str) -> None:
-    record = json.loads(failures.dumps(ValueError("x")))
+    record = json.loads(remote_errors.dumps(ValueError("x")))
     record["error"]["class"] = named
-    again = failures.loads(json.dumps(record).encode())
+    again = remote_errors.loads(json.dumps(record).encode())
     assert type(again) is CheckpointError
     assert "could not be read here" in str(again)
 
 
 @given(st.binary(max_size=300))
 def test_bytes_that_are_no_record_become_an_error_that_says_so(data: bytes) -> None:
-    assert "could not be read here" in str(failures.loads(data))
+    assert "could not be read here" in str(remote_errors.loads(data))

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt import ranks
 from cloudckpt.backends.errors import CheckpointError
-from cloudckpt.executor import collectives
+from cloudckpt.executor.coordination import collectives
 from cloudckpt.executor.worker.rank_conflicts import RankCheck, Summary
 from cloudckpt.executor.worker.worker import Worker
 from support.collectives import RANKS

@@ -21,9 +21,9 @@ from typing import Final, Literal
 from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
-from cloudckpt.executor import failures, wire
+from cloudckpt.executor.coordination import remote_errors, wire_format
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, unreached
 from cloudckpt.executor.network import absence
-from cloudckpt.executor.rendezvous import MeetingPlace, unreached
 
 _FRESH: Final = 60.0
 """Seconds for which an idle connection is used again: later, a firewall may have forgotten it."""
@@ -119,7 +119,7 @@ class RollCall:
 
         word = self._place.bounded(f"meet in {call.name}", meet, timeout)
         if word.kind == "refused" and word.said is not None:
-            raise failures.loads(word.said)
+            raise remote_errors.loads(word.said)
         if word.call != call:
             raise different({word.rank: word.call, self._place.rank: call})
         return word.said
@@ -152,7 +152,7 @@ class RollCall:
         def ask() -> tuple[bool, int]:
             store = self._connected(timeout)
             if self._place.rank == 0:
-                store.set(_followed(first), wire.text(_Followed(call, value)))
+                store.set(_followed(first), wire_format.text(_Followed(call, value)))
                 found = value, first
             else:
                 found = self._read(store, first, call, timeout)
@@ -178,7 +178,7 @@ class RollCall:
             raise missing(self._place, [0], call.name, timeout) from error
         while True:
             self._topic = topic + 1  # where nothing can be read, the next call goes on
-            told = wire.message(store.get(_followed(topic)), _Followed, _followed(topic))
+            told = wire_format.message(store.get(_followed(topic)), _Followed, _followed(topic))
             if store.add(f"{_followed(topic)}/heard-by", 1) == self._place.world_size - 1:
                 store.delete_key(_followed(topic))
                 store.delete_key(f"{_followed(topic)}/heard-by")
@@ -189,7 +189,7 @@ class RollCall:
     def _join(self, store: Store, number: int, call: Call, said: bytes | None) -> None:
         """Post this rank's call in a round, and end the round if that is what it takes."""
         own, word = _posted(number, self._place.rank), f"{number}/word"
-        posted = wire.text(_Posted(call, time.monotonic_ns()))
+        posted = wire_format.text(_Posted(call, time.monotonic_ns()))
         # A try of this rank's that was cut off has counted it.
         counted = store.compare_set(own, "", posted) != posted.encode()
         if counted:
@@ -208,19 +208,19 @@ class RollCall:
         except DistStoreError:
             every = range(self._place.world_size)
             away = [one for one in every if not store.check([_posted(number, one)])]
-            late = failures.dumps(missing(self._place, away, call.name, timeout))
+            late = remote_errors.dumps(missing(self._place, away, call.name, timeout))
             _write_once(store, word, _Word("refused", call, self._place.rank, late))
-        return wire.message(store.get(word), _Word, word)
+        return wire_format.message(store.get(word), _Word, word)
 
     def _compared(self, store: Store, number: int, call: Call) -> _Word:
         keys = [_posted(number, rank) for rank in range(self._place.world_size)]
         calls = {
-            rank: wire.message(posted, _Posted, key).call
+            rank: wire_format.message(posted, _Posted, key).call
             for rank, (key, posted) in enumerate(zip(keys, store.multi_get(keys), strict=True))
         }
         if set(calls.values()) == {call}:
             return _Word("alike", call, self._place.rank)
-        return _Word("refused", call, self._place.rank, failures.dumps(different(calls)))
+        return _Word("refused", call, self._place.rank, remote_errors.dumps(different(calls)))
 
     def _hear(self, store: Store, number: int) -> None:
         """Count this rank among those that know how a round ended, and drop what nobody asks for any more."""
@@ -301,8 +301,8 @@ def _posted(number: int, rank: int) -> str:
 
 def _ended(store: Store, number: int) -> _Word | None:
     key = f"{number}/word"
-    return wire.message(store.get(key), _Word, key) if store.check([key]) else None
+    return wire_format.message(store.get(key), _Word, key) if store.check([key]) else None
 
 
 def _write_once(store: Store, key: str, word: _Word) -> None:
-    store.compare_set(key, "", wire.text(word))
+    store.compare_set(key, "", wire_format.text(word))

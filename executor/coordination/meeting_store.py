@@ -21,11 +21,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.torch_private import wrap_exception
-from cloudckpt.executor import failures, wire
-from cloudckpt.executor.network import absence
-from cloudckpt.executor.network.hosting import Offer
-from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import (
+from cloudckpt.executor.coordination import remote_errors, wire_format
+from cloudckpt.executor.coordination.rendezvous import (
     MeetingPlace,
     ProcessGroupInfo,
     existing_store,
@@ -34,6 +31,9 @@ from cloudckpt.executor.rendezvous import (
     out_of_reach,
     tcp_store_of_training,
 )
+from cloudckpt.executor.network import absence
+from cloudckpt.executor.network.hosting import Offer
+from cloudckpt.executor.network.network_options import NetworkOptions
 
 Contact = Literal["none", "missed", "lost"]
 """The outcome of the last decision: none was made, ranks were missing, or its store can't be reached."""
@@ -108,7 +108,7 @@ class Meeting:
         if known is None:
             contact = "none"
         if self._rank == 0 and contact != "missed":
-            store.set(f"{key}/{self._decision + 1}", wire.text(self._decided()))
+            store.set(f"{key}/{self._decision + 1}", wire_format.text(self._decided()))
         # Without another decision a rank tries the store again, in which the others may wait for it.
         wait = {"none": timeout, "missed": None, "lost": timeout / 2}[contact]
         if not self._is_next(store, key, wait):
@@ -124,9 +124,9 @@ class Meeting:
         while store.check([f"{key}/{self._decision + 1}"]):
             self._decision += 1
         at = f"{key}/{self._decision}"
-        decided = wire.message(store.get(at), _Decision, at)
+        decided = wire_format.message(store.get(at), _Decision, at)
         if decided.failure is not None:  # on every rank: the next call has rank 0 decide anew
-            raise failures.loads(decided.failure)
+            raise remote_errors.loads(decided.failure)
         offer, prefix = decided.offer, decided.prefix
         hosted = offer is not None
         # Known from here on: where the store proves unreachable, the next call waits for another decision.
@@ -199,7 +199,7 @@ class Meeting:
             failed = CheckpointException(
                 "find a store for the checkpoint processes", {0: wrap_exception(error)}
             )
-            return _Decision("", failure=failures.dumps(failed))
+            return _Decision("", failure=remote_errors.dumps(failed))
         prefix = f"cloudckpt/{uuid.uuid4().hex}"
         if isinstance(found, Offer):
             return _Decision(prefix, offer=_Offered(found.candidates, found.port, found.namespace))

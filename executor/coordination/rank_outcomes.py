@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
-from cloudckpt.executor import failures
+from cloudckpt.executor.coordination import remote_errors
+from cloudckpt.executor.coordination.call_comparison import Call, RollCall
 from cloudckpt.executor.job import Job
-from cloudckpt.executor.roll_call import Call, RollCall
 from cloudckpt.executor.supervisor import Supervisor
 
 _YES = b"yes"
@@ -24,10 +24,10 @@ def joining(job: Job, supervisor: Supervisor) -> Iterator[None]:
     """
     try:
         yield
-    except failures.ANY as error:
+    except remote_errors.ANY as error:
         job.failure = error
     except BaseException as error:
-        job.failure = failures.shared(error, supervisor.rank)
+        job.failure = remote_errors.shared(error, supervisor.rank)
         job.delivery.known()
         supervisor.submit(job)
         raise
@@ -49,16 +49,16 @@ def confer(calls: RollCall, call: Call, ask: Callable[[], bool], rank: int, time
     try:
         said = _YES if ask() and rank == 0 else None
     except BaseException as error:
-        own = failures.shared(error, rank)
-        said = failures.dumps(own)
-        if not isinstance(error, failures.ANY):
+        own = remote_errors.shared(error, rank)
+        said = remote_errors.dumps(own)
+        if not isinstance(error, remote_errors.ANY):
             with contextlib.suppress(ExecutorError, ConfigurationError):  # this rank raises its interruption
                 calls.confer(call, said, min(_LAST_WORD, timeout))
             raise
     word = _answered(calls, call, said, rank, timeout)
     if word is None or word == _YES:
         return word is not None
-    common = failures.with_traceback_of(own, failures.loads(word))
+    common = remote_errors.with_traceback_of(own, remote_errors.loads(word))
     raise common from common.__cause__
 
 
@@ -75,9 +75,11 @@ def meet(calls: RollCall, call: Call, rank: int, timeout: float) -> None:
 def _answered(calls: RollCall, call: Call, said: bytes | None, rank: int, timeout: float) -> bytes | None:
     try:
         return calls.confer(call, said, timeout)
-    except failures.ANY:
+    except remote_errors.ANY:
         raise
     except BaseException as error:
         with contextlib.suppress(ExecutorError):  # this rank raises its interruption
-            calls.refuse(call, failures.dumps(failures.shared(error, rank)), min(_LAST_WORD, timeout))
+            calls.refuse(
+                call, remote_errors.dumps(remote_errors.shared(error, rank)), min(_LAST_WORD, timeout)
+            )
         raise

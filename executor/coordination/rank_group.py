@@ -10,14 +10,14 @@ from typing import Any
 import torch.distributed as dist
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
-from cloudckpt.executor import outcomes
-from cloudckpt.executor.council import Council, SoloCouncil
-from cloudckpt.executor.last_call import Heard, LastCall
-from cloudckpt.executor.meeting import Contact, Meeting
+from cloudckpt.executor.coordination import rank_outcomes
+from cloudckpt.executor.coordination.call_comparison import Call, RollCall
+from cloudckpt.executor.coordination.consensus import Council, SoloCouncil
+from cloudckpt.executor.coordination.final_step import Heard, LastCall
+from cloudckpt.executor.coordination.meeting_store import Contact, Meeting
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, grouped, tcp_store_of_training
+from cloudckpt.executor.coordination.store_consensus import StoreCouncil
 from cloudckpt.executor.network.network_options import NetworkOptions
-from cloudckpt.executor.rendezvous import MeetingPlace, grouped, tcp_store_of_training
-from cloudckpt.executor.roll_call import Call, RollCall
-from cloudckpt.executor.store_council import StoreCouncil
 
 
 class Gathering:
@@ -168,7 +168,7 @@ class Gathering:
         if self._roll is None:
             return ask()
         with self.meeting():
-            return outcomes.confer(self._roll, call, ask, self.rank, self._timeout)
+            return rank_outcomes.confer(self._roll, call, ask, self.rank, self._timeout)
 
     def meet(self, call: Call) -> None:
         """Wait until every rank makes this call: before a collective, which would wait longer.
@@ -183,7 +183,7 @@ class Gathering:
             return
         if not self._closed or (self.place.host, self.place.port) == tcp_store_of_training():
             with self.meeting():
-                outcomes.meet(self._roll, call, self.rank, self._timeout)
+                rank_outcomes.meet(self._roll, call, self.rank, self._timeout)
 
     def last_call(self, heard: Heard) -> LastCall:
         """Return what agrees with the other ranks on the last of the calls that their trainers make.

@@ -21,8 +21,8 @@ from torch.distributed import Store
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 from cloudckpt.executor.network.agreement import leave_last
-from cloudckpt.executor.rendezvous import MeetingPlace
 
 _log = background_log.logger(__name__)
 

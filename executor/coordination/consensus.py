@@ -15,8 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cloudckpt.executor import failures
-from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
+from cloudckpt.executor.coordination import remote_errors
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGroupInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class SoloCouncil(Council):
     def convene(self, standing: Standing, timeout: float) -> Trial:  # noqa: ARG002 - the interface
         self._attempt += 1
         if standing.failure is not None:
-            raise failures.loads(standing.failure)
+            raise remote_errors.loads(standing.failure)
         return _SoloTrial(self._attempt, standing.generation or self._attempt)
 
     def group(

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt.backends.errors import CheckpointError, ExecutorError, note_others
 from cloudckpt.backends.system import tracebacks
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor import error_records
+from cloudckpt.executor.coordination import error_records
 
 ANY = (Exception, CheckpointException)
 """What a save may raise, to be caught: DCP's own exception is not an ``Exception``."""

@@ -12,10 +12,10 @@ from torch.distributed import DistError, DistStoreError, Store
 
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.system import system_limits
-from cloudckpt.executor import failures, roll_call, wire
-from cloudckpt.executor.council import Address, Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor.coordination import call_comparison, remote_errors, wire_format
+from cloudckpt.executor.coordination.consensus import Address, Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.network import absence
-from cloudckpt.executor.rendezvous import MeetingPlace, ProcessGroupInfo
 
 _REPORT = 30.0
 """Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
@@ -44,7 +44,7 @@ class StoreCouncil(Council):
         agreement, attempt = self._place.bounded("convene", lambda: self._join(standing, timeout), timeout)
         self._next = attempt + 1
         if agreement.refusal is not None:
-            raise failures.loads(agreement.refusal)
+            raise remote_errors.loads(agreement.refusal)
         self._ahead += agreement.call - standing.call
         self._last = attempt
         return _StoreTrial(self._place, attempt, agreement.generation)
@@ -58,14 +58,14 @@ class StoreCouncil(Council):
                 try:
                     address = Address(self._address_now())
                 except CheckpointError as error:
-                    address = Address(failure=failures.dumps(error))
-                store.set(key, wire.text(address))
+                    address = Address(failure=remote_errors.dumps(error))
+                store.set(key, wire_format.text(address))
             store.wait([key], timedelta(seconds=timeout))
-            return wire.message(store.get(key), Address, key)
+            return wire_format.message(store.get(key), Address, key)
 
         address = self._place.bounded("agree where their checkpoint processes meet", agree, timeout)
         if address.failure is not None:
-            raise failures.loads(address.failure)
+            raise remote_errors.loads(address.failure)
         place = self._place.read_again(address.at)
         return place.info, place
 
@@ -94,7 +94,7 @@ class StoreCouncil(Council):
         while True:
             while store.check([f"{attempt}/agreement"]):
                 attempt += 1  # it began or was given up without this rank
-            store.set(f"{attempt}/standing/{self._place.rank}", wire.text(standing))
+            store.set(f"{attempt}/standing/{self._place.rank}", wire_format.text(standing))
             self._forget(store, attempt - 2)
             # A rank counts once, also when a try of its own that was given up comes back to life.
             first = store.add(f"{attempt}/came/{self._place.rank}", 1) == 1
@@ -107,7 +107,7 @@ class StoreCouncil(Council):
                 given_up = self._given_up(store, attempt, standing, timeout)
                 _write_once(store, f"{attempt}/agreement", given_up)
             key = f"{attempt}/agreement"
-            agreement = wire.message(store.get(key), Agreement, key)
+            agreement = wire_format.message(store.get(key), Agreement, key)
             if agreement.rejoin != standing.call:
                 return agreement, attempt
             attempt += 1
@@ -128,9 +128,9 @@ class StoreCouncil(Council):
                 rank=behind[0],
                 hint="Every rank must save at the same steps",
             )
-            return Agreement(attempt, refusal=failures.dumps(refusal), rejoin=call)
+            return Agreement(attempt, refusal=remote_errors.dumps(refusal), rejoin=call)
         if len(subjects) > 1 and all(standing.together for standing in standings.values()):
-            return Agreement(attempt, refusal=failures.dumps(_different(standings)))
+            return Agreement(attempt, refusal=remote_errors.dumps(_different(standings)))
         generations = {standing.generation for standing in standings.values()}
         (alive,) = generations if len(generations) == 1 else (None,)
         return Agreement(alive if alive is not None else attempt, call=call)
@@ -139,14 +139,14 @@ class StoreCouncil(Council):
         missing = [
             rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/standing/{rank}"])
         ]
-        refusal = roll_call.missing(self._place, missing, standing.subject or "this save", timeout)
-        return Agreement(attempt, refusal=failures.dumps(refusal))
+        refusal = call_comparison.missing(self._place, missing, standing.subject or "this save", timeout)
+        return Agreement(attempt, refusal=remote_errors.dumps(refusal))
 
     def _standings(self, store: Store, attempt: int) -> dict[int, Standing]:
         keys = [f"{attempt}/standing/{rank}" for rank in range(self._place.world_size)]
         values = store.multi_get(keys)
         return {
-            rank: wire.message(value, Standing, key)
+            rank: wire_format.message(value, Standing, key)
             for rank, (key, value) in enumerate(zip(keys, values, strict=True))
         }
 
@@ -197,7 +197,7 @@ class _StoreTrial(Trial):
         try:
             store = self._place.connect("council", timeout)
             store.wait([key], timedelta(seconds=timeout))
-            self._verdict = wire.message(store.get(key), Verdict, key)
+            self._verdict = wire_format.message(store.get(key), Verdict, key)
             if store.add(f"{self.attempt}/heard-by", 1) == self._place.world_size:
                 store.set(f"{self.attempt}/heard", "1")
         except (DistError, CheckpointError) as error:
@@ -217,7 +217,7 @@ class _StoreTrial(Trial):
                 first = f"{self.attempt}/failure"
                 found = Verdict(sound=True)
                 if store.check([first]):
-                    found = wire.message(store.get(first), Verdict, first)
+                    found = wire_format.message(store.get(first), Verdict, first)
                 _write_once(store, f"{self.attempt}/verdict", found)
         except (DistError, CheckpointError) as error:
             self._lost = f"{type(error).__name__}: {error}"
@@ -226,7 +226,7 @@ class _StoreTrial(Trial):
 
 def _different(standings: dict[int, Standing]) -> ConfigurationError:
     subjects = {rank: f"to {standing.subject or 'a save'}" for rank, standing in standings.items()}
-    rank, told = roll_call.compared(subjects, "comes", "come")
+    rank, told = call_comparison.compared(subjects, "comes", "come")
     return ConfigurationError(
         f"the ranks save differently: {told}",
         uri="",  # none is the same on all ranks, and the error is
@@ -236,4 +236,4 @@ def _different(standings: dict[int, Standing]) -> ConfigurationError:
 
 
 def _write_once(store: Store, key: str, message: Agreement | Verdict) -> None:
-    store.compare_set(key, "", wire.text(message))
+    store.compare_set(key, "", wire_format.text(message))
