@@ -19,7 +19,7 @@ from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace
-from cloudckpt.executor.network import addresses
+from cloudckpt.executor.network import host_addresses
 from cloudckpt.executor.network.agreement import leave_last
 from cloudckpt.executor.network.formation import Formation
 from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
@@ -105,15 +105,15 @@ class Rendezvous:
 def own_name() -> Finding:
     """Tell what this host's name resolves to. Saves don't use it, and other software may."""
     name = socket.gethostname()
-    found = addresses.addresses_of(name)
-    here = ", ".join(f"{one} {' '.join(several)}" for one, several in addresses.interfaces().items())
+    found = host_addresses.addresses_of(name)
+    here = ", ".join(f"{one} {' '.join(several)}" for one, several in host_addresses.interfaces().items())
     if not found:
         what = f"{name} resolves to no address; this host has {here}"
     else:
-        lines = [line for one in found for line in addresses.hosts_lines(one) if name in line.split()]
+        lines = [line for one in found for line in host_addresses.hosts_lines(one) if name in line.split()]
         said = f" (/etc/hosts has '{lines[0]}')" if lines else ""
         what = f"{name} resolves to {', '.join(found)}{said}; this host has {here}"
-    if any(not addresses.is_loopback(one) and addresses.belongs_here(one) for one in found):
+    if any(not host_addresses.is_loopback(one) and host_addresses.belongs_here(one) for one in found):
         return Finding("own name", "ok", what)
     advice = (
         "Saves take the address from which a rank reaches training's store. If training uses gloo, it needs "
@@ -145,7 +145,7 @@ def ranks(rendezvous: Rendezvous, options: NetworkOptions, timeout: float) -> It
         store = rendezvous.store(timeout)
     except (DistError, ValueError) as error:
         what = f"rank {rendezvous.rank} of {rendezvous.world_size} did not meet the others at {at}: "
-        if addresses.addresses_of(rendezvous.host):
+        if host_addresses.addresses_of(rendezvous.host):
             what += one_line(error)
             advice = (
                 "Start the command on every rank at the same time, and open this port of that host to all "

@@ -22,7 +22,7 @@ from cloudckpt.backends.system.printable import one_line
 from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.torch_private import DistWrapper
 from cloudckpt.executor import forks
-from cloudckpt.executor.network import absence, addresses
+from cloudckpt.executor.network import absence, host_addresses
 from cloudckpt.executor.network.hosting import Offer, common, master_address
 from cloudckpt.executor.network.members import said_by_hosts
 from cloudckpt.executor.network.network_options import LARGEST_PORT, NetworkOptions
@@ -230,11 +230,11 @@ class MeetingPlace:
 
     def unreachable(self, error: Exception) -> ExecutorError:
         """Return the error for a store that this rank can't connect to."""
-        found = addresses.addresses_of(self.host)
+        found = host_addresses.addresses_of(self.host)
         named = (
             ", ".join(f"{host_and_port(one, self.port)}{said_by_hosts(one)}" for one in found) or "no address"
         )
-        if not addresses.is_address(self.host):
+        if not host_addresses.is_address(self.host):
             named = f"{self.at}, which is {named}"
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else one_line(error)
         return unreached(
@@ -291,7 +291,7 @@ def open_store(options: NetworkOptions) -> Offer:
     if training is not None:
         # From the address by which this rank reaches training's store, others probably reach this rank.
         with contextlib.suppress(OSError):
-            preferred.append(addresses.route_to(*training, LONGEST).local)
+            preferred.append(host_addresses.route_to(*training, LONGEST).local)
     return Offer.opened(options, preferred)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 from torch.distributed import TCPStore
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
-from cloudckpt.executor.network import addresses
+from cloudckpt.executor.network import host_addresses
 from cloudckpt.executor.network.members import said_by_hosts
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.network.probe import LONGEST, connect_all
@@ -58,24 +58,26 @@ class Offer:
             dual = socket.has_dualstack_ipv6()
             listener = options.listen("::" if dual else "0.0.0.0")  # noqa: S104 - as training's
             name = "localhost"
-            here = [one for several in addresses.interfaces().values() for one in several]
-            chosen = [*first, *(one for one in here if not addresses.is_loopback(one)), _LOOPBACK]
+            here = [one for several in host_addresses.interfaces().values() for one in several]
+            chosen = [*first, *(one for one in here if not host_addresses.is_loopback(one)), _LOOPBACK]
         port = listener.getsockname()[1]
         server = TCPStore(
             name, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        return cls(tuple(dict.fromkeys(chosen)), port, addresses.network_namespace(), server)
+        return cls(tuple(dict.fromkeys(chosen)), port, host_addresses.network_namespace(), server)
 
     def reached(self, timeout: float) -> list[str]:
         """Return the candidates at which this rank reaches the store within `timeout` seconds."""
-        here = self.namespace == addresses.network_namespace()
+        here = self.namespace == host_addresses.network_namespace()
         targets = [
             (candidate, address)
             for candidate in self.candidates
             for address in (
-                [candidate] if addresses.is_address(candidate) else addresses.addresses_of(candidate)
+                [candidate]
+                if host_addresses.is_address(candidate)
+                else host_addresses.addresses_of(candidate)
             )
-            if here or not addresses.belongs_here(address)
+            if here or not host_addresses.belongs_here(address)
         ]
         numbers = connect_all(
             [(address, self.port) for _, address in targets], min(timeout, LONGEST), settle=_SETTLE

@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
-from cloudckpt.executor.network import addresses
-from cloudckpt.executor.network.addresses import FAMILY_NAMES, IP_FAMILIES, Family, Route
+from cloudckpt.executor.network import host_addresses
+from cloudckpt.executor.network.host_addresses import FAMILY_NAMES, IP_FAMILIES, Family, Route
 from cloudckpt.executor.network.network_options import NetworkOptions
 
 
@@ -49,19 +49,19 @@ class Member:
             ConfigurationError: the interface of `options` is not on this host.
             OSError: the store can't be reached within `timeout` seconds.
         """
-        route = addresses.route_to(host, port, timeout)
+        route = host_addresses.route_to(host, port, timeout)
         chosen = options.addresses()
         if chosen:
             why = f"{options.source.rstrip('=')} is {options.interface}"
         else:
-            chosen = _other_families(host, route) | {addresses.family_of(route.local): route.local}
+            chosen = _other_families(host, route) | {host_addresses.family_of(route.local): route.local}
             why = f"it reaches the store at {host_and_port(route.remote, port)} from there"
         return cls(
             rank=rank,
             host=socket.gethostname(),
-            namespace=addresses.network_namespace(),
+            namespace=host_addresses.network_namespace(),
             own={int(family): address for family, address in chosen.items()},
-            preferred=int(addresses.family_of(route.local)),
+            preferred=int(host_addresses.family_of(route.local)),
             store_at=route.remote,
             at_store=route.ends_here,
             fixed=options.interface is not None,
@@ -112,7 +112,7 @@ class Plan:
         """
         family = _common_family(members)
         remote = [one for one in members if not one.at_store]
-        seen = Counter(one.store_at for one in remote if addresses.family_of(one.store_at) == family)
+        seen = Counter(one.store_at for one in remote if host_addresses.family_of(one.store_at) == family)
         leads: dict[str, Member] = {}
         for one in members:
             leads.setdefault(one.namespace, one)
@@ -146,7 +146,7 @@ class Choice:
     why: str
 
     def __str__(self) -> str:
-        interface = addresses.interface_of(self.address)
+        interface = host_addresses.interface_of(self.address)
         named = f"{self.address} ({interface})" if interface else self.address
         return f"rank {self.rank} on host {self.host} uses {named}: {self.why}"
 
@@ -165,13 +165,13 @@ def choose(member: Member, plan: Plan) -> Choice:
         if own is None:  # ruled out by the plan
             raise _without_family(member, plan.family)
         return Choice(member.rank, member.host, own, member.why)
-    if plan.store_at is not None and addresses.belongs_here(plan.store_at):
+    if plan.store_at is not None and host_addresses.belongs_here(plan.store_at):
         why = "the ranks of other hosts reach the store there"
         return Choice(member.rank, member.host, plan.store_at, why)
-    source = addresses.source_for(plan.peer) if plan.peer is not None else None
-    if source is not None and not addresses.is_loopback(source):
+    source = host_addresses.source_for(plan.peer) if plan.peer is not None else None
+    if source is not None and not host_addresses.is_loopback(source):
         return Choice(member.rank, member.host, source, f"it sends to {plan.peer} on another host from there")
-    if own is not None and not addresses.is_loopback(own):
+    if own is not None and not host_addresses.is_loopback(own):
         return Choice(member.rank, member.host, own, member.why)
     raise ExecutorError(
         f"rank {member.rank} on host {member.host} found no address at which other hosts reach it: it "
@@ -184,17 +184,19 @@ def choose(member: Member, plan: Plan) -> Choice:
 
 def said_by_hosts(address: str) -> str:
     """Return what ``/etc/hosts`` says of an address, in parentheses; nothing if it doesn't name it."""
-    lines = addresses.hosts_lines(address)
+    lines = host_addresses.hosts_lines(address)
     return f" (/etc/hosts has '{lines[0]}')" if lines else ""
 
 
 def _other_families(host: str, route: Route) -> dict[Family, str]:
     """Return the addresses from which this host would reach the store's other addresses."""
     found: dict[Family, str] = {}
-    for remote in addresses.addresses_of(host):
-        family = addresses.family_of(remote)
-        source = addresses.source_for(remote) if family not in found else None
-        if source is not None and addresses.is_loopback(source) == addresses.is_loopback(route.local):
+    for remote in host_addresses.addresses_of(host):
+        family = host_addresses.family_of(remote)
+        source = host_addresses.source_for(remote) if family not in found else None
+        if source is not None and host_addresses.is_loopback(source) == host_addresses.is_loopback(
+            route.local
+        ):
             found[family] = source
     return found
 

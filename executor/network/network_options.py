@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from cloudckpt.backends.errors import ConfigurationError
-from cloudckpt.executor.network import addresses
-from cloudckpt.executor.network.addresses import Family
+from cloudckpt.executor.network import host_addresses
+from cloudckpt.executor.network.host_addresses import Family
 
 _INTERFACE, _PORTS, _GLOO = "CLOUDCKPT_INTERFACE", "CLOUDCKPT_PORT_RANGE", "GLOO_SOCKET_IFNAME"
 LARGEST_PORT = 65535
@@ -77,7 +77,7 @@ class NetworkOptions:
             )
         by_family: dict[Family, str] = {}
         for address in found:
-            by_family.setdefault(addresses.family_of(address), address)
+            by_family.setdefault(host_addresses.family_of(address), address)
         return by_family
 
     def listen(self, address: str) -> socket.socket:
@@ -89,7 +89,7 @@ class NetworkOptions:
         """
         refused = 0
         for port in self._candidates():
-            listener = socket.socket(addresses.family_of(address))
+            listener = socket.socket(host_addresses.family_of(address))
             try:
                 if self.ports is not None:
                     # Without this, a port is taken for a minute after the process that used it was killed.
@@ -115,11 +115,11 @@ class NetworkOptions:
         )
 
     def _matching(self) -> Iterator[str]:
-        wanted, here = self.interface or "", addresses.interfaces()
+        wanted, here = self.interface or "", host_addresses.interfaces()
         if wanted in here:
             yield from here[wanted]
-        elif addresses.is_address(wanted):
-            if addresses.is_unicast(wanted) and addresses.belongs_here(wanted):
+        elif host_addresses.is_address(wanted):
+            if host_addresses.is_unicast(wanted) and host_addresses.belongs_here(wanted):
                 yield wanted
         else:
             try:
@@ -163,5 +163,5 @@ def _ports(given: PortRange | None) -> tuple[int, int] | None:
 
 
 def _interface_hint() -> str:
-    here = ", ".join(f"{name} ({', '.join(found)})" for name, found in addresses.interfaces().items())
+    here = ", ".join(f"{name} ({', '.join(found)})" for name, found in host_addresses.interfaces().items())
     return f"Give an interface, an address, or a network such as 10.0.0.0/8. This host has {here}"

@@ -18,7 +18,7 @@ from typing import Final, Self, cast
 from cloudckpt.backends.config.endpoint_url import host_and_port
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.backends.system import system_limits
-from cloudckpt.executor.network import addresses
+from cloudckpt.executor.network import host_addresses
 from cloudckpt.executor.network.members import said_by_hosts
 
 LONGEST: Final = 10.0
@@ -113,7 +113,7 @@ def connect_all(
     with contextlib.ExitStack() as stack:
         selector = stack.enter_context(selectors.DefaultSelector())
         for index, (address, port) in enumerate(targets):
-            connection = stack.enter_context(socket.socket(addresses.family_of(address)))
+            connection = stack.enter_context(socket.socket(host_addresses.family_of(address)))
             connection.setblocking(False)
             try:
                 if source is not None:
