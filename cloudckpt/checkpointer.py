@@ -22,9 +22,9 @@ from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.coordination import remote_errors
 from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.executor.forks import Unpicklable
-from cloudckpt.executor.handle import skipped
 from cloudckpt.executor.network.network_options import PortRange
 from cloudckpt.executor.process_executor import OnBusy
+from cloudckpt.executor.save_handle import skipped
 from cloudckpt.executor.worker.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.loading import Loading
 from cloudckpt.preemption import Preemption

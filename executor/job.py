@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloudckpt.executor.coordination.consensus import Council
-from cloudckpt.executor.handle import Delivery
 from cloudckpt.executor.network.network_options import NetworkOptions
+from cloudckpt.executor.save_handle import Delivery
 from cloudckpt.executor.snapshot import snapshot
 from cloudckpt.executor.worker.rank_conflicts import RankConflicts
 

@@ -26,13 +26,13 @@ from cloudckpt.executor import forks
 from cloudckpt.executor.coordination import rank_outcomes
 from cloudckpt.executor.coordination.call_comparison import Call
 from cloudckpt.executor.coordination.rank_group import Gathering
-from cloudckpt.executor.handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
+from cloudckpt.executor.save_handle import Delivery, SaveHandle, skipped
 from cloudckpt.executor.snapshot import host_memory, snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.supervisor import Supervisor
-from cloudckpt.executor.unobserved import log_pending
+from cloudckpt.executor.unobserved_failures import log_pending
 from cloudckpt.executor.worker import main_unpickler, process_setup
 from cloudckpt.executor.worker.main_unpickler import MainScript
 from cloudckpt.executor.worker.rank_conflicts import RankConflicts

@@ -13,17 +13,17 @@ from dataclasses import replace
 from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.executor.child import CheckpointProcess
 from cloudckpt.executor.coordination import remote_errors
 from cloudckpt.executor.coordination.consensus import Council, Standing, Trial, Verdict
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
+from cloudckpt.executor.process_monitor import Alarm, Decided, Vigil
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoard
 from cloudckpt.executor.snapshot import snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
 from cloudckpt.executor.snapshot.memory_limits import PROCESS_BYTES
-from cloudckpt.executor.vigil import Alarm, Decided, Vigil
 from cloudckpt.executor.worker.main_unpickler import MainScript
+from cloudckpt.executor.worker_process import CheckpointProcess
 
 _log = background_log.logger(__name__)
 

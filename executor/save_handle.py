@@ -14,7 +14,7 @@ from cloudckpt.backends.system.tracebacks import trimmed
 from cloudckpt.executor.forks import Owner
 from cloudckpt.executor.messages import Sealed
 from cloudckpt.executor.progress import Progress
-from cloudckpt.executor.unobserved import Unobserved
+from cloudckpt.executor.unobserved_failures import Unobserved
 from cloudckpt.executor.worker import main_unpickler
 
 _WAITING = Progress(0, 0, "waiting")

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTimeoutError
 from cloudckpt.backends.system import descriptors
-from cloudckpt.executor.child import CheckpointProcess, exit_words
 from cloudckpt.executor.coordination.consensus import Trial
 from cloudckpt.executor.messages import Answer, Ready
 from cloudckpt.executor.progress import (
@@ -22,6 +21,7 @@ from cloudckpt.executor.progress import (
     Reading,
     whether_committed,
 )
+from cloudckpt.executor.worker_process import CheckpointProcess, exit_words
 
 M = TypeVar("M", Ready, Answer)
 
