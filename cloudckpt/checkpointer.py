@@ -16,7 +16,6 @@ from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.calls import Calls, spelled
 from cloudckpt.events import CheckpointInfo, Loaded, OnEvent
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.coordination import remote_errors
@@ -27,18 +26,19 @@ from cloudckpt.executor.process_executor import OnBusy
 from cloudckpt.executor.save_handle import skipped
 from cloudckpt.executor.worker.rank_conflicts import checked as rank_conflicts_checked
 from cloudckpt.loading import Loading
+from cloudckpt.pending_saves import OnFailure, Saves
 from cloudckpt.preemption import Preemption
 from cloudckpt.progress import RankZeroDisplay
-from cloudckpt.ranks import agreed, group_size, own_rank
+from cloudckpt.rank_broadcast import agreed, group_size, own_rank
+from cloudckpt.rank_calls import Calls, spelled
 from cloudckpt.read_ahead import ReadAhead
 from cloudckpt.retention import Retention
 from cloudckpt.run import Run
-from cloudckpt.saves import OnFailure, Saves
+from cloudckpt.save_monitor import Watch
 from cloudckpt.saving import Saving
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
 from cloudckpt.story import Story
-from cloudckpt.watch import Watch
 
 _log = background_log.logger(__name__)
 

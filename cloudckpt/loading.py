@@ -27,7 +27,7 @@ from cloudckpt.backends.system.tracebacks import trimmed, trimming
 from cloudckpt.executor.coordination import remote_errors
 from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.progress import Arriving, Display
-from cloudckpt.ranks import agreed, gathered, together
+from cloudckpt.rank_broadcast import agreed, gathered, together
 from cloudckpt.read_ahead import ReadAhead
 from cloudckpt.run import Run
 from cloudckpt.state.app_state import AppState

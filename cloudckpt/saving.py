@@ -17,12 +17,12 @@ from cloudckpt.events import CheckpointInfo
 from cloudckpt.executor import ProcessExecutor, SaveHandle
 from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.executor.worker.rank_conflicts import RankConflicts
+from cloudckpt.pending_saves import Saves
 from cloudckpt.retention import PruningWriter, Retention, pruned_by, with_metric
 from cloudckpt.run import Run
-from cloudckpt.saves import Saves
+from cloudckpt.save_monitor import Watch
 from cloudckpt.schedule import Schedule
 from cloudckpt.state.app_state import AppState
-from cloudckpt.watch import Watch
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from cloudckpt import Checkpointer, run, saves
+from cloudckpt import Checkpointer, pending_saves, run
 from cloudckpt.backends.errors import StorageError
 from cloudckpt.backends.load import reader
 from cloudckpt.backends.state import load_planner
@@ -71,7 +71,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "pin": (run.Run, "pin"),
     "unpin": (run.Run, "unpin"),
     "prove": (run.Run, "prove"),
-    "settle": (saves.Saves, "settle"),
+    "settle": (pending_saves.Saves, "settle"),
     "describe": (app_state.AppState, "describe"),
     "take": (app_state.AppState, "take"),
     "reserve": (arena.Arena, "reserve"),

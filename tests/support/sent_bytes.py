@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt import ranks
+from cloudckpt import rank_broadcast
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.executor.coordination import collectives
 from cloudckpt.executor.worker.rank_conflicts import RankCheck, Summary
@@ -60,7 +60,7 @@ def answers(rank: int) -> None:
     if rank == RANKS - 1:
         dist.broadcast_object_list([Canary()], group=group, group_src=0)
     else:
-        ranks.agreed(lambda: 1, group)
+        rank_broadcast.agreed(lambda: 1, group)
 
 
 def gathered(rank: int) -> None:
@@ -68,7 +68,7 @@ def gathered(rank: int) -> None:
     if rank == RANKS - 1:
         dist.gather_object(Canary(), None, dst=0)
     else:
-        ranks.gathered(["name"], None)
+        rank_broadcast.gathered(["name"], None)
 
 
 def errors(rank: int) -> None:
@@ -77,7 +77,7 @@ def errors(rank: int) -> None:
         dist.gather_object(Canary(), None, dst=0)
         collectives.broadcast(None)
     else:
-        ranks.together(lambda: None, lambda: None, None)
+        rank_broadcast.together(lambda: None, lambda: None, None)
 
 
 def reports(rank: int) -> None:

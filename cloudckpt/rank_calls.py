@@ -12,7 +12,7 @@ from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.coordination.call_comparison import Call
 from cloudckpt.executor.coordination.final_step import Heard, LastCall
 from cloudckpt.executor.coordination.rendezvous import grouped
-from cloudckpt.ranks import agreed
+from cloudckpt.rank_broadcast import agreed
 
 T = TypeVar("T")
 
