@@ -84,14 +84,14 @@ __all__ = [
 
 # Found when first asked for: torch takes seconds, and the command line's help and completion do without it.
 _HOMES = {
-    "backends.conversion": ("Conversion", "convert"),
-    "backends.delete": ("delete_checkpoint",),
-    "backends.gc": ("Garbage", "collect_garbage"),
-    "backends.reader": ("StorageReader",),
-    "backends.transfer": ("Copied", "copy_checkpoint"),
-    "backends.verify": ("Damage", "Unloadable", "Verification", "verify"),
+    "backends.convert.convert": ("Conversion", "convert"),
+    "backends.manage.delete": ("delete_checkpoint",),
+    "backends.manage.gc": ("Garbage", "collect_garbage"),
+    "backends.load.reader": ("StorageReader",),
+    "backends.copy.copy": ("Copied", "copy_checkpoint"),
+    "backends.manage.verify": ("Damage", "Unloadable", "Verification", "verify"),
     "backends.version": ("__version__",),
-    "backends.writer": ("StorageWriter",),
+    "backends.save.writer": ("StorageWriter",),
     "checkpointer": ("Checkpointer",),
     "events": ("CheckpointInfo",),
     "executor": ("SaveHandle",),

@@ -15,10 +15,10 @@ from cloudckpt.backends.system.system_limits import open_files_cure
 __all__ = ["open_store"]
 
 _STORES = {
-    "file": ("local", "LocalStore"),
-    "gs": ("gcs", "GCSStore"),
+    "file": ("local.store", "LocalStore"),
+    "gs": ("gcs.store", "GCSStore"),
     "memory": ("memory", "MemoryStore"),
-    "s3": ("s3", "S3Store"),
+    "s3": ("s3.store", "S3Store"),
 }
 _ANY_OTHER = ("fsspec", "FsspecStore")
 _EXTRAS = {"s3": "s3", "gs": "gcs"}

@@ -10,9 +10,9 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.finding import Finding
 
 _EXAMS: Final = {
-    "file": ("local_exam", "LocalExam"),
-    "gs": ("gcs_exam", "GCSExam"),
-    "s3": ("s3_exam", "S3Exam"),
+    "file": ("local.exam", "LocalExam"),
+    "gs": ("gcs.exam", "GCSExam"),
+    "s3": ("s3.exam", "S3Exam"),
 }
 
 

@@ -4,7 +4,7 @@ s3fs takes the options first, so that whatever ``storage_options`` holds means h
 makes no request: aiohttp below it follows redirections and sends the session token along, to any host.
 
 botocore does not retry: :mod:`~cloudckpt.backends.stores.retry` does, above it. Its standard mode with one
-attempt still follows a bucket into its region, and :mod:`~.s3_answers` checks the host that it goes to.
+attempt still follows a bucket into its region, and :mod:`~cloudckpt.backends.stores.s3.answers` checks the host that it goes to.
 """
 
 from __future__ import annotations
