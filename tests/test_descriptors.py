@@ -12,15 +12,16 @@ from cloudckpt.backends.system.descriptors import takes
 
 PROGRAM = """
 import os, sys
-from cloudckpt.backends import descriptors
-from cloudckpt.executor import arena, progress, vigil
+from cloudckpt.backends.system import descriptors
+from cloudckpt.executor import process_monitor, progress
+from cloudckpt.executor.snapshot import arena
 told = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 os.dup2(told, 100)
 os.close(told)
 os.close(0); os.close(1); os.close(2)
 made = [*descriptors.pipe(), descriptors.opened(sys.argv[1], os.O_RDONLY), descriptors.unix_socket().detach()]
 made += [one.detach() for one in descriptors.socket_pair()]
-made += [arena.new_descriptor(), vigil.Alarm().fileno(), progress.ProgressBoard().fd]
+made += [arena.new_descriptor(), process_monitor.Alarm().fileno(), progress.ProgressBoard().fd]
 descriptors.fill_standard()
 filled = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(3)]
 os.write(100, repr((min(made), filled, os.get_inheritable(1), os.get_inheritable(made[0]))).encode())

@@ -325,9 +325,9 @@ def test_of_several_ranks_that_abort_the_last_one_removes_the_folder_of_the_step
 
 CHURNING = """
 import sys
-from cloudckpt.backends.store import Overwrite
+from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 with open_store(Target.parse(sys.argv[1])) as store:
     for _ in range(200):
         store.put(sys.argv[2], b"x", Overwrite())

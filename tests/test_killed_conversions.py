@@ -123,13 +123,13 @@ def test_a_command_that_is_told_to_end_removes_what_it_began(
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # which nohup has ignored
-        "from cloudckpt.backends import upload\n"
-        "send = upload.Uploader._transfer\n"
+        "from cloudckpt.backends.save import uploader\n"
+        "send = uploader.Uploader._transfer\n"
         "def slowly(*args):\n"
         "    print('sending\\n', end='', flush=True)\n"
         "    time.sleep(1)\n"
         "    return send(*args)\n"
-        "upload.Uploader._transfer = slowly\n"
+        "uploader.Uploader._transfer = slowly\n"
         "from cloudckpt.cli import main\n"
         "main()\n"
     )

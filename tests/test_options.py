@@ -486,7 +486,7 @@ import sys
 sys.modules.update(dict.fromkeys(["s3fs", "boto3", "botocore"]))
 from cloudckpt.backends.errors import ConfigurationError
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 try:
     open_store(Target.parse("s3://bucket/x", region="here"))
 except ConfigurationError as error:

@@ -28,7 +28,7 @@ on_linux = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="memory th
 
 FOLLOWER = """
 import sys
-from cloudckpt.executor.arena import Arena
+from cloudckpt.executor.snapshot.arena import Arena
 arena = Arena.attach(int(sys.argv[1]), int(sys.argv[2]))
 print("ready", flush=True)
 for line in sys.stdin:

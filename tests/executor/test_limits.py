@@ -32,7 +32,8 @@ LARGE = f"""
 import os, sys
 import torch
 import cloudckpt
-from cloudckpt.executor import ProcessExecutor, arena
+from cloudckpt.executor import ProcessExecutor
+from cloudckpt.executor.snapshot import arena
 room = os.statvfs("/dev/shm")
 assert room.f_blocks * room.f_frsize == {SHM_MIB} << 20, room
 state = {{f"t{{i}}": torch.full((12 << 20,), float(i)) for i in range(3)}}

@@ -172,7 +172,7 @@ JOB = """
 import sys, torch, torch.distributed as dist
 from cloudckpt.executor import ProcessExecutor
 from support.executors import small_state
-from cloudckpt.executor.rendezvous import tcp_store_of_training
+from cloudckpt.executor.coordination.rendezvous import tcp_store_of_training
 
 dist.init_process_group("gloo")
 rank = dist.get_rank()

@@ -131,11 +131,12 @@ def test_a_writer_killed_in_a_put_leaves_nothing_visible(store: ObjectStore, roo
     """The hidden file that it leaves is found as a pending upload, and goes when that is aborted."""
     code = """
 import os, signal, sys
-from cloudckpt.backends.stores import files, local, open_store
-from cloudckpt.backends.store import Create
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.stores import open_store
+from cloudckpt.backends.stores.base import Create
+from cloudckpt.backends.stores.local import durable_io
+from cloudckpt.backends.config.target import Target
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
-files.sync_folder = lambda folder: None
+durable_io.sync_folder = lambda folder: None
 open_store(Target.parse(sys.argv[1])).put("name", b"data", Create())
 """
     killed = subprocess.run([sys.executable, "-c", code, str(root)], check=False)
@@ -256,9 +257,9 @@ def test_a_full_disk_fails_the_write_and_says_so(tmp_path: Path) -> None:
     code = """
 import sys
 from cloudckpt.backends.errors import StorageError
-from cloudckpt.backends.store import Create
+from cloudckpt.backends.stores.base import Create
 from cloudckpt.backends.stores import open_store
-from cloudckpt.backends.target import Target
+from cloudckpt.backends.config.target import Target
 store = open_store(Target.parse(sys.argv[1] + "/run"))
 for operation in ("put", "part"):
     try:

@@ -40,9 +40,12 @@ from support.turnstile import (
     is_private,
 )
 
-POOLS = tuple(f"cloudckpt.backends.{module}.Workers" for module in ("side_by_side", "download", "upload"))
+POOLS = tuple(
+    f"cloudckpt.backends.{module}.Workers"
+    for module in ("transfer.task_pool", "transfer.downloader", "save.uploader")
+)
 OPENERS = (
-    *(f"cloudckpt.backends.{module}.open_store" for module in ("addressed", "delete", "gc")),
+    *(f"cloudckpt.backends.{module}.open_store" for module in ("dcp_base", "manage.delete", "manage.gc")),
     "cloudckpt.run.open_store",
 )
 T = TypeVar("T")
