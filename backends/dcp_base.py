@@ -10,7 +10,7 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import ObjectStore
 
 
-class Addressed:
+class CheckpointStorageMixin:
     """A checkpoint's URI with its options, kept over ``reset`` and pickling."""
 
     _taker: ClassVar[str]

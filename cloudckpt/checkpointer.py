@@ -201,9 +201,9 @@ class Checkpointer(Unpicklable):
         step = self._run.number(step)
         name = f"async_save({step})"
         self._pass(step, state_dict, metric, name)
-        if not self._schedule.is_due(step, self._calls.follow_first(name, "due")):
+        if not self._schedule.is_due(step, self._calls.broadcast_bool(name, "due")):
             return skipped()
-        self._saves.raise_unheard(self._calls.follow_first(name, "unheard"))
+        self._saves.raise_unheard(self._calls.broadcast_bool(name, "unheard"))
         return self._saving.begin(step, state_dict, metric)
 
     def save(
@@ -370,7 +370,7 @@ class Checkpointer(Unpicklable):
 
     def _pass(self, step: int, state_dict: Mapping[str, Any], metric: float | None, name: str) -> None:
         """Let a call go on, unless its step is none, or is the last of the job."""
-        if not self._preemption.passes(self._calls.last_call(name)):
+        if not self._preemption.passes(self._calls.final_step(name)):
             self._end(step, state_dict, metric)
 
     def _end(self, step: int, state_dict: Mapping[str, Any], metric: float | None) -> NoReturn:

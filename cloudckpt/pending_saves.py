@@ -84,13 +84,13 @@ class Saves:
             self._owner.check("a wait for the saves under way")
         return not wait([handle for _, handle in self._saves], timeout).not_done
 
-    def raise_unheard(self, follow_first: Follow) -> None:
+    def raise_unheard(self, broadcast_bool: Follow) -> None:
         """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.
 
         A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
         one rank alone. A rank that raised by itself would miss the save that the others go on with.
         """
-        self.raise_alike(not self._warn and follow_first(self.ended_badly))
+        self.raise_alike(not self._warn and broadcast_bool(self.ended_badly))
 
     @property
     def ended_badly(self) -> bool:

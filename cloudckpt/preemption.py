@@ -14,7 +14,7 @@ from typing import Any
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.events import CheckpointInfo
-from cloudckpt.executor.coordination.final_step import Heard, LastCall
+from cloudckpt.executor.coordination.final_step import FinalStep, Heard
 from cloudckpt.signals import Listener
 
 _RESERVE = 5.0
@@ -73,7 +73,7 @@ class Preemption:
         self._acted = threading.Event()
         self._acting = self._preempted = self._closed = False
         self._lock = threading.Lock()
-        self._last_call: LastCall | None = None
+        self._final_step: FinalStep | None = None
         self._listener = Listener(self.tell)
 
     def start(self) -> None:
@@ -105,12 +105,12 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():
             self.start()
         self._own = name  # before the look, and `passes` looks in the other order: one of them gives notice
-        if self._last_call is None:
+        if self._final_step is None:
             self._hear(f"{name} {self._rank()}")
         else:
-            self._last_call.give_notice(f"{name} {self._rank()}")
+            self._final_step.give_notice(f"{name} {self._rank()}")
 
-    def passes(self, meet: Callable[[Heard], LastCall]) -> bool:
+    def passes(self, meet: Callable[[Heard], FinalStep]) -> bool:
         """Return True for an ordinary call of the trainer's, and False where it is the last.
 
         ``meet`` has the ranks meet, at the first call.
@@ -118,12 +118,12 @@ class Preemption:
         if self._grace is None:
             return True
         self.start()
-        if self._last_call is None:
-            self._last_call = meet(self._hear)
+        if self._final_step is None:
+            self._final_step = meet(self._hear)
             if self._own is not None:
-                self._last_call.give_notice(f"{self._own} {self._rank()}")
+                self._final_step.give_notice(f"{self._own} {self._rank()}")
         remaining = self.remaining
-        return self._last_call.passes(self._grace if remaining is None else remaining)
+        return self._final_step.passes(self._grace if remaining is None else remaining)
 
     def act(self) -> None:
         """Say that the main thread does what is to be done, and looks at the time that remains itself."""
@@ -143,8 +143,8 @@ class Preemption:
         """
         self._closed = True
         self._acted.set()
-        if self._last_call is not None:
-            self._last_call.close()
+        if self._final_step is not None:
+            self._final_step.close()
         listening = self._listener.listening
         self._listener.stop()
         if deliver and listening and self._own is not None and not self._preempted:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.coordination.call_comparison import Call
-from cloudckpt.executor.coordination.final_step import Heard, LastCall
+from cloudckpt.executor.coordination.final_step import FinalStep, Heard
 from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.rank_broadcast import agreed
 
@@ -59,21 +59,21 @@ class Calls:
         ranks = self._executor.ranks(name, process_group=self._group, no_dist=not grouped())
         return ranks.confer(Call(name, self._uri), ask)
 
-    def follow_first(self, name: str, about: str) -> Callable[[bool], bool]:
+    def broadcast_bool(self, name: str, about: str) -> Callable[[bool], bool]:
         """Return a function that takes this rank's value and returns rank 0's. Rank 0 does not wait."""
 
         def follow(value: bool) -> bool:
             ranks = self._executor.ranks(name, process_group=self._group, no_dist=not grouped(), saves=True)
-            return ranks.follow_first(Call(name, self._uri, about), value)
+            return ranks.broadcast_bool(Call(name, self._uri, about), value)
 
         return follow
 
-    def last_call(self, name: str) -> Callable[[Heard], LastCall]:
+    def final_step(self, name: str) -> Callable[[Heard], FinalStep]:
         """Return a function that has the ranks agree on the last of the calls that their trainers make."""
         self._executor.check_owner(name)
         return lambda heard: self._executor.ranks(
             name, process_group=self._group, no_dist=not grouped(), saves=True
-        ).last_call(heard)
+        ).final_step(heard)
 
 
 def spelled(value: Any) -> str:

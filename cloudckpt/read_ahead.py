@@ -16,7 +16,7 @@ from typing import Final
 from cloudckpt.backends.errors import CheckpointNotFoundError, IntegrityError
 from cloudckpt.backends.load.read_lease import put_lease
 from cloudckpt.backends.load.reader import StorageReader
-from cloudckpt.backends.save.save_lease import SaveMarker
+from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system.system_limits import in_thread
 from cloudckpt.backends.transfer.task_pool import begun
@@ -30,7 +30,7 @@ _LAST_SECONDS: Final = 60.0
 class _Step:
     """A step that is being opened."""
 
-    lease: Future[SaveMarker | None]
+    lease: Future[SaveLease | None]
     metadata: Future[bytes]
 
 
@@ -145,6 +145,6 @@ class ReadAhead:
             end()
 
 
-def _end(lease: Future[SaveMarker | None]) -> None:
+def _end(lease: Future[SaveLease | None]) -> None:
     if lease.exception() is None and (held := lease.result()) is not None:
         held.end()

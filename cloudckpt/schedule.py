@@ -35,10 +35,10 @@ class Schedule:
         self._began = time.monotonic()
         return self._began
 
-    def is_due(self, step: int, follow_first: Callable[[bool], bool]) -> bool:
+    def is_due(self, step: int, broadcast_bool: Callable[[bool], bool]) -> bool:
         """Whether a step is to be saved: on all ranks or on none, by the clock that rank 0 has."""
         if self._every_steps is not None and step % self._every_steps == 0:
             return True
         if self._every_seconds is None:
             return self._every_steps is None
-        return follow_first(time.monotonic() - self._began >= self._every_seconds)
+        return broadcast_bool(time.monotonic() - self._began >= self._every_seconds)

@@ -66,7 +66,7 @@ class Listener:
             _ears.remove(self)
 
 
-class _Ears:
+class _Handlers:
     """The handlers of this process, while anybody listens."""
 
     def __init__(self) -> None:
@@ -173,5 +173,5 @@ def _say_left_alone() -> None:
     _log.info("SIGTERM and SIGUSR1 are left alone until the main thread saves: only it can handle signals")
 
 
-_ears = _Ears()
+_ears = _Handlers()
 """Handlers are the process's, whoever listens."""

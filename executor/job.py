@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from cloudckpt.executor.coordination.consensus import Council
+from cloudckpt.executor.coordination.consensus import Consensus
 from cloudckpt.executor.network.network_options import NetworkOptions
 from cloudckpt.executor.save_handle import Delivery
 from cloudckpt.executor.snapshot import snapshot
@@ -18,10 +18,10 @@ class Job:
     """One save as it was asked for, or the proof that saves will work when there is nothing to ``storage``.
 
     The state is in ``taken`` already, or comes with a future. A ``failure`` here keeps all ranks from saving.
-    ``council`` is that of the ranks at the call.
+    ``consensus`` is that of the ranks at the call.
     """
 
-    council: Council
+    consensus: Consensus
     number: int
     subject: str
     delivery: Delivery

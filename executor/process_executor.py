@@ -25,7 +25,7 @@ from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor import forks
 from cloudckpt.executor.coordination import rank_outcomes
 from cloudckpt.executor.coordination.call_comparison import Call
-from cloudckpt.executor.coordination.rank_group import Gathering
+from cloudckpt.executor.coordination.rank_group import RankGroup
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.network.network_options import NetworkOptions, PortRange
 from cloudckpt.executor.save_handle import Delivery, SaveHandle, skipped
@@ -105,7 +105,7 @@ class ProcessExecutor(forks.Unpicklable):
         process_setup.check()
         descriptors.fill_standard()
         self._network = NetworkOptions.given(interface, port_range)
-        self._ranks = Gathering(start_timeout, use_prefix_store, self._network)
+        self._ranks = RankGroup(start_timeout, use_prefix_store, self._network)
         self._save_timeout = save_timeout
         self._start_timeout = start_timeout
         self._on_busy = on_busy
@@ -182,7 +182,7 @@ class ProcessExecutor(forks.Unpicklable):
         if subject is None:
             subject = f"the save of {uri}" if uri else ""
         supervisor = self._ready(process_group, no_dist, subject or "this save")
-        if self._on_busy != "wait" and self._ranks.follow_first(
+        if self._on_busy != "wait" and self._ranks.broadcast_bool(
             Call(subject, uri, "busy"), self._arenas.busy
         ):
             if self._on_busy == "skip":
@@ -193,7 +193,7 @@ class ProcessExecutor(forks.Unpicklable):
                 hint="Save less often, or give snapshots=2 or on_busy='wait'",
             )
         job = Job(
-            self._ranks.council,
+            self._ranks.consensus,
             number=self._calls,
             subject=subject,
             delivery=Delivery(make),
@@ -237,7 +237,7 @@ class ProcessExecutor(forks.Unpicklable):
         self._calls += 1
         supervisor = self._ready(process_group, no_dist, "the warm-up")
         proof = Job(
-            self._ranks.council, number=self._calls, subject="the warm-up", delivery=Delivery(_itself)
+            self._ranks.consensus, number=self._calls, subject="the warm-up", delivery=Delivery(_itself)
         )
         supervisor.submit(proof)
         jobs = [proof]
@@ -246,7 +246,7 @@ class ProcessExecutor(forks.Unpicklable):
             self._calls += 1
             jobs.append(
                 Job(
-                    self._ranks.council,
+                    self._ranks.consensus,
                     number=self._calls,
                     subject="the warm-up of a snapshot",
                     delivery=Delivery(_itself),
@@ -274,7 +274,7 @@ class ProcessExecutor(forks.Unpicklable):
         process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         saves: bool = False,
-    ) -> Gathering:
+    ) -> RankGroup:
         """Return the ranks that this executor serves, after they have agreed where to meet.
 
         Every rank calls it. After `close` they are those that have met before, if any have.

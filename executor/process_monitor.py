@@ -1,4 +1,4 @@
-"""Waiting for the checkpoint process: its answer, its death, its deadline, or the other ranks' verdict."""
+"""Waiting for the checkpoint process: its answer, its death, its deadline, or the other ranks' result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from cloudckpt.backends.errors import ExecutorDiedError, ExecutorError, SaveTimeoutError
 from cloudckpt.backends.system import descriptors
-from cloudckpt.executor.coordination.consensus import Trial
+from cloudckpt.executor.coordination.consensus import SaveAttempt
 from cloudckpt.executor.messages import Answer, Ready
 from cloudckpt.executor.progress import (
     MAY_BE_COMMITTED,
@@ -39,7 +39,7 @@ _PATIENCE = 2.0
 
 
 class Decided(Exception):
-    """The attempt has a verdict already: another rank's."""
+    """The attempt has a result already: another rank's."""
 
 
 class Alarm:
@@ -85,13 +85,13 @@ class Alarm:
             os.close(self._write)
 
 
-class Vigil:
+class ProcessMonitor:
     """The watch over one attempt on this rank."""
 
     def __init__(
         self,
         process: CheckpointProcess,
-        trial: Trial,
+        attempt: SaveAttempt,
         board: ProgressBoard,
         alarm: Alarm,
         *,
@@ -100,7 +100,7 @@ class Vigil:
         uri: str | None,
     ) -> None:
         self._process = process
-        self._trial = trial
+        self._attempt = attempt
         self._board = board
         self._alarm = alarm
         self._rank = rank
@@ -123,7 +123,7 @@ class Vigil:
             # A host that was suspended, or too busy for this thread, was so for the process too.
             began += max(0.0, now - woke - 2 * _TICK)
             woke = now
-            if self._trial.verdict is not None:
+            if self._attempt.result is not None:
                 raise Decided
             if self.abandoned:
                 raise ExecutorError(

@@ -14,10 +14,10 @@ from cloudckpt.backends.errors import CheckpointError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.backends.system.printable import one_line
 from cloudckpt.executor.coordination import remote_errors
-from cloudckpt.executor.coordination.consensus import Council, Standing, Trial, Verdict
+from cloudckpt.executor.coordination.consensus import AttemptResult, Consensus, RankStatus, SaveAttempt
 from cloudckpt.executor.job import Job, Terms
 from cloudckpt.executor.messages import Answer, Hello, ProofRequest, Ready, SaveRequest, Sealed
-from cloudckpt.executor.process_monitor import Alarm, Decided, Vigil
+from cloudckpt.executor.process_monitor import Alarm, Decided, ProcessMonitor
 from cloudckpt.executor.progress import MAY_BE_COMMITTED, Progress, ProgressBoard
 from cloudckpt.executor.snapshot import snapshot
 from cloudckpt.executor.snapshot.arena_pool import ArenaPool
@@ -44,12 +44,12 @@ class Supervisor:
         self._terms = terms
         self._arenas = arenas
         self._unmet = unmet
-        self._council: Council | None = None
-        """The council of the last job. A checkpoint process belongs to one council."""
+        self._consensus: Consensus | None = None
+        """The consensus of the last job. A checkpoint process belongs to one consensus."""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._pending: list[Job] = []
         self._process: CheckpointProcess | None = None
-        self._vigil: Vigil | None = None
+        self._monitor: ProcessMonitor | None = None
         self._abandoned = False
         self._unkillable = False
         self._thread: threading.Thread | None = None
@@ -124,9 +124,9 @@ class Supervisor:
 
     def _abandon(self, thread: threading.Thread) -> None:
         self._abandoned = True
-        vigil, process = self._vigil, self._process
-        if vigil is not None:
-            vigil.abandoned = True
+        monitor, process = self._monitor, self._process
+        if monitor is not None:
+            monitor.abandoned = True
         self._alarm.ring()
         thread.join(_GRACE)
         if thread.is_alive() and process is not None:
@@ -145,8 +145,8 @@ class Supervisor:
                     self._finish(job, None, error)
                     _log.exception("the supervisor failed")
                 del job  # an unreferenced handle is collected now, not at the next save
-            if self._council is not None:
-                self._council.leave(_GRACE)
+            if self._consensus is not None:
+                self._consensus.leave(_GRACE)
         finally:
             self._end_process()
             self._alarm.close()
@@ -157,12 +157,12 @@ class Supervisor:
             self._finish(job, None, ExecutorError("the executor was closed before the save began"))
             return
         self._stage(job)
-        if job.council is not self._council:  # the ranks meet elsewhere now, and number their groups anew
+        if job.consensus is not self._consensus:  # the ranks meet elsewhere now, and number their groups anew
             self._end_process()
-            self._council = job.council
+            self._consensus = job.consensus
         if job.failure is not None and self._terms.grouped:
             job.failure = remote_errors.shared(job.failure, self._terms.rank)
-        standing = Standing(
+        status = RankStatus(
             call=job.number,
             subject=job.subject,
             generation=self._living_generation(),
@@ -170,7 +170,7 @@ class Supervisor:
             together=job.use_collectives,
         )
         try:
-            trial = job.council.convene(standing, self._terms.start_timeout)
+            attempt = job.consensus.convene(status, self._terms.start_timeout)
         except remote_errors.ANY as error:  # whatever kept a rank from saving, raised by the handle
             common = (
                 job.failure
@@ -180,13 +180,13 @@ class Supervisor:
             self._finish(job, None, common)
             return
         try:
-            trial.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
+            attempt.watch(self._alarm.ring, self._terms.start_timeout + self._terms.save_timeout + 4 * _GRACE)
         except ExecutorError as error:  # no thread for it
-            trial.report(remote_errors.dumps(error), sound=False)
+            attempt.report(remote_errors.dumps(error), sound=False)
             self._end_process()
             self._finish(job, None, error)
             return
-        sealed, failure = self._attempt(job, trial)
+        sealed, failure = self._attempt(job, attempt)
         self._finish(job, sealed, failure)
 
     def _stage(self, job: Job) -> None:
@@ -202,68 +202,68 @@ class Supervisor:
         finally:
             job.state = None
 
-    def _attempt(self, job: Job, trial: Trial) -> tuple[Sealed | None, BaseException | None]:
+    def _attempt(self, job: Job, attempt: SaveAttempt) -> tuple[Sealed | None, BaseException | None]:
         """Have the job done, and see what all ranks make of it: a result, or what failed."""
         answer: Answer | None = None
         own: bytes | None = None
         deadline = time.monotonic() + self._terms.start_timeout
         try:
-            process = self._ensure(trial, job)
+            process = self._ensure(attempt, job)
             deadline = time.monotonic() + self._terms.save_timeout
-            answer = self._ask(process, job, trial)
+            answer = self._ask(process, job, attempt)
             own = answer.failure
         except Decided:
             pass
         except remote_errors.ANY as error:  # told to every rank, raised by the handle
             own = remote_errors.dumps(error)
-            trial.report(own, sound=False)
+            attempt.report(own, sound=False)
         if answer is not None:
             if not answer.sound:
                 # The process met a broken group: whoever broke it has a better word for that than this one.
-                self._verdict(trial, time.monotonic() + _GRACE)
-            trial.report(own, sound=answer.sound)
-        verdict = self._verdict(trial, max(deadline, time.monotonic()) + _GRACE)
-        return self._judge(answer, own, verdict, trial)
+                self._result(attempt, time.monotonic() + _GRACE)
+            attempt.report(own, sound=answer.sound)
+        result = self._result(attempt, max(deadline, time.monotonic()) + _GRACE)
+        return self._judge(answer, own, result, attempt)
 
     def _judge(
-        self, answer: Answer | None, own: bytes | None, verdict: Verdict | None, trial: Trial
+        self, answer: Answer | None, own: bytes | None, result: AttemptResult | None, attempt: SaveAttempt
     ) -> tuple[Sealed | None, BaseException | None]:
-        if verdict is None or not verdict.sound or answer is None:
+        if result is None or not result.sound or answer is None:
             self._end_process()
-        failure = verdict.failure if verdict is not None and verdict.failure is not None else own
+        failure = result.failure if result is not None and result.failure is not None else own
         if failure is not None:
             return None, remote_errors.own_or_common(own, failure)
         if answer is None:
             return None, ExecutorError(
-                f"what became of the save could not be learned: {trial.lost or 'no rank told'}",
+                f"what became of the save could not be learned: {attempt.lost or 'no rank told'}",
                 rank=self._terms.rank,
                 hint=f"The next save starts a new process{MAY_BE_COMMITTED}",
             )
-        # Without a verdict too: DCP answers well on one rank only after the commit that is everybody's.
+        # Without a result too: DCP answers well on one rank only after the commit that is everybody's.
         return answer.result, None
 
-    def _verdict(self, trial: Trial, deadline: float) -> Verdict | None:
-        while trial.verdict is None and trial.lost is None and not self._abandoned:
+    def _result(self, attempt: SaveAttempt, deadline: float) -> AttemptResult | None:
+        while attempt.result is None and attempt.lost is None and not self._abandoned:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 break
             self._alarm.wait(remaining)
             self._alarm.hush()
-        return trial.verdict
+        return attempt.result
 
-    def _ensure(self, trial: Trial, job: Job) -> CheckpointProcess:
+    def _ensure(self, attempt: SaveAttempt, job: Job) -> CheckpointProcess:
         """The process of the generation agreed on, started when need be."""
         process = self._process
-        if process is not None and (process.generation != trial.generation or not process.alive):
+        if process is not None and (process.generation != attempt.generation or not process.alive):
             self._end_process()
             process = None
         if process is not None:
             return process
         terms = self._terms
-        info, place = job.council.group(trial.generation, terms.start_timeout)
+        info, place = job.consensus.group(attempt.generation, terms.start_timeout)
         hello = Hello(
             info=info,
-            generation=trial.generation,
+            generation=attempt.generation,
             parent_pid=os.getpid(),
             log_level=_log.getEffectiveLevel(),
             main_script=MainScript.describe(),
@@ -273,7 +273,7 @@ class Supervisor:
             group_timeout=terms.start_timeout + terms.save_timeout + 60,
         )
         process = self._process = CheckpointProcess(hello, self._board)
-        ready = self._watch(process, trial, job).expect(Ready, terms.start_timeout)
+        ready = self._watch(process, attempt, job).expect(Ready, terms.start_timeout)
         if ready.failure is not None:
             raise remote_errors.loads(ready.failure)
         if ready.network is not None:
@@ -284,15 +284,15 @@ class Supervisor:
         self._arenas.beside = 0  # what it takes, it has taken
         return process
 
-    def _watch(self, process: CheckpointProcess, trial: Trial, job: Job) -> Vigil:
-        self._vigil = Vigil(
-            process, trial, self._board, self._alarm, rank=self._terms.rank, save=job.number, uri=job.uri
+    def _watch(self, process: CheckpointProcess, attempt: SaveAttempt, job: Job) -> ProcessMonitor:
+        self._monitor = ProcessMonitor(
+            process, attempt, self._board, self._alarm, rank=self._terms.rank, save=job.number, uri=job.uri
         )
-        self._vigil.abandoned = self._abandoned
-        return self._vigil
+        self._monitor.abandoned = self._abandoned
+        return self._monitor
 
-    def _ask(self, process: CheckpointProcess, job: Job, trial: Trial) -> Answer:
-        vigil = self._watch(process, trial, job)
+    def _ask(self, process: CheckpointProcess, job: Job, attempt: SaveAttempt) -> Answer:
+        monitor = self._watch(process, attempt, job)
         try:
             if job.taken is None or job.arena is None or job.storage is None:
                 process.send(ProofRequest(job.number))
@@ -313,17 +313,17 @@ class Supervisor:
                 )
         except OSError as error:
             if not process.alive:
-                raise vigil.died() from error
-            # It does not read what is sent to it: it is frozen, which the vigil will find.
+                raise monitor.died() from error
+            # It does not read what is sent to it: it is frozen, which the monitor will find.
         while True:
-            answer = vigil.expect(Answer, self._terms.save_timeout)
+            answer = monitor.expect(Answer, self._terms.save_timeout)
             if answer.number == job.number:
                 return answer
 
     def _finish(self, job: Job, sealed: Sealed | None, failure: BaseException | None) -> None:
         """Give the arena back, then tell."""
         last = self._progress(job.number)
-        self._vigil = None
+        self._monitor = None
         if job.arena is not None:
             give_back = self._arenas.replace if self._unkillable else self._arenas.release
             give_back(job.arena)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 import cloudckpt
 from cloudckpt.backends.transfer import cuda
-from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
 from cloudckpt.executor import ProcessExecutor
 from support import states
 
@@ -220,7 +220,7 @@ def test_pages_that_can_not_be_locked_leave_no_error_to_the_next_who_uses_the_de
 def test_locked_scratch_memory_is_unlocked_before_it_goes() -> None:
     torch.zeros(1, device="cuda")
     for _ in range(50):  # the system gives the same addresses again and again
-        scratch = Scratch(64 * MIB)
+        scratch = BufferPool(64 * MIB)
         with scratch.lent(16 * MIB, locked=True) as buffer:
             host = torch.frombuffer(buffer, dtype=torch.uint8)
             host.fill_(5)

@@ -43,9 +43,9 @@ from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite
 from cloudckpt.backends.stores.memory import MemoryStore
 from cloudckpt.backends.transfer.byte_ranges import Arrival
-from cloudckpt.backends.transfer.download_checksums import Checking
+from cloudckpt.backends.transfer.download_checksums import DownloadChecksums
 from cloudckpt.backends.transfer.segments import View, Window
-from cloudckpt.backends.transfer.upload_checksums import Tally
+from cloudckpt.backends.transfer.upload_checksums import UploadChecksums
 from support.places import new_place
 from support.servers import S3Server
 
@@ -329,7 +329,7 @@ def _found_damaged(
     cuts = sorted({0, blob.nbytes, *data.draw(st.lists(st.integers(0, blob.nbytes), max_size=3))})
     views = tuple(blob[a:b] for a, b in itertools.pairwise(cuts))
     told: list[list[Chunk]] = []
-    checking = Checking([(Expected(checks, chunks, told.append), Arrival(start, blob, views))])
+    checking = DownloadChecksums([(Expected(checks, chunks, told.append), Arrival(start, blob, views))])
     for _ in range(data.draw(st.integers(0, 2))):
         checking.arrived(0)
         for count in sorted(data.draw(st.lists(st.integers(0, start + blob.nbytes), max_size=4))):
@@ -350,7 +350,7 @@ def part_fragments(  # noqa: PLR0917 - what a part is
             pieces.append((View(blob[at : at + span]), first - at, last - at))
             buffers.append(blob[first:last])
         at += span
-    tally = Tally(algorithm, Window(start, tuple(pieces)), buffers)
+    tally = UploadChecksums(algorithm, Window(start, tuple(pieces)), buffers)
     for _ in range(data.draw(st.integers(0, 2))):
         for count in sorted(data.draw(st.lists(st.integers(0, stop - start), max_size=4))):
             tally.departed(count)

@@ -20,7 +20,7 @@ from cloudckpt.backends.copy.journal import JOURNAL_NAME
 from cloudckpt.backends.manage.delete import delete_unread
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import stale_attempts
-from cloudckpt.backends.save.save_lease import SaveMarker
+from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import Create, Overwrite
 from cloudckpt.retention import Retention, prune, superseded
@@ -199,7 +199,7 @@ def test_objects_of_a_save_whose_marker_is_not_listed_outlive_a_dead_attempt(run
     with open_store(run.at(1)) as store, open_store(run.target) as of_run:
         store.put(dead, b"dead", Create())
         saved(run, 1)
-        SaveMarker(store, "d" * 32, 0, notes=gone).leave()
+        SaveLease(store, "d" * 32, 0, notes=gone).leave()
         store.put(living, b"living", Create())
         removed = stale_attempts.remove_dead(of_run, run.folder(1))
         assert len(removed) == 2

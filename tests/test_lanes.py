@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 
 import cloudckpt
 from cloudckpt.backends.stores.memory import MemoryStore
-from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, Way, lanes
+from cloudckpt.backends.transfer.adaptive_concurrency import AdaptiveLimiter, Way, lanes
 
 _SIZE = 32 << 20
 _WAYS: tuple[Way, ...] = ("up", "down")
@@ -36,7 +36,9 @@ class _Link:
     ) -> None:
         self._seconds, self._busy = seconds, busy
         self._now = self._used = 0.0
-        self.lanes = Lanes(most, start, clock=lambda: self._now, cpu=lambda: self._used, busy=lambda: loops)
+        self.lanes = AdaptiveLimiter(
+            most, start, clock=lambda: self._now, cpu=lambda: self._used, busy=lambda: loops
+        )
 
     def transfer(self, rounds: int) -> None:
         """Use all lanes at once, so many times."""
@@ -139,7 +141,7 @@ def test_few_stay_as_they_are(most: int) -> None:
 
 
 def test_a_transfer_that_fails_gives_its_lane_back() -> None:
-    held = Lanes(1)
+    held = AdaptiveLimiter(1)
     for _ in range(3):
         with pytest.raises(ValueError, match="wrong"), held.taken(1):
             raise ValueError("wrong")
@@ -148,14 +150,14 @@ def test_a_transfer_that_fails_gives_its_lane_back() -> None:
 
 
 def test_transfers_that_stand_still_hold_nobody_up_for_long() -> None:
-    held = Lanes(2)
+    held = AdaptiveLimiter(2)
     with held.taken(1), held.taken(1), held.taken(1):
         pass
     assert held.limit == 2
 
 
 def test_no_more_run_than_there_are_lanes() -> None:
-    held, running, most = Lanes(3), 0, 0
+    held, running, most = AdaptiveLimiter(3), 0, 0
     lock, full = threading.Lock(), threading.Barrier(3)
 
     def run(number: int) -> None:

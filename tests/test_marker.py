@@ -23,7 +23,7 @@ from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointNotFoundError, CommitError, StorageError, UnansweredError
 from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.manage.gc import Garbage, collect_garbage
-from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
+from cloudckpt.backends.save.save_lease import MARKER, SaveLease
 from cloudckpt.backends.stores.base import Capabilities, Condition, ObjectInfo
 from cloudckpt.backends.stores.memory import MemoryStore
 from support.outsiders import OnS3
@@ -75,8 +75,8 @@ def renewing_threads() -> int:
     return sum(thread.name == "cloudckpt-marker" for thread in threading.enumerate())
 
 
-def begun(store: MemoryStore, every: float = OFTEN) -> SaveMarker:
-    return SaveMarker(store, uuid.uuid4().hex, 0, every)
+def begun(store: MemoryStore, every: float = OFTEN) -> SaveLease:
+    return SaveLease(store, uuid.uuid4().hex, 0, every)
 
 
 def test_it_is_renewed_while_the_save_lasts_and_goes_with_it(store: Watched) -> None:
@@ -162,16 +162,16 @@ def test_a_save_that_gc_took_for_dead_in_the_very_moment_of_its_commit_takes_it_
         dcp.save(before, storage_writer=cloudckpt.StorageWriter(run))
     store = MemoryStore(Target.parse(run))
     old = names(store)
-    check = SaveMarker.check
+    check = SaveLease.check
 
-    def stopped(self: SaveMarker) -> None:
+    def stopped(self: SaveLease) -> None:
         check(self)
         if marker_alone:
             store.delete(name for name in names(store) if MARKER.fullmatch(name))
         else:
             collect_garbage(run, older_than=NOW, silent_for=NOW)
 
-    monkeypatch.setattr(SaveMarker, "check", stopped)
+    monkeypatch.setattr(SaveLease, "check", stopped)
     new, loaded = {"x": torch.arange(10.0)}, {"x": torch.ones(10)}
     if marker_alone:
         dcp.save(new, storage_writer=cloudckpt.StorageWriter(run, overwrite=True))

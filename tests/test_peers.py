@@ -13,54 +13,61 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from cloudckpt.backends.load.peer_transport import Door, Link, Lobby, LostPeerError, Purpose, call
+from cloudckpt.backends.load.peer_transport import (
+    LostPeerError,
+    PeerAddress,
+    PeerConnection,
+    PeerListener,
+    Purpose,
+    call,
+)
 from support.executors import within
 
 
 @pytest.fixture
-def lobby() -> Iterator[Lobby]:
-    opened = Lobby("a checkpoint", 1 << 20)
+def listener() -> Iterator[PeerListener]:
+    opened = PeerListener("a checkpoint", 1 << 20)
     yield opened
     opened.close()
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Link, Link]]:
+def pair() -> Iterator[tuple[PeerConnection, PeerConnection]]:
     first, second = socket.socketpair()
-    with Link(first, 1.0) as one, Link(second, 1.0) as other:
+    with PeerConnection(first, 1.0) as one, PeerConnection(second, 1.0) as other:
         yield one, other
 
 
-def test_callers_are_told_apart_by_rank_and_purpose(lobby: Lobby) -> None:
+def test_callers_are_told_apart_by_rank_and_purpose(listener: PeerListener) -> None:
     calls = [(Purpose.BYTES, 2), (Purpose.PLAN, 1), (Purpose.PLAN, 2)]
-    links = [call(lobby.door, purpose, rank, 5.0) for purpose, rank in calls]
+    links = [call(listener.door, purpose, rank, 5.0) for purpose, rank in calls]
     for link, told in zip(links, calls, strict=True):
         link.say(told)
-    found = lobby.expect(Purpose.PLAN, [1, 2], 5.0, 5.0)
+    found = listener.expect(Purpose.PLAN, [1, 2], 5.0, 5.0)
     assert {rank: link.hear() for rank, link in found.items()} == {
         1: (Purpose.PLAN, 1),
         2: (Purpose.PLAN, 2),
     }
-    late = lobby.expect(Purpose.BYTES, [2], 5.0, 5.0)
+    late = listener.expect(Purpose.BYTES, [2], 5.0, 5.0)
     assert late[2].hear() == (Purpose.BYTES, 2)
     for link in [*links, *found.values(), *late.values()]:
         link.close()
 
 
-def test_who_does_not_call_is_not_waited_for_longer_than_said(lobby: Lobby) -> None:
-    with call(lobby.door, Purpose.PLAN, 1, 5.0), within(30):
-        found = lobby.expect(Purpose.PLAN, [1, 2], 0.2, 5.0)
+def test_who_does_not_call_is_not_waited_for_longer_than_said(listener: PeerListener) -> None:
+    with call(listener.door, Purpose.PLAN, 1, 5.0), within(30):
+        found = listener.expect(Purpose.PLAN, [1, 2], 0.2, 5.0)
     assert list(found) == [1]
     found[1].close()
 
 
-def test_a_door_that_is_closed_is_noticed_at_once(lobby: Lobby) -> None:
-    lobby.close()
+def test_a_door_that_is_closed_is_noticed_at_once(listener: PeerListener) -> None:
+    listener.close()
     with within(30), pytest.raises(LostPeerError):
-        call(lobby.door, Purpose.PLAN, 1, 600.0)
+        call(listener.door, Purpose.PLAN, 1, 600.0)
 
 
-def test_many_buffers_arrive_in_others_of_other_sizes(pair: tuple[Link, Link]) -> None:
+def test_many_buffers_arrive_in_others_of_other_sizes(pair: tuple[PeerConnection, PeerConnection]) -> None:
     one, other = pair
     data = os.urandom(5_000_000)
     sent = [memoryview(data)[at : at + 1013] for at in range(0, len(data), 1013)]
@@ -73,35 +80,37 @@ def test_many_buffers_arrive_in_others_of_other_sizes(pair: tuple[Link, Link]) -
     assert room == data
 
 
-def test_one_that_says_nothing_is_lost_after_a_while(pair: tuple[Link, Link]) -> None:
+def test_one_that_says_nothing_is_lost_after_a_while(pair: tuple[PeerConnection, PeerConnection]) -> None:
     with within(30), pytest.raises(LostPeerError):
         pair[0].hear()
 
 
-def test_one_that_does_not_listen_is_lost_after_a_while(pair: tuple[Link, Link]) -> None:
+def test_one_that_does_not_listen_is_lost_after_a_while(pair: tuple[PeerConnection, PeerConnection]) -> None:
     with within(30), pytest.raises(LostPeerError):
         pair[0].send([memoryview(bytes(64 << 20))])
 
 
 def test_one_that_ends_is_lost_at_once() -> None:
     first, second = socket.socketpair()
-    with Link(first, 600.0) as one:
-        Link(second, 600.0).close()
+    with PeerConnection(first, 600.0) as one:
+        PeerConnection(second, 600.0).close()
         with within(30), pytest.raises(LostPeerError):
             one.hear()
         with within(30), pytest.raises(LostPeerError):
             one.send([memoryview(bytes(64 << 20))])
 
 
-def test_a_caller_that_says_nothing_keeps_nobody_waiting(lobby: Lobby) -> None:
+def test_a_caller_that_says_nothing_keeps_nobody_waiting(listener: PeerListener) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
-        silent.connect("\0" + lobby.door.address)
+        silent.connect("\0" + listener.door.address)
         with within(30):
-            assert lobby.expect(Purpose.PLAN, [1], 0.2, 600.0) == {}
+            assert listener.expect(Purpose.PLAN, [1], 0.2, 600.0) == {}
 
 
 @pytest.mark.parametrize("said", [b"no pickle", (1 << 62).to_bytes(8, "little")])
-def test_what_can_not_be_understood_is_no_word_of_a_peer(pair: tuple[Link, Link], said: bytes) -> None:
+def test_what_can_not_be_understood_is_no_word_of_a_peer(
+    pair: tuple[PeerConnection, PeerConnection], said: bytes
+) -> None:
     one, other = pair
     head = b"" if len(said) == 8 else len(said).to_bytes(8, "little")
     one.send([memoryview(head), memoryview(said)])
@@ -111,7 +120,7 @@ def test_what_can_not_be_understood_is_no_word_of_a_peer(pair: tuple[Link, Link]
 
 def test_one_that_stops_in_the_middle_is_waited_for_no_longer_than_at_the_start() -> None:
     first, second = socket.socketpair()
-    with Link(first, 600.0) as one, Link(second, 1.0) as other:
+    with PeerConnection(first, 600.0) as one, PeerConnection(second, 1.0) as other:
         one.send([memoryview(b"ten of 20.")])
         began = time.monotonic()
         with pytest.raises(LostPeerError, match="stood still"):
@@ -120,8 +129,8 @@ def test_one_that_stops_in_the_middle_is_waited_for_no_longer_than_at_the_start(
 
 
 @pytest.mark.parametrize("patience", [1e-9, 1e30])
-def test_any_patience_will_do(lobby: Lobby, patience: float) -> None:
-    link = call(lobby.door, Purpose.PLAN, 1, max(patience, 1.0))
+def test_any_patience_will_do(listener: PeerListener, patience: float) -> None:
+    link = call(listener.door, Purpose.PLAN, 1, max(patience, 1.0))
     link.bound(patience)
     link.close()
 
@@ -135,7 +144,7 @@ def test_closing_wakes_who_waits() -> None:
             one.hear()
         lost.set()
 
-    with Link(first, 600.0) as one, Link(second, 600.0):
+    with PeerConnection(first, 600.0) as one, PeerConnection(second, 600.0):
         thread = threading.Thread(target=wait)
         thread.start()
         time.sleep(0.1)  # more often than not it waits by then
@@ -159,25 +168,25 @@ sys.exit(f"heard {heard!r}")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_turned_away(lobby: Lobby) -> None:
+def test_another_user_is_turned_away(listener: PeerListener) -> None:
     with ThreadPoolExecutor(1) as pool:
-        found = pool.submit(lobby.expect, Purpose.BYTES, [1], 30.0, 5.0)
+        found = pool.submit(listener.expect, Purpose.BYTES, [1], 30.0, 5.0)
         intruder = subprocess.run(
-            [sys.executable, "-c", INTRUDER, lobby.door.address, str(Purpose.BYTES.value)],
+            [sys.executable, "-c", INTRUDER, listener.door.address, str(Purpose.BYTES.value)],
             capture_output=True,
             text=True,
             check=False,
         )
         assert intruder.stderr == "heard b''\n"
-        with call(lobby.door, Purpose.BYTES, 1, 5.0) as ours:
+        with call(listener.door, Purpose.BYTES, 1, 5.0) as ours:
             ours.say("the right one")
             with found.result()[1] as link:
                 assert link.hear() == "the right one"
 
 
-def test_a_lobby_is_for_one_checkpoint_as_one_host_sees_it(lobby: Lobby) -> None:
-    other = Lobby("another checkpoint", 1 << 20)
+def test_a_listener_is_for_one_checkpoint_as_one_host_sees_it(listener: PeerListener) -> None:
+    other = PeerListener("another checkpoint", 1 << 20)
     other.close()
-    assert isinstance(lobby.door, Door)
-    assert lobby.door.host != other.door.host
-    assert lobby.door.address != other.door.address
+    assert isinstance(listener.door, PeerAddress)
+    assert listener.door.host != other.door.host
+    assert listener.door.address != other.door.address

@@ -20,7 +20,7 @@ import cloudckpt
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.save import stale_attempts
-from cloudckpt.backends.save.save_lease import MARKER, SaveMarker
+from cloudckpt.backends.save.save_lease import MARKER, SaveLease
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.object_names import HIDDEN_PREFIX
 from cloudckpt.backends.system import process_identity
@@ -161,14 +161,14 @@ def test_an_attempt_that_may_be_alive_is_not_touched(place: Place) -> None:
     target = Target.given("test", place.uri, place.options)
     with open_store(target) as store, open_store(target.child("step-0000000007")) as own:
         upload = store.begin_upload(name)
-        marker = SaveMarker(own, "b" * 32, 0)
-        other = SaveMarker(own, "c" * 32, 0, notes={"host": "another", "process": 1 << 21})
+        marker = SaveLease(own, "b" * 32, 0)
+        other = SaveLease(own, "c" * 32, 0, notes={"host": "another", "process": 1 << 21})
         assert stale_attempts.remove_dead(store, "step-0000000003") == []
         marker.end()
         assert stale_attempts.remove_dead(store, "step-0000000003") == []
         assert [pending.upload.name for pending in store.pending_uploads()] == [name]
         other.end()
-        dead = SaveMarker(own, "d" * 32, 0, notes={"process": ended_process(), "started": 1})
+        dead = SaveLease(own, "d" * 32, 0, notes={"process": ended_process(), "started": 1})
         dead.leave()
         assert len(stale_attempts.remove_dead(store, "step-0000000003")) == 2
         assert list(store.pending_uploads()) == []
@@ -186,11 +186,11 @@ def test_objects_of_a_checkpoint_that_was_set_aside_stay_and_leases_of_dead_load
         gone = {"process": ended_process(), "started": 1}
         with open_store(target) as store, open_store(target.child(folder)) as own:
             before = {info.name for info in store.list().objects}
-            SaveMarker(own, "d" * 32, 0, notes=gone).leave()
-            SaveMarker(own, "e" * 32, 0, name=".cloudckpt-load." + "e" * 32, notes=gone).leave()
+            SaveLease(own, "d" * 32, 0, notes=gone).leave()
+            SaveLease(own, "e" * 32, 0, name=".cloudckpt-load." + "e" * 32, notes=gone).leave()
             assert len(stale_attempts.remove_dead(store, Run(target).folder(1))) == 2
             assert {info.name for info in store.list().objects} == before
-            SaveMarker(own, "d" * 32, 0, notes=gone).leave()
+            SaveLease(own, "d" * 32, 0, notes=gone).leave()
         checkpointer.save(2, {"weights": torch.full((100,), 3)})
         with open_store(target) as store:
             assert len(stale_attempts.remove_dead(store, folder)) == 1

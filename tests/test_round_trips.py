@@ -25,7 +25,7 @@ from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.manage.delete import delete_checkpoint
 from cloudckpt.backends.save import commit_requests
 from cloudckpt.backends.save.commit_requests import Coordinator
-from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
+from cloudckpt.backends.save.save_lease import SaveLease, marker_name
 from support import living, round_trips
 from support.places import Place, new_place
 from support.proxy import Proxy, proxied
@@ -166,7 +166,7 @@ def test_a_step_that_is_deleted_between_its_metadata_and_the_lease_is_not_there(
         finally:
             fetched.set()
 
-    def put_late(target: Target, rank: int) -> SaveMarker | None:
+    def put_late(target: Target, rank: int) -> SaveLease | None:
         assert fetched.wait(60)
         delete_checkpoint(target)
         return put_lease(target, rank)

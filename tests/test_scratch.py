@@ -1,4 +1,4 @@
-"""Scratch memory stays within its limit, is used again, and never lent twice at a time."""
+"""BufferPool memory stays within its limit, is used again, and never lent twice at a time."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
 
 MIB = 1 << 20
 
 
 def test_a_buffer_has_the_size_asked_for_and_is_used_again() -> None:
-    scratch = Scratch(8 * MIB)
+    scratch = BufferPool(8 * MIB)
     with scratch.lent(2 * MIB) as first:
         assert first.nbytes == 2 * MIB
         first[0] = 7
@@ -28,7 +28,7 @@ def test_a_buffer_has_the_size_asked_for_and_is_used_again() -> None:
 
 def test_what_is_lent_and_what_is_idle_stay_within_the_limit_and_apart() -> None:
     limit, most = 4 * MIB, 0
-    scratch = Scratch(limit)
+    scratch = BufferPool(limit)
     lock = threading.Lock()
 
     def use(number: int) -> None:
@@ -47,7 +47,7 @@ def test_what_is_lent_and_what_is_idle_stay_within_the_limit_and_apart() -> None
 
 
 def test_one_that_asks_for_more_than_the_limit_gets_it_and_it_is_not_kept() -> None:
-    scratch = Scratch(MIB)
+    scratch = BufferPool(MIB)
     with scratch.lent(3 * MIB) as large:
         assert large.nbytes == 3 * MIB
     assert scratch._idle == []

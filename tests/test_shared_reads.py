@@ -15,8 +15,8 @@ import pytest
 
 from cloudckpt.backends.errors import IntegrityError
 from cloudckpt.backends.load import shared_reader
-from cloudckpt.backends.load.peer_transport import Door
-from cloudckpt.backends.load.shared_reader import Circle, SharedReads, circles
+from cloudckpt.backends.load.peer_transport import PeerAddress
+from cloudckpt.backends.load.shared_reader import PeerGroup, SharedReads, circles
 from cloudckpt.backends.transfer.byte_ranges import Arrival, Extent
 from cloudckpt.backends.transfer.downloader import Downloader
 from support.executors import within
@@ -33,7 +33,7 @@ def load_all(ranks: Sequence[Rank], patience: float = 30.0, *, straight: bool = 
     with ThreadPoolExecutor(len(ranks)) as pool:
         loads = [
             pool.submit(rank.load, circle, patience, straight=straight)
-            for rank, circle in zip(ranks, circles([rank.lobby.door for rank in ranks]), strict=True)
+            for rank, circle in zip(ranks, circles([rank.listener.door for rank in ranks]), strict=True)
         ]
     for load in loads:
         load.result()
@@ -70,23 +70,23 @@ def test_what_does_not_fit_beside_the_others_is_read_alone(folder: Path) -> None
     ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
         loads = []
-        for rank, circle in zip(ranks, circles([rank.lobby.door for rank in ranks]), strict=True):
+        for rank, circle in zip(ranks, circles([rank.listener.door for rank in ranks]), strict=True):
             assert circle is not None
-            shared = SharedReads(circle, rank.lobby, PIECE, 30.0)  # room for half a piece
+            shared = SharedReads(circle, rank.listener, PIECE, 30.0)  # room for half a piece
             downloader = Downloader(rank.store, 4, 4 << 20, {NAME: len(CONTENT)})
             wanted = {NAME: rank.extents(straight=False)}
             loads.append(pool.submit(shared.read, downloader, wanted))
     for rank, load in zip(ranks, loads, strict=True):
         load.result()
         rank.assert_loaded()
-        rank.lobby.close()
+        rank.listener.close()
         assert rank.store.read == len(CONTENT)
 
 
 @pytest.mark.parametrize("late", [0, 1], ids=["the first", "another"])
 def test_a_rank_that_does_not_come_is_gone_without(folder: Path, late: int) -> None:
     ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [pool.submit(ranks[at].load, members[at], 1.0) for at in range(3) if at != late]
     for load in loads:
@@ -104,7 +104,7 @@ def test_a_rank_that_fails_fails_alone(folder: Path, failing: int, *, straight: 
             raise OSError("the network is gone")
 
     ranks = [Rank(folder, range(PIECES), fail if at == failing else lambda _: None) for at in range(3)]
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [
             pool.submit(rank.load, circle, straight=straight)
@@ -125,7 +125,7 @@ def test_a_rank_that_stalls_is_gone_without(folder: Path) -> None:
         go_on.wait(60)
 
     ranks = [Rank(folder, range(PIECES), stall), Rank(folder, range(PIECES))]
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with ThreadPoolExecutor(2) as pool:
         stalled = pool.submit(ranks[0].load, members[0], 1.0)
         with within(60):
@@ -169,7 +169,7 @@ def test_damage_is_found_by_every_rank(folder: Path) -> None:
     path = folder / NAME
     path.write_bytes(CONTENT[: 5 * PIECE] + b"damage" + CONTENT[5 * PIECE + 6 :])
     ranks = [Rank(folder, range(PIECES)) for _ in range(3)]
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [pool.submit(rank.load, circle) for rank, circle in zip(ranks, members, strict=True)]
     for load in loads:
@@ -182,11 +182,11 @@ def test_a_first_rank_that_never_comes_is_not_waited_for_as_long_as_a_request(
 ) -> None:
     monkeypatch.setattr(shared_reader, "_MEETING", 0.5)
     ranks = [Rank(folder, range(PIECES)) for _ in range(2)]
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with within(60):
         ranks[1].load(members[1], 600.0)
     ranks[1].assert_loaded()
-    ranks[0].lobby.close()
+    ranks[0].listener.close()
 
 
 def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
@@ -201,7 +201,7 @@ def test_who_can_no_longer_take_what_is_passed_on_costs_nobody_else_anything(
     refusing = Extent(0, PIECE, refuse, into=memoryview(ranks[2].memory[0]), expected=expected_of(0))
     rest = ranks[2].extents(straight=True)[1:]
     monkeypatch.setattr(ranks[2], "extents", lambda **_: [refusing, *rest])
-    members = circles([rank.lobby.door for rank in ranks])
+    members = circles([rank.listener.door for rank in ranks])
     with ThreadPoolExecutor(3) as pool, within(60):
         loads = [pool.submit(rank.load, circle) for rank, circle in zip(ranks, members, strict=True)]
     with pytest.raises(ValueError, match="not mine"):
@@ -220,7 +220,7 @@ def test_a_rank_that_is_killed_is_gone_without(folder: Path, killed: int) -> Non
     process.start()
     theirs.close()
     rank = Rank(folder, range(PIECES))
-    doors = [rank.lobby.door]
+    doors = [rank.listener.door]
     doors.insert(killed, ours.recv())
     members = circles(doors)
     ours.send(members[killed])
@@ -234,16 +234,16 @@ def test_a_rank_that_is_killed_is_gone_without(folder: Path, killed: int) -> Non
 
 
 def test_ranks_are_in_a_circle_with_those_of_their_host_alone() -> None:
-    a = [Door("a", str(n), 256 << 20) for n in range(3)]
-    b = [Door("b", str(n), 256 << 20) for n in range(2)]
-    assert circles([a[0], b[0], None, a[1], Door("c", "0", 256 << 20), b[1], a[2]]) == [
-        Circle(0, tuple(a)),
-        Circle(0, tuple(b)),
+    a = [PeerAddress("a", str(n), 256 << 20) for n in range(3)]
+    b = [PeerAddress("b", str(n), 256 << 20) for n in range(2)]
+    assert circles([a[0], b[0], None, a[1], PeerAddress("c", "0", 256 << 20), b[1], a[2]]) == [
+        PeerGroup(0, tuple(a)),
+        PeerGroup(0, tuple(b)),
         None,
-        Circle(1, tuple(a)),
+        PeerGroup(1, tuple(a)),
         None,
-        Circle(1, tuple(b)),
-        Circle(2, tuple(a)),
+        PeerGroup(1, tuple(b)),
+        PeerGroup(2, tuple(a)),
     ]
 
 
@@ -251,7 +251,7 @@ def test_ranks_with_too_little_memory_for_each_other_read_alone() -> None:
     """Small pieces are widened to whole chunks, so more would be read together than by each rank alone."""
 
     def met(*memory_limits: int) -> bool:
-        return all(circles([Door("a", str(n), limit) for n, limit in enumerate(memory_limits)]))
+        return all(circles([PeerAddress("a", str(n), limit) for n, limit in enumerate(memory_limits)]))
 
     assert met(*[64 << 20] * 8)
     assert not met(*[32 << 20] * 8)

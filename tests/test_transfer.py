@@ -33,7 +33,7 @@ from cloudckpt.backends.errors import (
 from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.manage import gc
 from cloudckpt.backends.save import commit
-from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
+from cloudckpt.backends.save.save_lease import SaveLease, marker_name
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.stores.gcs.store import GCSStore
@@ -472,7 +472,7 @@ def test_a_copy_that_died_right_after_its_commit_is_tidied_up(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(journal.CopyJournal, "end", lambda self: self._stop())
-        patch.setattr("cloudckpt.backends.save.save_lease.SaveMarker.end", lambda self: self.leave())
+        patch.setattr("cloudckpt.backends.save.save_lease.SaveLease.end", lambda self: self.leave())
         copied(source, place)
     assert len(place.visible()) == 4
     assert copied(source, place).was_there
@@ -603,7 +603,7 @@ def test_of_copies_that_commit_at_one_moment_one_wins(
             return error
         return None
 
-    monkeypatch.setattr("cloudckpt.backends.save.save_lease.SaveMarker.is_there", lambda _: True)
+    monkeypatch.setattr("cloudckpt.backends.save.save_lease.SaveLease.is_there", lambda _: True)
     monkeypatch.setattr(journal.CopyJournal, "check", lambda _: None)
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(outcome, (source, other)))
@@ -741,7 +741,7 @@ def test_gc_leaves_alone_what_a_copy_goes_on_with_that_begins_meanwhile(
         if not meanwhile:
             meanwhile.append(place)
             with open_store(Target.parse(place.uri, **place.options)) as store:
-                meanwhile.append(SaveMarker(store, "0" * 32, 0))
+                meanwhile.append(SaveLease(store, "0" * 32, 0))
         return found
 
     monkeypatch.setattr(gc, "_unnamed", beginning)

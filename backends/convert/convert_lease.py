@@ -22,7 +22,7 @@ from pydantic import Field
 
 from cloudckpt.backends.errors import ObjectNotFoundError, StorageError, UnsupportedError
 from cloudckpt.backends.manage.confirmation import leases_now
-from cloudckpt.backends.save.save_lease import SILENT_FOR, SaveMarker, is_silent
+from cloudckpt.backends.save.save_lease import SILENT_FOR, SaveLease, is_silent
 from cloudckpt.backends.stores.base import ObjectStore, PendingUpload, Upload
 from cloudckpt.backends.system import background_log
 
@@ -68,7 +68,7 @@ class Left:
     """Whole files of a set whose index is missing."""
 
 
-def take(store: ObjectStore, plan: Plan) -> SaveMarker:
+def take(store: ObjectStore, plan: Plan) -> SaveLease:
     """Put the lease of a conversion, and renew it until it ends.
 
     Raises:
@@ -76,7 +76,7 @@ def take(store: ObjectStore, plan: Plan) -> SaveMarker:
     """
     own_id = uuid.uuid4().hex
     notes = {"files": plan.files, "index": plan.index, "replaced": plan.replaced, "space": _space()}
-    return SaveMarker(store, own_id, 0, name=f"{_PREFIX}{own_id}", notes=notes)
+    return SaveLease(store, own_id, 0, name=f"{_PREFIX}{own_id}", notes=notes)
 
 
 def left_by(

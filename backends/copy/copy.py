@@ -31,7 +31,7 @@ from cloudckpt.backends.format import metadata as md
 from cloudckpt.backends.format.committed import listed_metadata
 from cloudckpt.backends.save import commit, object_layout
 from cloudckpt.backends.save.commit import Previous
-from cloudckpt.backends.save.save_lease import SaveMarker, marker_name
+from cloudckpt.backends.save.save_lease import SaveLease, marker_name
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore, Upload
@@ -153,7 +153,7 @@ class _Copy:
         )
         _ = self._destination.capabilities  # found out now, not when all bytes are sent
         originals = checkpoint.sized(self._source, self._one.options.concurrency)
-        marker = SaveMarker(self._destination, self._copy_id, 0)
+        marker = SaveLease(self._destination, self._copy_id, 0)
         journal: CopyJournal | None = None
         try:
             journal = CopyJournal(self._destination, self._copy_id, checkpoint.digest)
@@ -195,7 +195,7 @@ class _Copy:
         return Copied(*uris, len(sizes), sum(sizes.values()), was_there=True)
 
     def _check_ready(
-        self, checkpoint: Checkpoint, existing: Mapping[str, Previous], marker: SaveMarker
+        self, checkpoint: Checkpoint, existing: Mapping[str, Previous], marker: SaveLease
     ) -> None:
         """Make sure that this copy may make objects visible, or delete what has their names.
 
@@ -261,7 +261,7 @@ class _Copy:
         checkpoint: Checkpoint,
         objects: Mapping[str, ObjectInfo],
         existing: Mapping[str, Previous],
-        marker: SaveMarker,
+        marker: SaveLease,
     ) -> None:
         """Make the checkpoint visible, once more having looked whether nobody took this copy for dead.
 

@@ -32,7 +32,7 @@ from cloudckpt.backends.save.uploader import Observer, StagedObject
 from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import lanes
-from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
 
 
 class Relay:
@@ -70,7 +70,7 @@ class Relay:
         self._observer = observer
         self._down = lanes(source.uri, "down", options.concurrency)
         self._up = lanes(destination.uri, "up", into.concurrency)
-        self._scratch = Scratch(into.memory_limit)
+        self._scratch = BufferPool(into.memory_limit)
         self._by_store = True
         self._turn = threading.Condition()
         self._waiting: deque[Original] = deque()

@@ -50,7 +50,7 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class PeerAddress:
     """Where a rank lets others of its host in; travels in plans."""
 
     host: str
@@ -60,7 +60,7 @@ class Door:
     """Bytes that the rank may hold beyond its state."""
 
 
-class Link:
+class PeerConnection:
     """A connection to another rank. Seconds that one call may take are bounded by ``patience``."""
 
     def __init__(self, connection: socket.socket, patience: float) -> None:
@@ -153,7 +153,7 @@ class Link:
                 left[first] = left[first][moved:]
 
 
-class Lobby:
+class PeerListener:
     """Where the other ranks of a load find this one."""
 
     def __init__(self, about: str, memory_limit: int) -> None:
@@ -162,12 +162,12 @@ class Lobby:
         name = f"cloudckpt-{secrets.token_hex(16)}"
         self._socket.bind(_abstract(name))
         self._socket.listen(_WAITING)
-        self._arrived: dict[tuple[int, int], Link] = {}
-        self.door = Door(f"{_host()} {about}", name, memory_limit)
+        self._arrived: dict[tuple[int, int], PeerConnection] = {}
+        self.door = PeerAddress(f"{_host()} {about}", name, memory_limit)
 
     @classmethod
     def opened(cls, about: str, memory_limit: int) -> Self | None:
-        """A lobby; None where the system has none."""
+        """A listener; None where the system has none."""
         if sys.platform != "linux":
             return None
         try:
@@ -184,10 +184,12 @@ class Lobby:
             link.close()
         self._arrived.clear()
 
-    def expect(self, purpose: Purpose, ranks: Iterable[int], wait: float, patience: float) -> dict[int, Link]:
+    def expect(
+        self, purpose: Purpose, ranks: Iterable[int], wait: float, patience: float
+    ) -> dict[int, PeerConnection]:
         """Wait up to ``wait`` seconds until all ranks have called; those that have."""
         missing, deadline = {(purpose.value, rank) for rank in ranks}, time.monotonic() + wait
-        found: dict[int, Link] = {}
+        found: dict[int, PeerConnection] = {}
         while True:
             for key in missing & self._arrived.keys():
                 found[key[1]] = self._arrived.pop(key)
@@ -208,7 +210,7 @@ class Lobby:
         if _user(connection) != os.geteuid():
             connection.close()
             return
-        link = Link(connection, wait)
+        link = PeerConnection(connection, wait)
         hello = bytearray(_HELLO.size)
         try:
             link.fill([memoryview(hello)])
@@ -222,7 +224,7 @@ class Lobby:
         self._arrived[purpose, rank] = link
 
 
-def call(door: Door, purpose: Purpose, rank: int, patience: float) -> Link:
+def call(door: PeerAddress, purpose: Purpose, rank: int, patience: float) -> PeerConnection:
     """Connect this rank to another.
 
     Raises:
@@ -237,7 +239,7 @@ def call(door: Door, purpose: Purpose, rank: int, patience: float) -> Link:
         connection.connect(_abstract(door.address))
         if _user(connection) != os.geteuid():
             raise LostPeerError("a process of another user is in its place")
-        link = Link(connection, patience)
+        link = PeerConnection(connection, patience)
         link.send([memoryview(_HELLO.pack(purpose, rank))])
     except OSError as error:
         connection.close()

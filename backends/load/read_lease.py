@@ -18,7 +18,7 @@ from typing import Final
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError
 from cloudckpt.backends.manage.confirmation import leases_now
-from cloudckpt.backends.save.save_lease import SaveMarker, is_silent
+from cloudckpt.backends.save.save_lease import SaveLease, is_silent
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.system import background_log
@@ -47,7 +47,7 @@ def is_read(objects: Iterable[ObjectInfo], alive: datetime, store: ObjectStore |
     return any(not is_silent(info, alive) for info in leases)
 
 
-def put_lease(target: Target, rank: int) -> SaveMarker | None:
+def put_lease(target: Target, rank: int) -> SaveLease | None:
     """Put a read lease on a checkpoint, and return it; None for a process that may not write there.
 
     Args:
@@ -57,7 +57,7 @@ def put_lease(target: Target, rank: int) -> SaveMarker | None:
     own_id = uuid.uuid4().hex
     store = open_store(target)
     try:
-        return SaveMarker(store, own_id, rank, name=f"{_PREFIX}{own_id}")
+        return SaveLease(store, own_id, rank, name=f"{_PREFIX}{own_id}")
     except CheckpointError as error:
         _log.debug("reading %s without a lease, which could not be put: %s", store.uri, error)
         return None

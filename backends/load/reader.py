@@ -18,7 +18,7 @@ from cloudckpt.backends.checksums import CRC64NVME
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.config.uri_hints import advice
-from cloudckpt.backends.dcp_base import Addressed
+from cloudckpt.backends.dcp_base import CheckpointStorageMixin
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -26,9 +26,9 @@ from cloudckpt.backends.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.backends.format import metadata as md
-from cloudckpt.backends.load.peer_transport import Door, Lobby
+from cloudckpt.backends.load.peer_transport import PeerAddress, PeerListener
 from cloudckpt.backends.load.read_plan import load
-from cloudckpt.backends.load.shared_reader import Circle, SharedReads, circles
+from cloudckpt.backends.load.shared_reader import PeerGroup, SharedReads, circles
 from cloudckpt.backends.load.stored_size import StoredSize
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.transfer.downloader import Downloader
@@ -38,7 +38,7 @@ _WITHIN_A_HOST = ("file", "memory")
 """Protocols of stores that the ranks of one host reach without a network."""
 
 
-class StorageReader(Addressed, dcp_storage.StorageReader):
+class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
     """Loads a DCP checkpoint from object storage, ours or stock.
 
     Bytes go straight into a tensor's memory where it is contiguous and of the stored type, and through a
@@ -72,12 +72,12 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
         super().__init__(uri, options)
         self._trust = true_or_false("trust", trust)
         self._share = share if share is None else true_or_false("share", share)
-        self._lobby: Lobby | None = None
+        self._listener: PeerListener | None = None
         self.observe(None)
         self._begin()
 
     def _begin(self) -> None:
-        self._close_lobby()
+        self._close_listener()
         self._contents = ""
         self._rank = 0
         self._metadata: Metadata | None = None
@@ -91,7 +91,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._target, self._store = state["target"], None
         self._trust, self._share = state["trust"], state["share"]
-        self._lobby = None
+        self._listener = None
         self.observe(None)
         self._begin()
 
@@ -198,25 +198,25 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Say where other ranks of this host find this one, if it may share its reads."""
-        self._close_lobby()
+        self._close_listener()
         share = self._target.protocol not in _WITHIN_A_HOST if self._share is None else self._share
         grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if share and grouped and self._contents:
-            self._lobby = Lobby.opened(self._contents, int(self._target.options.memory_limit))
-        return plan if self._lobby is None else dataclasses.replace(plan, storage_data=self._lobby.door)
+            self._listener = PeerListener.opened(self._contents, int(self._target.options.memory_limit))
+        return plan if self._listener is None else dataclasses.replace(plan, storage_data=self._listener.door)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Tell the ranks of each host of one another."""
-        doors = [plan.storage_data if isinstance(plan.storage_data, Door) else None for plan in plans]
+        doors = [plan.storage_data if isinstance(plan.storage_data, PeerAddress) else None for plan in plans]
         return [
             plan if door is None else dataclasses.replace(plan, storage_data=circle)
             for plan, door, circle in zip(plans, doors, circles(doors), strict=True)
         ]
 
-    def _close_lobby(self) -> None:
-        if self._lobby is not None:
-            self._lobby.close()
-        self._lobby = None
+    def _close_listener(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        self._listener = None
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what this rank's plan asks for.
@@ -232,11 +232,11 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
                 raise ConfigurationError("read_data was called before set_up_storage_reader")
             sizes = md.least_sizes(self._metadata)
             shared, memory_limit = None, int(options.memory_limit)
-            if self._lobby is not None and isinstance(plan.storage_data, Circle):
-                shared = SharedReads(plan.storage_data, self._lobby, memory_limit, options.timeout)
+            if self._listener is not None and isinstance(plan.storage_data, PeerGroup):
+                shared = SharedReads(plan.storage_data, self._listener, memory_limit, options.timeout)
                 memory_limit = shared.memory_limit
             else:
-                self._close_lobby()  # whoever would call must not wait
+                self._close_listener()  # whoever would call must not wait
             with self._opened() as store:
                 downloader = Downloader(store, transfers(store, options), memory_limit, sizes)
                 downloader.observe(self._observer, self._begun)
@@ -245,7 +245,7 @@ class StorageReader(Addressed, dcp_storage.StorageReader):
             error.located(uri=self._target.uri, rank=self._rank)
             raise
         finally:
-            self._close_lobby()
+            self._close_listener()
         future: Future[None] = Future()
         future.set_result(None)
         return future

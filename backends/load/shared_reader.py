@@ -16,13 +16,20 @@ from dataclasses import dataclass, field, replace
 
 from cloudckpt.backends.checksums import LARGEST_CHUNK
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.load.peer_transport import Door, Link, Lobby, LostPeerError, Purpose, call
+from cloudckpt.backends.load.peer_transport import (
+    LostPeerError,
+    PeerAddress,
+    PeerConnection,
+    PeerListener,
+    Purpose,
+    call,
+)
 from cloudckpt.backends.load.read_assignment import Offer, Task, tasks_of
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.system_limits import Workers
-from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
 from cloudckpt.backends.transfer.byte_ranges import GAP, Arrival, Extent, Request
-from cloudckpt.backends.transfer.download_checksums import Checking
+from cloudckpt.backends.transfer.download_checksums import DownloadChecksums
 from cloudckpt.backends.transfer.downloader import LARGEST_READ, Downloader, Job
 
 _log = background_log.logger(__name__)
@@ -43,11 +50,11 @@ _Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Circle:
+class PeerGroup:
     """The ranks of a load that share their reads, and which of them this is; travels in its plan."""
 
     own: int
-    doors: tuple[Door, ...]
+    doors: tuple[PeerAddress, ...]
 
     @property
     def others(self) -> list[int]:
@@ -67,7 +74,7 @@ class _Missing:
 class _Outgoing:
     """The way to a rank that takes what this one reads; one thread at a time."""
 
-    link: Link
+    link: PeerConnection
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -75,15 +82,15 @@ def _compare(extent: Extent, arrival: Arrival) -> None:
     """Compare what came with its checksums: the other rank may have overwritten it since it was read."""
     if extent.expected is not None:
         try:
-            Checking([(extent.expected, replace(arrival, start=0))]).finish()
+            DownloadChecksums([(extent.expected, replace(arrival, start=0))]).finish()
         except IntegrityError as error:
             raise LostPeerError("what it passed on is not what was saved") from error
 
 
-def circles(doors: Sequence[Door | None]) -> list[Circle | None]:
+def circles(doors: Sequence[PeerAddress | None]) -> list[PeerGroup | None]:
     """For each rank of a load the circle of those that it can reach; None where it would be alone."""
-    found: list[Circle | None] = [None] * len(doors)
-    hosts: defaultdict[str, list[tuple[int, Door]]] = defaultdict(list)
+    found: list[PeerGroup | None] = [None] * len(doors)
+    hosts: defaultdict[str, list[tuple[int, PeerAddress]]] = defaultdict(list)
     for rank, door in enumerate(doors):
         if door is not None:
             hosts[door.host].append((rank, door))
@@ -92,7 +99,7 @@ def circles(doors: Sequence[Door | None]) -> list[Circle | None]:
         if len(members) > 1 and _largest_piece(least, len(members)) >= _LEAST_PIECE:
             inside = tuple(door for _, door in members)
             for own, (rank, _) in enumerate(members):
-                found[rank] = Circle(own, inside)
+                found[rank] = PeerGroup(own, inside)
     return found
 
 
@@ -119,20 +126,20 @@ class SharedReads:
 
     Args:
         circle: the ranks.
-        lobby: where the others find this one.
+        listener: where the others find this one.
         memory_limit: bytes held beyond the destinations; half for what comes from other ranks.
         patience: seconds after which another rank that says nothing counts as lost.
     """
 
-    def __init__(self, circle: Circle, lobby: Lobby, memory_limit: int, patience: float) -> None:
+    def __init__(self, circle: PeerGroup, listener: PeerListener, memory_limit: int, patience: float) -> None:
         self._circle = circle
-        self._lobby = lobby
+        self._listener = listener
         self._patience = patience
         self._meeting = min(_MEETING, patience / 2)
         self.memory_limit = memory_limit // 2
         """Bytes for what this rank reads by itself."""
         self._room = _room(memory_limit, len(circle.doors))
-        self._scratch = Scratch(self.memory_limit)
+        self._scratch = BufferPool(self.memory_limit)
         self.largest_piece = max(1, _largest_piece(memory_limit, len(circle.doors)))
         """Bytes that are read through a buffer at once."""
         self._outgoing: dict[int, _Outgoing] = {}
@@ -225,18 +232,18 @@ class SharedReads:
                     links[rank].say(tasks)
         return tasks
 
-    def _come(self, purpose: Purpose, ranks: Collection[int]) -> dict[int, Link]:
+    def _come(self, purpose: Purpose, ranks: Collection[int]) -> dict[int, PeerConnection]:
         """Connections from other ranks, as far as they come in time."""
-        links = self._lobby.expect(purpose, ranks, self._meeting, self._patience)
+        links = self._listener.expect(purpose, ranks, self._meeting, self._patience)
         for rank in ranks:
             if rank not in links:
                 self._lost(rank, LostPeerError(f"it did not call within {self._meeting:g} s"))
         return links
 
-    def _call(self, rank: int, purpose: Purpose) -> Link:
+    def _call(self, rank: int, purpose: Purpose) -> PeerConnection:
         return call(self._circle.doors[rank], purpose, self._circle.own, self._patience)
 
-    def _called(self, rank: int) -> Link | None:
+    def _called(self, rank: int) -> PeerConnection | None:
         """A connection to a rank that passes on what it reads."""
         try:
             return self._call(rank, Purpose.BYTES)
@@ -244,7 +251,7 @@ class SharedReads:
             self._lost(rank, lost)
             return None
 
-    def _take(self, rank: int, link: Link, missing: dict[int, _Missing]) -> None:
+    def _take(self, rank: int, link: PeerConnection, missing: dict[int, _Missing]) -> None:
         """Take from another rank what it has read, until nothing is missing or it is lost."""
         with self._losing(rank), link:
             while missing:
@@ -269,7 +276,7 @@ class SharedReads:
             batch = Request(tuple(extents[:count]))
         return batch
 
-    def _receive(self, link: Link, batch: Request) -> None:
+    def _receive(self, link: PeerConnection, batch: Request) -> None:
         with self._scratch.lent(batch.buffered, locked=batch.to_device) as scratch:
             _, arrivals = batch.buffers(scratch)
             link.fill([view for arrival in arrivals for view in arrival.views])

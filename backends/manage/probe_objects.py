@@ -10,7 +10,7 @@ from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.stores.object_names import PROBE, PROBE_PREFIX, probe_name
 
 
-class Litter:
+class ProbeObjects:
     """The hidden objects and open uploads of one trial of a store.
 
     Their names are those of a probe: what stays behind all the same, ``gc`` knows and removes.

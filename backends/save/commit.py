@@ -44,7 +44,7 @@ from cloudckpt.backends.stores.base import (
 from cloudckpt.backends.stores.throttle import ON_BEHALF
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.backends.transfer.adaptive_concurrency import Lanes, lanes
+from cloudckpt.backends.transfer.adaptive_concurrency import AdaptiveLimiter, lanes
 from cloudckpt.backends.transfer.task_pool import outcomes_of, run_all
 
 _log = background_log.logger(__name__)
@@ -123,7 +123,7 @@ def publish(store: ObjectStore, staged: Sequence[StagedObject], concurrency: int
     return visible
 
 
-def _complete(store: ObjectStore, held: Lanes, one: StagedObject, *, confirm: bool) -> ObjectInfo:
+def _complete(store: ObjectStore, held: AdaptiveLimiter, one: StagedObject, *, confirm: bool) -> ObjectInfo:
     try:
         with held.taken(1):
             info = store.complete_upload(one.upload, one.parts, confirm=confirm)

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from cloudckpt.backends.save.save_lease import SaveMarker
+from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores.base import ObjectStore
 from cloudckpt.backends.transfer.task_pool import begun
 
@@ -43,7 +43,7 @@ class Coordinator:
         self._store = store
         self._concurrent = store.is_remote and store.is_probed
         self._looks: list[Future[None]] = []
-        self._marking: Future[SaveMarker] | None = None
+        self._marking: Future[SaveLease] | None = None
         self._check: tuple[_Clocks, Future[None]] | None = None
 
     def look(self, look: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class Coordinator:
         Raises:
             StorageError: the store could not be written to. With a remote store, `settle` raises it.
         """
-        put = functools.partial(SaveMarker, self._store, save_id, rank)
+        put = functools.partial(SaveLease, self._store, save_id, rank)
         self._marking = begun(put, concurrent=self._concurrent)
 
     def settle(self) -> None:
@@ -140,7 +140,7 @@ class Coordinator:
             marker.leave()
         self._marking = None
 
-    def _marker(self) -> SaveMarker | None:
+    def _marker(self) -> SaveLease | None:
         """Return the marker if it was put."""
         if self._marking is None or not self._marking.done() or self._marking.exception() is not None:
             return None

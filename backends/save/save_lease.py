@@ -55,7 +55,7 @@ def is_silent(marker: ObjectInfo, since: datetime) -> bool:
     return marker.modified is not None and marker.modified <= since
 
 
-class SaveMarker:
+class SaveLease:
     """The marker of one save. Its owner calls ``end`` or ``leave``; one that is dropped falls silent.
 
     Args:

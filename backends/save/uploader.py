@@ -18,10 +18,10 @@ from cloudckpt.backends.checksums import Fragment, algorithm_for
 from cloudckpt.backends.stores.base import ObjectStore, Part, Upload
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
-from cloudckpt.backends.transfer.buffer_pool import Scratch
-from cloudckpt.backends.transfer.memory_budget import Budget
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
+from cloudckpt.backends.transfer.memory_budget import MemoryBudget
 from cloudckpt.backends.transfer.segments import Segment, View, Window, windows
-from cloudckpt.backends.transfer.upload_checksums import Tally
+from cloudckpt.backends.transfer.upload_checksums import UploadChecksums
 
 _SPARE: Final = 8
 """Share of a part by which the last one may be longer."""
@@ -100,8 +100,8 @@ class Uploader:
         self._lanes = transfer_lanes(store, "up", concurrency)
         self._observer = observer
         self._memory_limit = memory_limit
-        self._budget = Budget(memory_limit)
-        self._scratch = Scratch(memory_limit)
+        self._budget = MemoryBudget(memory_limit)
+        self._scratch = BufferPool(memory_limit)
         self._room = threading.BoundedSemaphore(2 * concurrency)
         self._multiple = self._limits.multiple if padded else 1
         self._failed = failed or threading.Event()
@@ -235,7 +235,7 @@ class Uploader:
         gathered = window.gathered
         with self._scratch.lent(gathered, locked=window.from_device, beside=cost - gathered) as scratch:
             buffers = window.buffers(scratch)
-            tally = Tally(self.algorithm, window, buffers)
+            tally = UploadChecksums(self.algorithm, window, buffers)
             checksum = None
             if self._in_advance:
                 checksum = self.algorithm.text(self.algorithm.combine(tally.finish()))

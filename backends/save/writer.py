@@ -24,7 +24,7 @@ from torch.futures import Future
 from cloudckpt.backends.config import uri_hints
 from cloudckpt.backends.config.options import true_or_false
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.dcp_base import Addressed
+from cloudckpt.backends.dcp_base import CheckpointStorageMixin
 from cloudckpt.backends.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -47,7 +47,7 @@ from cloudckpt.backends.version import __version__
 _log = background_log.logger(__name__)
 
 
-class StorageWriter(Addressed, dcp_storage.StorageWriter):
+class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
     """Saves a DCP checkpoint to object storage, whole or not at all.
 
     ``write_data`` stores every part of a rank's objects and leaves the uploads open. ``finish`` on the

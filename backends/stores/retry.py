@@ -18,7 +18,7 @@ from typing import Final, Generic, TypeVar
 
 import tenacity
 
-from cloudckpt.backends.stores.throttle import Pace
+from cloudckpt.backends.stores.throttle import Throttle
 from cloudckpt.backends.system import background_log
 
 _T = TypeVar("_T")
@@ -103,7 +103,7 @@ class Retries:
     def __init__(
         self,
         judge: Callable[[Exception], Judgement],
-        pace: Pace,
+        pace: Throttle,
         place: str,
         *,
         retries: int,

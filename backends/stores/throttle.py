@@ -23,7 +23,7 @@ _ROUNDS: Final = 8
 """Times that as many requests as are allowed must succeed before one more is."""
 
 
-class Pace:
+class Throttle:
     """The limit of one store in one process, shared by its threads; at least one request is let through.
 
     A request that is let in must not wait for another of the same store.
@@ -78,14 +78,14 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True)
-class Paces:
+class Throttles:
     """The limits of one store in one process, by the kind of request."""
 
-    transfers: Pace
-    on_behalf: Pace
+    transfers: Throttle
+    on_behalf: Throttle
     """Of requests that one process makes for many ranks."""
 
     @classmethod
-    def of(cls, concurrency: int) -> Paces:
+    def of(cls, concurrency: int) -> Throttles:
         """Those of a rank that may have so many requests in flight."""
-        return cls(Pace(concurrency), Pace(max(concurrency, ON_BEHALF)))
+        return cls(Throttle(concurrency), Throttle(max(concurrency, ON_BEHALF)))

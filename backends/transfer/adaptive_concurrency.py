@@ -51,7 +51,7 @@ _REST: Final = 8
 Way = Literal["up", "down", "commit"]
 
 
-class Lanes:
+class AdaptiveLimiter:
     """The lanes of all transfers of one process in one direction, to or from one place.
 
     A commit counts objects for bytes.
@@ -79,7 +79,7 @@ class Lanes:
         self._taken = 0
         self._changed = threading.Condition()
         self._before: tuple[int, float, float] | None = None
-        """Lanes, bytes a second and processor time of a byte before fewer or more were tried."""
+        """AdaptiveLimiter, bytes a second and processor time of a byte before fewer or more were tried."""
         self._rest = 0
         self._next_rest = _REST
         self._changes = 0
@@ -154,12 +154,12 @@ class Lanes:
         return rate < _AS_FAST * before[1] or used > _AS_CHEAP * before[2] * rate
 
 
-def lanes(uri: str, way: Way, most: int, start: int | None = None) -> Lanes:
+def lanes(uri: str, way: Way, most: int, start: int | None = None) -> AdaptiveLimiter:
     """Return the lanes to or from the bucket of a URI, which know what was found out before."""
     return _lanes(_Place.of(uri, way), most, start)
 
 
-def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> Lanes:
+def transfer_lanes(store: ObjectStore, way: Literal["up", "down"], most: int) -> AdaptiveLimiter:
     """Return the lanes of a store's parts or ranges, which know what was found out before."""
     return _lanes(_Place.of(store.uri, way, is_remote=store.is_remote), most, None)
 
@@ -183,7 +183,7 @@ class _Place:
 
 
 @functools.lru_cache(maxsize=16)
-def _lanes(place: _Place, most: int, start: int | None) -> Lanes:
+def _lanes(place: _Place, most: int, start: int | None) -> AdaptiveLimiter:
     if place.is_remote:
-        return Lanes(most, at_first(most), busy=lambda: rates().busy)
-    return Lanes(most, start)
+        return AdaptiveLimiter(most, at_first(most), busy=lambda: rates().busy)
+    return AdaptiveLimiter(most, start)

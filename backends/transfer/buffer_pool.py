@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 
 from cloudckpt.backends.transfer.cuda import lock_pages, unlock_pages
-from cloudckpt.backends.transfer.memory_budget import Budget
+from cloudckpt.backends.transfer.memory_budget import MemoryBudget
 
 _SMALL = 1 << 16
 """Bytes below which a buffer is not worth keeping."""
@@ -22,12 +22,12 @@ _HUGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
 """Large pages are touched, and locked for a device, in half the time; shared memory would have none."""
 
 
-class Scratch:
+class BufferPool:
     """Lends buffers of at most ``limit`` bytes together; more only to one that asks for more by itself."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._budget = Budget(limit)
+        self._budget = MemoryBudget(limit)
         self._lock = threading.Lock()
         self._idle: list[_Buffer] = []
         self._held = 0

@@ -24,7 +24,7 @@ class _Piece:
     of: Callable[..., int]
 
 
-class Checking:
+class DownloadChecksums:
     """Compares the chunks of one request with what is expected of them.
 
     ``arrived`` is for the store to call as it goes; what it doesn't speak of is read once more in ``finish``.

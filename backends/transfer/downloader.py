@@ -12,9 +12,9 @@ from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.stores.base import Arrived, ObjectStore
 from cloudckpt.backends.system.system_limits import Workers
 from cloudckpt.backends.transfer.adaptive_concurrency import transfer_lanes
-from cloudckpt.backends.transfer.buffer_pool import Scratch
+from cloudckpt.backends.transfer.buffer_pool import BufferPool
 from cloudckpt.backends.transfer.byte_ranges import Arrival, Extent, Request, merge, nothing
-from cloudckpt.backends.transfer.download_checksums import Checking
+from cloudckpt.backends.transfer.download_checksums import DownloadChecksums
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -56,7 +56,7 @@ class Downloader:
         self._least_sizes = least_sizes
         self._concurrency = concurrency
         self._lanes = transfer_lanes(store, "down", concurrency)
-        self._scratch = Scratch(memory_limit)
+        self._scratch = BufferPool(memory_limit)
         self.observe(None, None)
         self._largest = max(1, min(largest_read, memory_limit // 2))
 
@@ -146,7 +146,7 @@ class Downloader:
 
     def _transfer(self, name: str, request: Request, scratch: memoryview) -> list[Arrival]:
         buffers, arrivals = request.buffers(scratch)
-        checking = Checking(
+        checking = DownloadChecksums(
             (extent.expected, arrival)
             for extent, arrival in zip(request.extents, arrivals, strict=True)
             if extent.expected is not None

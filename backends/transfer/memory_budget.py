@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 
-class Budget:
+class MemoryBudget:
     """Admits work by the memory that it declares.
 
     Work that asks for more than the whole limit is admitted when nothing else is: the ceiling gives way

@@ -8,7 +8,7 @@ from cloudckpt.backends.checksums import Algorithm, Fragment, cut
 from cloudckpt.backends.transfer.segments import Window
 
 
-class Tally:
+class UploadChecksums:
     """The fragments of one part.
 
     ``departed`` is for the store to call as it goes; what it doesn't speak of is read in ``finish``.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.manage.probe_objects import Litter
+from cloudckpt.backends.manage.probe_objects import ProbeObjects
 from cloudckpt.backends.save.object_layout import check_part_size
 from cloudckpt.backends.save.uploader import Observer
 from cloudckpt.backends.stores import open_store
@@ -76,16 +76,16 @@ def bench(
         StorageError: the store failed.
     """
     with open_store(target) as store:
-        litter = Litter(store)
+        probe_objects = ProbeObjects(store)
         try:
-            measuring = Bench(store, target.options, litter, plan.size, observer)
+            measuring = Bench(store, target.options, probe_objects, plan.size, observer)
             latencies = measuring.latencies()
             up = measuring.up(plan.up, seconds / 2)
             down = measuring.down(plan.down, seconds / 2)
         except BaseException as error:  # Ctrl-C too
-            if left := litter.clear():
+            if left := probe_objects.clear():
                 error.add_note(f"could not be taken away: {', '.join(left)}")
             raise
-        left = litter.clear()
+        left = probe_objects.clear()
     saving, loading = advised(up, plan.present), advised(down, plan.present, parts=False)
     return Report(target.uri, plan.size, plan.present, latencies, up, down, saving, loading, left)

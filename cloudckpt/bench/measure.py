@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from cloudckpt.backends.config.options import Options
-from cloudckpt.backends.manage.probe_objects import Litter
+from cloudckpt.backends.manage.probe_objects import ProbeObjects
 from cloudckpt.backends.save.uploader import Observer, Uploader
 from cloudckpt.backends.stores.base import ObjectStore, Overwrite
 from cloudckpt.backends.transfer.byte_ranges import Extent, nothing
@@ -34,17 +34,17 @@ class Bench:
     Args:
         store: which.
         options: of the job; concurrency and size of parts are what is tried.
-        litter: what will be taken away.
+        probe_objects: what will be taken away.
         size: bytes that are moved at a time.
         observer: told of bytes that have been moved.
     """
 
     def __init__(
-        self, store: ObjectStore, options: Options, litter: Litter, size: int, observer: Observer
+        self, store: ObjectStore, options: Options, probe_objects: ProbeObjects, size: int, observer: Observer
     ) -> None:
         self._store = store
         self._options = options
-        self._litter = litter
+        self._probe_objects = probe_objects
         self._size = size
         self._observer = observer
         self._data = memoryview(os.urandom(min(size, _BLOCK)))
@@ -56,7 +56,7 @@ class Bench:
 
     def latencies(self) -> dict[str, float]:
         """Seconds that a small put, stat, get and delete take, each in the median of several."""
-        name, data = self._litter.name(), bytes(self._data[:_SMALL])
+        name, data = self._probe_objects.name(), bytes(self._data[:_SMALL])
         acts: dict[str, Callable[[], object]] = {
             "put": lambda: self._store.put(name, data, Overwrite()),
             "stat": lambda: self._store.stat(name),
@@ -72,7 +72,7 @@ class Bench:
 
     def up(self, settings: Sequence[Setting], seconds: float) -> tuple[Measured, ...]:
         """Upload with each of the settings in turn, for so many seconds or until all rounds are done."""
-        return self._measured(settings, seconds, self._upload, self._litter.clear)
+        return self._measured(settings, seconds, self._upload, self._probe_objects.clear)
 
     def down(self, settings: Sequence[Setting], seconds: float) -> tuple[Measured, ...]:
         """Download likewise."""
@@ -107,7 +107,7 @@ class Bench:
     def _upload(self, setting: Setting) -> dict[str, int]:
         """Upload as a save does: parts side by side, checksums taken, completed at the end."""
         uploader = Uploader(self._store, setting.concurrency, self._options.memory_limit, self._observer)
-        names = [self._litter.name() for _ in range(self._objects(setting))]
+        names = [self._probe_objects.name() for _ in range(self._objects(setting))]
         share = -(-self._size // len(names))
         sizes = [min(share, self._size - at * share) for at in range(len(names))]
         try:
@@ -118,10 +118,10 @@ class Bench:
                 }
             )
         finally:
-            self._litter.begun(uploader.begun, uploader.unconfirmed)
+            self._probe_objects.begun(uploader.begun, uploader.unconfirmed)
         for one in sent:
             self._store.complete_upload(one.staged.upload, one.staged.parts, confirm=False)
-            self._litter.ended(one.staged.upload)
+            self._probe_objects.ended(one.staged.upload)
         return dict(zip(names, sizes, strict=True))
 
     def _objects(self, setting: Setting) -> int:

@@ -10,7 +10,7 @@ from typing import Final
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError
 from cloudckpt.backends.finding import Finding, State
-from cloudckpt.backends.manage.probe_objects import Litter
+from cloudckpt.backends.manage.probe_objects import ProbeObjects
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.exam import Exam, open_exam
 from cloudckpt.doctor.machine import machine
@@ -76,13 +76,13 @@ def _examine_place(target: Target, say: Callable[[Finding], None]) -> None:
     hasty = {"retries": min(options.retries, _RETRIES), "timeout": min(options.timeout, _TIMEOUT)}
     quick = replace(target, options=options.model_copy(update=hasty))
     with open_store(quick) as store, contextlib.closing(open_exam(quick)) as exam:
-        litter = Litter(store)
+        probe_objects = ProbeObjects(store)
         try:
-            for finding in _tried(Tries(store, exam, litter), exam):
+            for finding in _tried(Tries(store, exam, probe_objects), exam):
                 say(finding)
         finally:
-            untouched = litter.is_empty
-            left = litter.clear()
+            untouched = probe_objects.is_empty
+            left = probe_objects.clear()
         if not untouched:
             say(_leftovers(left))
 

@@ -19,7 +19,7 @@ from cloudckpt.backends.errors import (
     UnsupportedError,
 )
 from cloudckpt.backends.finding import Finding
-from cloudckpt.backends.manage.probe_objects import Litter
+from cloudckpt.backends.manage.probe_objects import ProbeObjects
 from cloudckpt.backends.stores.base import Create, ObjectStore, Overwrite, Update, Upload
 from cloudckpt.backends.stores.exam import Exam
 
@@ -33,7 +33,7 @@ class Tries:
 
     store: ObjectStore
     exam: Exam
-    litter: Litter
+    probe_objects: ProbeObjects
     example: str | None = None
     """The name of an object that is there."""
     gc_aborts: bool = True
@@ -83,7 +83,7 @@ class Tries:
         return Finding(check, "failed", error.message, advice, action)
 
     def _put(self) -> Finding:
-        name = self.litter.name()
+        name = self.probe_objects.name()
         self.store.put(name, _DATA, Overwrite())
         self.example = name
         return Finding("put", "ok", "a small object can be put")
@@ -101,7 +101,7 @@ class Tries:
 
     def _list(self) -> Finding:
         name = self.example
-        listed = [info.name for info in self.store.list(name or self.litter.name()).objects]
+        listed = [info.name for info in self.store.list(name or self.probe_objects.name()).objects]
         if name is not None and listed != [name]:
             what = "a listing does not show an object that was just put"
             return Finding("list", "failed", what, "Use a store whose listings are up to date")
@@ -129,7 +129,7 @@ class Tries:
         if not self._is_refused(name, Create()):
             return Finding("conditions", "failed", "a put that must find nothing replaces what is there")
         self.store.put(name, _DATA, Update(replaced.version or ""))
-        fresh = self.litter.name()
+        fresh = self.probe_objects.name()
         self.store.put(fresh, _DATA, Create())
         return Finding("conditions", "ok", "a put is refused where its condition does not hold")
 
@@ -141,11 +141,11 @@ class Tries:
         return False
 
     def _multipart(self) -> Finding:
-        name = self.litter.name()
-        upload = self.litter.begin_upload(name)
-        part = self.litter.upload_part(upload, 1, 0, _DATA)
+        name = self.probe_objects.name()
+        upload = self.probe_objects.begin_upload(name)
+        part = self.probe_objects.upload_part(upload, 1, 0, _DATA)
         self.store.complete_upload(upload, [part], confirm=False)
-        self.litter.ended(upload)
+        self.probe_objects.ended(upload)
         with contextlib.suppress(AccessDeniedError):  # that is for another try to say
             if self.store.stat(name).size != len(_DATA):
                 return Finding("multipart", "failed", "the completed object is not what was sent")
@@ -188,7 +188,7 @@ class Tries:
         except UnsupportedError as error:
             self.gc_aborts = False
             return Finding("abort", "warning", f"uploads can't be aborted: {error.message}", _EXPIRE)
-        self.litter.ended(upload)
+        self.probe_objects.ended(upload)
         with contextlib.suppress(ObjectNotFoundError, AccessDeniedError):
             self.store.stat(upload.name)
             return Finding("abort", "failed", "an upload that was given up is visible")
@@ -206,8 +206,8 @@ class Tries:
 
     def _sent(self) -> Upload:
         """An upload with a part: who may not abort it can complete it, to be rid of it."""
-        upload = self.litter.begin_upload(self.litter.name())
-        self.litter.upload_part(upload, 1, 0, _DATA)
+        upload = self.probe_objects.begin_upload(self.probe_objects.name())
+        self.probe_objects.upload_part(upload, 1, 0, _DATA)
         return upload
 
     def _delete(self) -> Finding:

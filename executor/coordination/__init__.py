@@ -1,1 +1,1 @@
-"""Agreement between ranks: the store in which they meet, calls that they make alike, the outcome of a save."""
+"""Agreement between ranks: the store in which they meet, their calls, the outcome of a save."""

@@ -72,7 +72,7 @@ class _Followed:
     value: bool
 
 
-class RollCall:
+class CallComparison:
     """The rounds of one executor's ranks, on one of them."""
 
     def __init__(self, place: MeetingPlace) -> None:
@@ -138,7 +138,7 @@ class RollCall:
 
         self._place.bounded(f"meet in {call.name}", write, timeout)
 
-    def follow_first(self, call: Call, value: bool, timeout: float) -> bool:
+    def broadcast_bool(self, call: Call, value: bool, timeout: float) -> bool:
         """Return the value that rank 0 gives in this call. Rank 0 does not wait for the others.
 
         A rank that is behind rank 0 goes on to what rank 0 said last, or in this call. One whose call differs

@@ -2,7 +2,7 @@
 
 Every save is an *attempt* with a number. Ranks join it, and the last to join says which generation of the
 group serves it: the one that all have alive, or a new one with the attempt's number. At the end every rank
-reports; the first to write the attempt's *verdict* decides it for all. Both keys are written once, by
+reports; the first to write the attempt's *result* decides it for all. Both keys are written once, by
 compare-and-set, so that ranks agree whatever they saw themselves.
 
 Nothing here runs on the trainer's own thread, and no call can block for longer than its time: the store may
@@ -20,7 +20,7 @@ from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGrou
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RankStatus:
     """What a rank brings to an attempt.
 
     Attributes:
@@ -61,15 +61,15 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class AttemptResult:
     """How an attempt ended. The group goes on only after a ``sound`` one."""
 
     sound: bool
     failure: bytes | None = None
 
 
-class Trial(ABC):
-    """One attempt under way, from the agreement to the verdict."""
+class SaveAttempt(ABC):
+    """One attempt under way, from the agreement to the result."""
 
     def __init__(self, attempt: int, generation: int) -> None:
         self.attempt = attempt
@@ -77,28 +77,28 @@ class Trial(ABC):
 
     @abstractmethod
     def watch(self, wake: Callable[[], None], timeout: float) -> None:
-        """Call ``wake`` when `verdict` or `lost` has something to tell, for at most ``timeout`` seconds."""
+        """Call ``wake`` when `result` or `lost` has something to tell, for at most ``timeout`` seconds."""
 
     @property
     @abstractmethod
-    def verdict(self) -> Verdict | None:
-        """The verdict, once there is one."""
+    def result(self) -> AttemptResult | None:
+        """The result, once there is one."""
 
     @property
     @abstractmethod
     def lost(self) -> str | None:
-        """Why no verdict will be heard of here."""
+        """Why no result will be heard of here."""
 
     @abstractmethod
     def report(self, failure: bytes | None, *, sound: bool) -> None:
         """Say how it ended on this rank. An unsound failure decides the attempt on its own."""
 
 
-class Council(ABC):
+class Consensus(ABC):
     """The ranks of one executor."""
 
     @abstractmethod
-    def convene(self, standing: Standing, timeout: float) -> Trial:
+    def convene(self, status: RankStatus, timeout: float) -> SaveAttempt:
         """Join the next attempt and wait for the others, for at most ``timeout`` seconds.
 
         Raises:
@@ -124,20 +124,20 @@ class Council(ABC):
 
     @abstractmethod
     def leave(self, timeout: float) -> None:
-        """Wait until the others have heard the last verdict: the store may end with this process."""
+        """Wait until the others have heard the last result: the store may end with this process."""
 
 
-class SoloCouncil(Council):
+class SoloConsensus(Consensus):
     """A single process, which agrees with itself."""
 
     def __init__(self) -> None:
         self._attempt = 0
 
-    def convene(self, standing: Standing, timeout: float) -> Trial:  # noqa: ARG002 - the interface
+    def convene(self, status: RankStatus, timeout: float) -> SaveAttempt:  # noqa: ARG002 - the interface
         self._attempt += 1
-        if standing.failure is not None:
-            raise remote_errors.loads(standing.failure)
-        return _SoloTrial(self._attempt, standing.generation or self._attempt)
+        if status.failure is not None:
+            raise remote_errors.loads(status.failure)
+        return _SoloAttempt(self._attempt, status.generation or self._attempt)
 
     def group(
         self,
@@ -150,19 +150,19 @@ class SoloCouncil(Council):
         """Nobody else listens."""
 
 
-class _SoloTrial(Trial):
-    _verdict: Verdict | None = None
+class _SoloAttempt(SaveAttempt):
+    _result: AttemptResult | None = None
 
     def watch(self, wake: Callable[[], None], timeout: float) -> None:
-        """The verdict is this process's own report."""
+        """The result is this process's own report."""
 
     @property
-    def verdict(self) -> Verdict | None:
-        return self._verdict
+    def result(self) -> AttemptResult | None:
+        return self._result
 
     @property
     def lost(self) -> str | None:
         return None
 
     def report(self, failure: bytes | None, *, sound: bool) -> None:
-        self._verdict = Verdict(sound, failure)
+        self._result = AttemptResult(sound, failure)

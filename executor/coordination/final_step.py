@@ -39,7 +39,7 @@ Heard = Callable[[str], object]
 """Told why, when this rank learns that the job is to end: once, on a thread of its own."""
 
 
-class LastCall:
+class FinalStep:
     """What one rank knows of it.
 
     Args:

@@ -11,16 +11,16 @@ import torch.distributed as dist
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor.coordination import rank_outcomes
-from cloudckpt.executor.coordination.call_comparison import Call, RollCall
-from cloudckpt.executor.coordination.consensus import Council, SoloCouncil
-from cloudckpt.executor.coordination.final_step import Heard, LastCall
+from cloudckpt.executor.coordination.call_comparison import Call, CallComparison
+from cloudckpt.executor.coordination.consensus import Consensus, SoloConsensus
+from cloudckpt.executor.coordination.final_step import FinalStep, Heard
 from cloudckpt.executor.coordination.meeting_store import Contact, Meeting
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace, grouped, tcp_store_of_training
-from cloudckpt.executor.coordination.store_consensus import StoreCouncil
+from cloudckpt.executor.coordination.store_consensus import StoreConsensus
 from cloudckpt.executor.network.network_options import NetworkOptions
 
 
-class Gathering:
+class RankGroup:
     """The ranks of one executor, as one of them sees them. A single process agrees with itself.
 
     No call uses a collective: ranks exchange values through the store in which they meet.
@@ -39,13 +39,13 @@ class Gathering:
         """The group of the first call that binds, and True where this process is alone."""
         self._default_group: weakref.ref[Any] | None = None
         self._meeting: Meeting | None = None
-        self._roll: RollCall | None = None
-        self._last_call: LastCall | None = None
+        self._roll: CallComparison | None = None
+        self._final_step: FinalStep | None = None
         self._contact: Contact | None = None
         """The outcome of the last meeting in the known place; None where the ranks have met."""
         self._closed = False
         self.place: MeetingPlace | None = None
-        self.council: Council = SoloCouncil()
+        self.consensus: Consensus = SoloConsensus()
 
     @property
     def rank(self) -> int:
@@ -124,10 +124,10 @@ class Gathering:
             return
         self.place = place
         self._default_group = weakref.ref(dist.group.WORLD)
-        self.council = StoreCouncil(place, self._meeting.address_now)
-        self._roll = RollCall(place)
-        if self._last_call is not None:
-            self._last_call.move(place, self._stores)
+        self.consensus = StoreConsensus(place, self._meeting.address_now)
+        self._roll = CallComparison(place)
+        if self._final_step is not None:
+            self._final_step.move(place, self._stores)
 
     @contextmanager
     def meeting(self) -> Iterator[None]:
@@ -143,7 +143,7 @@ class Gathering:
         if isinstance(error, ExecutorError):
             self._contact = "lost" if error.unreachable else self._contact or "missed"
 
-    def follow_first(self, call: Call, value: bool) -> bool:
+    def broadcast_bool(self, call: Call, value: bool) -> bool:
         """Return rank 0's value, on every rank. All ranks call it, in the same order with all other calls.
 
         Raises:
@@ -153,7 +153,7 @@ class Gathering:
         if self._roll is None:
             return value
         with self.meeting():
-            return self._roll.follow_first(call, value, self._timeout)
+            return self._roll.broadcast_bool(call, value, self._timeout)
 
     def confer(self, call: Call, ask: Callable[[], bool]) -> bool:
         """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
@@ -185,14 +185,14 @@ class Gathering:
             with self.meeting():
                 rank_outcomes.meet(self._roll, call, self.rank, self._timeout)
 
-    def last_call(self, heard: Heard) -> LastCall:
+    def final_step(self, heard: Heard) -> FinalStep:
         """Return what agrees with the other ranks on the last of the calls that their trainers make.
 
         Every rank calls it once, and in the same order with all other calls.
         """
         self._check_open()
-        self._last_call = LastCall(self.place, heard, self._timeout, self._stores)
-        return self._last_call
+        self._final_step = FinalStep(self.place, heard, self._timeout, self._stores)
+        return self._final_step
 
     @property
     def _stores(self) -> object:

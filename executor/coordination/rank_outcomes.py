@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor.coordination import remote_errors
-from cloudckpt.executor.coordination.call_comparison import Call, RollCall
+from cloudckpt.executor.coordination.call_comparison import Call, CallComparison
 from cloudckpt.executor.job import Job
 from cloudckpt.executor.supervisor import Supervisor
 
@@ -34,7 +34,7 @@ def joining(job: Job, supervisor: Supervisor) -> Iterator[None]:
     supervisor.submit(job)
 
 
-def confer(calls: RollCall, call: Call, ask: Callable[[], bool], rank: int, timeout: float) -> bool:
+def confer(calls: CallComparison, call: Call, ask: Callable[[], bool], rank: int, timeout: float) -> bool:
     """Ask on every rank, and return rank 0's answer, or raise what ``ask`` raised on any rank, on each.
 
     A yes of rank 0 and an error end it at once; a no does once all ranks have come.
@@ -62,7 +62,7 @@ def confer(calls: RollCall, call: Call, ask: Callable[[], bool], rank: int, time
     raise common from common.__cause__
 
 
-def meet(calls: RollCall, call: Call, rank: int, timeout: float) -> None:
+def meet(calls: CallComparison, call: Call, rank: int, timeout: float) -> None:
     """Wait until every rank makes this call.
 
     Raises:
@@ -72,7 +72,9 @@ def meet(calls: RollCall, call: Call, rank: int, timeout: float) -> None:
     _answered(calls, call, None, rank, timeout)
 
 
-def _answered(calls: RollCall, call: Call, said: bytes | None, rank: int, timeout: float) -> bytes | None:
+def _answered(
+    calls: CallComparison, call: Call, said: bytes | None, rank: int, timeout: float
+) -> bytes | None:
     try:
         return calls.confer(call, said, timeout)
     except remote_errors.ANY:

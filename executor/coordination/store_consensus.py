@@ -1,4 +1,4 @@
-"""The council of a job with several ranks: it meets in the store that the job has."""
+"""The consensus of a job with several ranks: it meets in the store that the job has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from torch.distributed import DistError, DistStoreError, Store
 from cloudckpt.backends.errors import CheckpointError, ConfigurationError, ExecutorError
 from cloudckpt.backends.system import system_limits
 from cloudckpt.executor.coordination import call_comparison, remote_errors, wire_format
-from cloudckpt.executor.coordination.consensus import Address, Agreement, Council, Standing, Trial, Verdict
+from cloudckpt.executor.coordination.consensus import (
+    Address,
+    Agreement,
+    AttemptResult,
+    Consensus,
+    RankStatus,
+    SaveAttempt,
+)
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGroupInfo
 from cloudckpt.executor.network import absence
 
@@ -21,7 +28,7 @@ _REPORT = 30.0
 """Seconds that a rank tries to tell the store how its save ended; without its word a new group is formed."""
 
 
-class StoreCouncil(Council):
+class StoreConsensus(Consensus):
     """Ranks that meet in a store.
 
     Args:
@@ -39,21 +46,21 @@ class StoreCouncil(Council):
         self._ahead = 0  # calls that the others have had and this rank has not
         self._last: int | None = None
 
-    def convene(self, standing: Standing, timeout: float) -> Trial:
-        standing = replace(standing, call=standing.call + self._ahead)
-        agreement, attempt = self._place.bounded("convene", lambda: self._join(standing, timeout), timeout)
+    def convene(self, status: RankStatus, timeout: float) -> SaveAttempt:
+        status = replace(status, call=status.call + self._ahead)
+        agreement, attempt = self._place.bounded("convene", lambda: self._join(status, timeout), timeout)
         self._next = attempt + 1
         if agreement.refusal is not None:
             raise remote_errors.loads(agreement.refusal)
-        self._ahead += agreement.call - standing.call
+        self._ahead += agreement.call - status.call
         self._last = attempt
-        return _StoreTrial(self._place, attempt, agreement.generation)
+        return _StoreAttempt(self._place, attempt, agreement.generation)
 
     def group(self, generation: int, timeout: float) -> tuple[ProcessGroupInfo, MeetingPlace | None]:
         key = f"{generation}/address"
 
         def agree() -> Address:
-            store = self._place.connect("council", timeout)
+            store = self._place.connect("consensus", timeout)
             if self._place.rank == 0:
                 try:
                     address = Address(self._address_now())
@@ -75,8 +82,8 @@ class StoreCouncil(Council):
             return
 
         def wait() -> None:
-            store = self._place.connect("council", timeout)
-            if store.check([f"{last}/verdict"]):
+            store = self._place.connect("consensus", timeout)
+            if store.check([f"{last}/result"]):
                 store.wait([f"{last}/heard"], timedelta(seconds=timeout))
 
         try:
@@ -84,17 +91,17 @@ class StoreCouncil(Council):
         except ExecutorError:
             return  # whoever has not heard it is gone
 
-    def _join(self, standing: Standing, timeout: float) -> tuple[Agreement, int]:
+    def _join(self, status: RankStatus, timeout: float) -> tuple[Agreement, int]:
         """The attempt's agreement and number, whoever wrote it."""
         deadline = time.monotonic() + timeout
         # Half of the time: the others wait as long, and must learn why this rank does not join.
-        store = self._place.connect("council", timeout / 2)
+        store = self._place.connect("consensus", timeout / 2)
         absence.withdraw(self._place.group, self._place.rank)
         attempt = self._next
         while True:
             while store.check([f"{attempt}/agreement"]):
                 attempt += 1  # it began or was given up without this rank
-            store.set(f"{attempt}/standing/{self._place.rank}", wire_format.text(standing))
+            store.set(f"{attempt}/status/{self._place.rank}", wire_format.text(status))
             self._forget(store, attempt - 2)
             # A rank counts once, also when a try of its own that was given up comes back to life.
             first = store.add(f"{attempt}/came/{self._place.rank}", 1) == 1
@@ -104,23 +111,23 @@ class StoreCouncil(Council):
                 remaining = max(0.001, deadline - time.monotonic())
                 store.wait([f"{attempt}/agreement"], timedelta(seconds=remaining))
             except DistStoreError:
-                given_up = self._given_up(store, attempt, standing, timeout)
+                given_up = self._given_up(store, attempt, status, timeout)
                 _write_once(store, f"{attempt}/agreement", given_up)
             key = f"{attempt}/agreement"
             agreement = wire_format.message(store.get(key), Agreement, key)
-            if agreement.rejoin != standing.call:
+            if agreement.rejoin != status.call:
                 return agreement, attempt
             attempt += 1
 
     def _presided(self, store: Store, attempt: int) -> Agreement:
-        """What follows from everybody's standing."""
+        """What follows from everybody's status."""
         standings = self._standings(store, attempt)
-        for standing in standings.values():
-            if standing.failure is not None:
-                return Agreement(attempt, refusal=standing.failure)
-        call = max(standing.call for standing in standings.values())
-        behind = [rank for rank, standing in standings.items() if standing.call < call]
-        subjects = {standing.subject for standing in standings.values()}
+        for status in standings.values():
+            if status.failure is not None:
+                return Agreement(attempt, refusal=status.failure)
+        call = max(status.call for status in standings.values())
+        behind = [rank for rank, status in standings.items() if status.call < call]
+        subjects = {status.subject for status in standings.values()}
         if behind and len(subjects) > 1:
             refusal = ExecutorError(
                 f"rank {behind[0]} is behind: it comes to {standings[behind[0]].subject}, "
@@ -129,47 +136,47 @@ class StoreCouncil(Council):
                 hint="Every rank must save at the same steps",
             )
             return Agreement(attempt, refusal=remote_errors.dumps(refusal), rejoin=call)
-        if len(subjects) > 1 and all(standing.together for standing in standings.values()):
+        if len(subjects) > 1 and all(status.together for status in standings.values()):
             return Agreement(attempt, refusal=remote_errors.dumps(_different(standings)))
-        generations = {standing.generation for standing in standings.values()}
+        generations = {status.generation for status in standings.values()}
         (alive,) = generations if len(generations) == 1 else (None,)
         return Agreement(alive if alive is not None else attempt, call=call)
 
-    def _given_up(self, store: Store, attempt: int, standing: Standing, timeout: float) -> Agreement:
+    def _given_up(self, store: Store, attempt: int, status: RankStatus, timeout: float) -> Agreement:
         missing = [
-            rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/standing/{rank}"])
+            rank for rank in range(self._place.world_size) if not store.check([f"{attempt}/status/{rank}"])
         ]
-        refusal = call_comparison.missing(self._place, missing, standing.subject or "this save", timeout)
+        refusal = call_comparison.missing(self._place, missing, status.subject or "this save", timeout)
         return Agreement(attempt, refusal=remote_errors.dumps(refusal))
 
-    def _standings(self, store: Store, attempt: int) -> dict[int, Standing]:
-        keys = [f"{attempt}/standing/{rank}" for rank in range(self._place.world_size)]
+    def _standings(self, store: Store, attempt: int) -> dict[int, RankStatus]:
+        keys = [f"{attempt}/status/{rank}" for rank in range(self._place.world_size)]
         values = store.multi_get(keys)
         return {
-            rank: wire_format.message(value, Standing, key)
+            rank: wire_format.message(value, RankStatus, key)
             for rank, (key, value) in enumerate(zip(keys, values, strict=True))
         }
 
     def _forget(self, store: Store, attempt: int) -> None:
         """Drop what nobody can ask for any more. Agreements stay: they tell a late rank to go on."""
-        for name in ("standing", "came"):
+        for name in ("status", "came"):
             store.delete_key(f"{attempt}/{name}/{self._place.rank}")
         if self._place.rank == 0:
             for name in ("joined", "failure", "reported"):
                 store.delete_key(f"{attempt}/{name}")
 
 
-class _StoreTrial(Trial):
+class _StoreAttempt(SaveAttempt):
     def __init__(self, place: MeetingPlace, attempt: int, generation: int) -> None:
         super().__init__(attempt, generation)
         self._place = place
-        self._verdict: Verdict | None = None
+        self._result: AttemptResult | None = None
         self._lost: str | None = None
         self._wake: Callable[[], None] = lambda: None
 
     @property
-    def verdict(self) -> Verdict | None:
-        return self._verdict
+    def result(self) -> AttemptResult | None:
+        return self._result
 
     @property
     def lost(self) -> str | None:
@@ -179,7 +186,7 @@ class _StoreTrial(Trial):
         self._wake = wake
         system_limits.start(
             threading.Thread(
-                target=self._listen, args=(timeout,), name=f"cloudckpt-verdict-{self.attempt}", daemon=True
+                target=self._listen, args=(timeout,), name=f"cloudckpt-result-{self.attempt}", daemon=True
             )
         )
 
@@ -193,39 +200,39 @@ class _StoreTrial(Trial):
             self._tell(failure, sound)
 
     def _listen(self, timeout: float) -> None:
-        key = f"{self.attempt}/verdict"
+        key = f"{self.attempt}/result"
         try:
-            store = self._place.connect("council", timeout)
+            store = self._place.connect("consensus", timeout)
             store.wait([key], timedelta(seconds=timeout))
-            self._verdict = wire_format.message(store.get(key), Verdict, key)
+            self._result = wire_format.message(store.get(key), AttemptResult, key)
             if store.add(f"{self.attempt}/heard-by", 1) == self._place.world_size:
                 store.set(f"{self.attempt}/heard", "1")
         except (DistError, CheckpointError) as error:
-            if self._verdict is None:
+            if self._result is None:
                 self._lost = f"{type(error).__name__}: {error}"
         self._wake()
 
     def _tell(self, failure: bytes | None, sound: bool) -> None:
         try:
-            store = self._place.connect("council", _REPORT)
+            store = self._place.connect("consensus", _REPORT)
             if not sound:
-                _write_once(store, f"{self.attempt}/verdict", Verdict(sound=False, failure=failure))
+                _write_once(store, f"{self.attempt}/result", AttemptResult(sound=False, failure=failure))
                 return
             if failure is not None:
-                _write_once(store, f"{self.attempt}/failure", Verdict(sound=True, failure=failure))
+                _write_once(store, f"{self.attempt}/failure", AttemptResult(sound=True, failure=failure))
             if store.add(f"{self.attempt}/reported", 1) == self._place.world_size:
                 first = f"{self.attempt}/failure"
-                found = Verdict(sound=True)
+                found = AttemptResult(sound=True)
                 if store.check([first]):
-                    found = wire_format.message(store.get(first), Verdict, first)
-                _write_once(store, f"{self.attempt}/verdict", found)
+                    found = wire_format.message(store.get(first), AttemptResult, first)
+                _write_once(store, f"{self.attempt}/result", found)
         except (DistError, CheckpointError) as error:
             self._lost = f"{type(error).__name__}: {error}"
             self._wake()
 
 
-def _different(standings: dict[int, Standing]) -> ConfigurationError:
-    subjects = {rank: f"to {standing.subject or 'a save'}" for rank, standing in standings.items()}
+def _different(standings: dict[int, RankStatus]) -> ConfigurationError:
+    subjects = {rank: f"to {status.subject or 'a save'}" for rank, status in standings.items()}
     rank, told = call_comparison.compared(subjects, "comes", "come")
     return ConfigurationError(
         f"the ranks save differently: {told}",
@@ -235,5 +242,5 @@ def _different(standings: dict[int, Standing]) -> ConfigurationError:
     )
 
 
-def _write_once(store: Store, key: str, message: Agreement | Verdict) -> None:
+def _write_once(store: Store, key: str, message: Agreement | AttemptResult) -> None:
     store.compare_set(key, "", wire_format.text(message))

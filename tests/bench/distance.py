@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.endpoint import Endpoint, served
-from bench.link_emulator import Link
+from bench.link_emulator import PeerConnection
 from support.certificate import self_signed
 from support.gcs import GCSServer
 from support.hosts import Host
@@ -40,7 +40,7 @@ _CLIENT, _CLIENT_ROUTER, _SERVER, _SERVER_ROUTER = "10.214.1.2", "10.214.1.1", "
 class Distance:
     """How far away a server is, and how it answers."""
 
-    link: Link | None = None
+    link: PeerConnection | None = None
     """None: near, on loopback."""
     tls: bool = False
     slow_start: bool = False
@@ -60,7 +60,7 @@ class Distance:
         return ", ".join([*parts, "TLS" if self.tls else "HTTP"])
 
 
-def _rates(link: Link) -> Iterator[str]:
+def _rates(link: PeerConnection) -> Iterator[str]:
     if link.rate is not None:
         yield f"{link.rate / 1e6:g} MB/s"
     if link.slow_one_in:
@@ -69,11 +69,11 @@ def _rates(link: Link) -> Iterator[str]:
         yield f"host {link.host_rate / 1e6:g} MB/s"
 
 
-NAMED: Mapping[str, Link | None] = {
+NAMED: Mapping[str, PeerConnection | None] = {
     "near": None,
-    "metro": Link(rtt=0.005, rate=200e6),
-    "far": Link(rtt=0.030, rate=90e6),
-    "intercontinental": Link(rtt=0.100, rate=25e6),
+    "metro": PeerConnection(rtt=0.005, rate=200e6),
+    "far": PeerConnection(rtt=0.030, rate=90e6),
+    "intercontinental": PeerConnection(rtt=0.100, rate=25e6),
 }
 """The distances that benchmarks know by name."""
 
@@ -196,7 +196,7 @@ def _accepts(prefix: Sequence[str], address: str, port: int) -> bool:
 
 
 @contextmanager
-def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tuple[Host, Host]]:
+def _far_hosts(link: PeerConnection, family: Daemons, *, slow_start: bool) -> Iterator[tuple[Host, Host]]:
     """Make a client's and a server's host with a router between them that emulates the link.
 
     The router's packets wait where they have left the sender's socket: else TCP would take them for not yet
@@ -256,19 +256,19 @@ def _far_hosts(link: Link, family: Daemons, *, slow_start: bool) -> Iterator[tup
         yield client, server
 
 
-def _as_options(link: Link) -> dict[str, float]:
+def _as_options(link: PeerConnection) -> dict[str, float]:
     values = {name: getattr(link, name) for name in link.__slots__}
     return {name: value for name, value in values.items() if value is not None and name != "host_rate"}
 
 
-def _window(link: Link) -> int | None:
+def _window(link: PeerConnection) -> int | None:
     """Return the bytes in flight that fill a connection's share of the link, with a quarter to spare."""
     if link.rate is None:
         return None
     return round(1.25 * link.rate * (link.rtt + 2 * link.jitter + 0.004))
 
 
-def _metrics(link: Link, *, slow_start: bool) -> list[str]:
+def _metrics(link: PeerConnection, *, slow_start: bool) -> list[str]:
     """Return the metrics of a route over the link.
 
     A connection may not send more than fills the link: else it would fill the router's memory, which loses
@@ -283,7 +283,7 @@ def _metrics(link: Link, *, slow_start: bool) -> list[str]:
     return [*patience, "cwnd", "lock", segments, *first]
 
 
-def _settings(link: Link, *, slow_start: bool) -> dict[str, str]:
+def _settings(link: PeerConnection, *, slow_start: bool) -> dict[str, str]:
     """Return the settings of a host's TCP whose buffers take the link's bandwidth-delay product."""
     most = max(32 << 20, 4 * (_window(link) or 0))
     first = 131072 if slow_start else max(131072, 3 * (_window(link) or 0))
@@ -346,7 +346,7 @@ def from_options(options: argparse.Namespace) -> Distance:
     """Return the distance that the options of `add_options` describe."""
     link = None
     if options.rtt_ms is not None:
-        link = Link(
+        link = PeerConnection(
             rtt=options.rtt_ms / 1e3,
             rate=options.rate_mb and options.rate_mb * 1e6,
             host_rate=options.host_rate_mb and options.host_rate_mb * 1e6,

@@ -57,7 +57,7 @@ class Connection:
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class PeerConnection:
     """What the link is like. Rates are in bytes a second, times in seconds."""
 
     rtt: float
@@ -83,7 +83,7 @@ class Link:
 class Direction:
     """The packets on one way, each waiting for its time."""
 
-    link: Link
+    link: PeerConnection
     connections: dict[int, Connection] = field(default_factory=dict[int, Connection])
     """By the client's port."""
     _flying: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])
@@ -179,7 +179,7 @@ def _attribute(kind: int, value: bytes) -> bytes:
 class Emulator:
     """Both directions of the link. Queue 0 has the packets to the server, queue 1 those to the client."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: PeerConnection) -> None:
         self._link = link
         self._queues = [Queue(0), Queue(1)]
         self._directions = [Direction(link), Direction(link)]
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jitter", type=float, default=0.0, help="seconds")
     parser.add_argument("--slow-one-in", type=int, default=0)
     parser.add_argument("--slow-factor", type=float, default=10.0)
-    emulator = Emulator(Link(**vars(parser.parse_args(arguments))))
+    emulator = Emulator(PeerConnection(**vars(parser.parse_args(arguments))))
     print("ready", flush=True)  # noqa: T201 - for the process that waits for it
     emulator.run()
 

@@ -12,7 +12,7 @@ import pytest
 
 from cloudckpt import collect_garbage
 from cloudckpt.backends.config.target import Target
-from cloudckpt.backends.manage.probe_objects import Litter
+from cloudckpt.backends.manage.probe_objects import ProbeObjects
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import Overwrite
 from cloudckpt.backends.stores.local.exam import file_system_of
@@ -177,9 +177,9 @@ def test_an_examination_that_is_interrupted_leaves_nothing(on_moto: Place, at: s
 def test_what_is_left_all_the_same_is_known_to_gc(place: Place) -> None:
     target = Target.parse(place.uri, **place.options)
     with open_store(target) as store:
-        litter = Litter(store)
-        store.begin_upload(litter.name())
-        store.put(litter.name(), b"x", Overwrite())
+        probe_objects = ProbeObjects(store)
+        store.begin_upload(probe_objects.name())
+        store.put(probe_objects.name(), b"x", Overwrite())
     collect_garbage(target, older_than=timedelta(days=-1), silent_for=timedelta(days=-1))
     assert place.visible() == set()
     if not isinstance(place.server, GCSServer):  # which forgets them in a week

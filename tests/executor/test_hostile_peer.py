@@ -15,7 +15,7 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from cloudckpt.executor.coordination import wire_format
-from cloudckpt.executor.coordination.consensus import Agreement, Standing, Verdict
+from cloudckpt.executor.coordination.consensus import Agreement, AttemptResult, RankStatus
 from support.commanded import Rank
 from support.processes import unused_port
 
@@ -52,9 +52,9 @@ def _foreign(store: TCPStore, key: str, rng: random.Random) -> None:
         [
             Agreement(rng.randrange(99)),
             Agreement(1, refusal=b"{}"),
-            Verdict(sound=True),
-            Verdict(sound=False, failure=b"nothing"),
-            Standing(rng.randrange(99), "the save of step 1", None),
+            AttemptResult(sound=True),
+            AttemptResult(sound=False, failure=b"nothing"),
+            RankStatus(rng.randrange(99), "the save of step 1", None),
         ]
     )
     store.set(key, wire_format.text(message))

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from cloudckpt.executor.coordination.final_step import LastCall
+from cloudckpt.executor.coordination.final_step import FinalStep
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace
 
 RANKS = 4
@@ -34,7 +34,7 @@ class Job:
         places = [
             MeetingPlace.at_store(rank, RANKS, "127.0.0.1", store.port, prefix) for rank in range(RANKS)
         ]
-        self.agreements = [LastCall(place, self.heard.append, PATIENCE) for place in places]
+        self.agreements = [FinalStep(place, self.heard.append, PATIENCE) for place in places]
 
     def run(self) -> None:
         asked = {rank: self._rng.randrange(1, 60) for rank in self._rng.sample(range(RANKS), 2)}
@@ -78,7 +78,7 @@ def test_ranks_that_wait_for_each_other_stop_at_the_same_call(store: TCPStore, s
 
 
 def test_every_call_after_the_last_is_one_as_well() -> None:
-    alone = LastCall(None, lambda _: None, PATIENCE)
+    alone = FinalStep(None, lambda _: None, PATIENCE)
     assert alone.passes(PATIENCE) and alone.passes(PATIENCE)
     alone.give_notice("SIGTERM 0")
     assert not alone.passes(PATIENCE)
@@ -88,7 +88,7 @@ def test_every_call_after_the_last_is_one_as_well() -> None:
 def test_without_a_rank_that_could_agree_calls_pass(store: TCPStore) -> None:
     place = MeetingPlace.at_store(0, 2, "127.0.0.1", store.port, "alone")
     heard = threading.Event()
-    agreement = LastCall(place, lambda _: heard.set(), PATIENCE)
+    agreement = FinalStep(place, lambda _: heard.set(), PATIENCE)
     agreement.give_notice("SIGTERM 0")
     assert heard.wait(PATIENCE)
     assert agreement.passes(0.01)

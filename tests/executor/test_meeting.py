@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, TCPStore
 
 from cloudckpt.backends.errors import ExecutorError
 from cloudckpt.executor import ProcessExecutor
-from cloudckpt.executor.coordination.rank_group import Gathering
+from cloudckpt.executor.coordination.rank_group import RankGroup
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace, unreached
 from cloudckpt.executor.network.network_options import NetworkOptions
 from support.gc_report import Reporting
@@ -146,7 +146,7 @@ def test_after_a_rank_could_not_reach_the_store_all_ranks_choose_again(
 
 def test_ranks_that_only_missed_one_another_meet_in_the_same_place_again(pool: RankPool) -> None:
     def on_rank(rank: int) -> bool:
-        ranks = Gathering(2, None, NetworkOptions())
+        ranks = RankGroup(2, None, NetworkOptions())
         ranks.gather(None, no_dist=False, call="a call")
         before = ranks.place
         ranks.failed(ExecutorError("a rank was missing"))
@@ -161,7 +161,7 @@ def test_a_rank_that_no_other_rank_missed_goes_on_in_the_same_place(pool: RankPo
     """It waits for another choice in vain, and must come back in time."""
 
     def on_rank(rank: int) -> bool:
-        ranks = Gathering(2, None, NetworkOptions())
+        ranks = RankGroup(2, None, NetworkOptions())
         ranks.gather(None, no_dist=False, call="a call")
         before = ranks.place
         if rank == 1:

@@ -33,7 +33,7 @@ MASTER_PORT = 29500
 
 
 @dataclass
-class Tally:
+class UploadChecksums:
     """The outcomes of the saves of a run."""
 
     committed: int = 0
@@ -81,12 +81,12 @@ def net(tmp_path: Path) -> Iterator[Network]:
         yield made
 
 
-def partitioned(net: Network, cuts: int, seed: int) -> Tally:
+def partitioned(net: Network, cuts: int, seed: int) -> UploadChecksums:
     """Cut the network once during each of so many saves, after one that is not disturbed, and judge them."""
     dice = random.Random(seed)
     with inside(net.hosts[0].namespace):
         bucket = net.server.new_bucket()
-    tally = Tally()
+    tally = UploadChecksums()
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(

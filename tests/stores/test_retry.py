@@ -22,7 +22,7 @@ from cloudckpt.backends.stores.base import Part
 from cloudckpt.backends.stores.retry import Judgement, Reply, Retries, Verdict, seconds_after
 from cloudckpt.backends.stores.s3.checksums import combined, contradicted, given_or_of
 from cloudckpt.backends.stores.s3.verdict import judge
-from cloudckpt.backends.stores.throttle import Pace
+from cloudckpt.backends.stores.throttle import Throttle
 
 _FINAL = Judgement(Verdict.FINAL)
 _TRANSIENT = Judgement(Verdict.TRANSIENT)
@@ -74,7 +74,7 @@ def sleep() -> _Sleep:
 
 @pytest.fixture
 def retries(sleep: _Sleep) -> Retries:
-    return Retries(_judge, Pace(8), uuid.uuid4().hex, retries=5, seconds=1000.0, sleep=sleep)
+    return Retries(_judge, Throttle(8), uuid.uuid4().hex, retries=5, seconds=1000.0, sleep=sleep)
 
 
 def test_a_request_that_succeeds_is_made_once(retries: Retries, sleep: _Sleep) -> None:
@@ -145,7 +145,7 @@ def test_an_interrupt_goes_through_at_once(retries: Retries) -> None:
 
 
 def test_waits_are_random_below_a_bound_that_doubles(sleep: _Sleep) -> None:
-    retries = Retries(_judge, Pace(1), "somewhere", retries=10, seconds=1000.0, sleep=sleep)
+    retries = Retries(_judge, Throttle(1), "somewhere", retries=10, seconds=1000.0, sleep=sleep)
     for _ in range(50):
         retries.outcome(_request([_TRANSIENT] * 10))
     for index in range(10):
@@ -163,7 +163,7 @@ def test_the_stores_own_word_is_heeded_up_to_half_a_minute(
 
 
 def test_no_attempt_begins_after_the_budget_of_seconds(sleep: _Sleep) -> None:
-    retries = Retries(_judge, Pace(1), "somewhere", retries=1000, seconds=20.0, sleep=sleep)
+    retries = Retries(_judge, Throttle(1), "somewhere", retries=1000, seconds=20.0, sleep=sleep)
     asked = [Judgement(Verdict.TRANSIENT, after=30.0)] * 5
     assert retries.outcome(_request(asked)).attempts == 1  # the wait alone would pass it
     assert retries.outcome(_request(asked), seconds=1000.0).attempts == 6
@@ -174,7 +174,7 @@ def test_waiting_for_other_threads_is_not_counted_against_the_budget(
 ) -> None:
     now = 0.0
 
-    class SlowPace(Pace):
+    class SlowPace(Throttle):
         def admitted(self) -> Any:
             nonlocal now
             now += 100.0
@@ -197,7 +197,7 @@ def test_where_something_has_answered_once_all_attempts_are_made(
 ) -> None:
     retries.outcome(_request(answer))
     assert retries.outcome(_request([_REFUSED] * 100)).attempts == 6
-    other = Retries(_judge, Pace(1), retries.place, retries=4, seconds=1000.0, sleep=_Sleep())
+    other = Retries(_judge, Throttle(1), retries.place, retries=4, seconds=1000.0, sleep=_Sleep())
     assert other.outcome(_request([_REFUSED] * 100)).attempts == 5  # for every store on that server
 
 
@@ -208,7 +208,7 @@ def test_credentials_are_renewed_at_most_twice_and_not_at_the_cost_of_retries(sl
         renewed.append(True)
         return True
 
-    retries = Retries(_judge, Pace(1), "somewhere", retries=0, seconds=1000.0, sleep=sleep)
+    retries = Retries(_judge, Throttle(1), "somewhere", retries=0, seconds=1000.0, sleep=sleep)
     assert retries.outcome(_request([_RENEW]), renew=renew).result() == "done"
     assert sleep.seconds == [0.0]
     outcome = retries.outcome(_request([_RENEW] * 100), renew=renew)
@@ -223,7 +223,7 @@ def test_a_renewal_that_fails_is_what_the_request_fails_with(retries: Retries) -
     assert isinstance(retries.outcome(_request([_RENEW]), renew=renew).error, IntegrityError)
 
 
-def _succeed(pace: Pace, times: int) -> None:
+def _succeed(pace: Throttle, times: int) -> None:
     for _ in range(times):
         with pace.admitted():
             pass
@@ -231,7 +231,7 @@ def _succeed(pace: Pace, times: int) -> None:
 
 
 def test_the_pace_is_halved_once_for_all_requests_that_were_in_flight() -> None:
-    pace = Pace(8)
+    pace = Throttle(8)
     barrier = threading.Barrier(8)
 
     def throttled(_: int) -> None:
@@ -249,7 +249,7 @@ def test_the_pace_is_halved_once_for_all_requests_that_were_in_flight() -> None:
 
 @pytest.mark.parametrize(("in_flight", "limit"), [(1, 4), (8, 4), (32, 16), (64, 32)])
 def test_what_was_in_flight_is_halved_where_the_limit_is_far_above(in_flight: int, limit: int) -> None:
-    pace = Pace(64)
+    pace = Throttle(64)
     with contextlib.ExitStack() as others:
         for _ in range(in_flight - 1):
             others.enter_context(pace.admitted())
@@ -259,7 +259,7 @@ def test_what_was_in_flight_is_halved_where_the_limit_is_far_above(in_flight: in
 
 
 def test_the_pace_never_falls_below_one_and_comes_back_with_success() -> None:
-    pace = Pace(8)
+    pace = Throttle(8)
     for _ in range(10):
         with pace.admitted() as events:
             pace.throttled(events)
@@ -273,7 +273,7 @@ def test_the_pace_never_falls_below_one_and_comes_back_with_success() -> None:
 
 
 def test_no_more_requests_are_let_in_than_the_pace_allows() -> None:
-    pace, lock = Pace(8), threading.Lock()
+    pace, lock = Throttle(8), threading.Lock()
     for _ in range(2):
         with pace.admitted() as events:
             pace.throttled(events)

@@ -23,13 +23,13 @@ from cloudckpt.backends.errors import (
 )
 from cloudckpt.backends.manage.gc import collect_garbage
 from cloudckpt.backends.save import save_lease
-from cloudckpt.backends.save.save_lease import SaveMarker
+from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.stores.base import Create, Overwrite, Update
 from cloudckpt.backends.stores.s3.capabilities import TagForm, server_of
 from cloudckpt.backends.stores.s3.client import Clients
 from cloudckpt.backends.stores.s3.store import S3Store
-from cloudckpt.backends.stores.throttle import Paces
+from cloudckpt.backends.stores.throttle import Throttles
 from support import dialects
 from support.places import Place
 from support.proxy import Answer, DropHeaders, LoseAnswer, Proxy, Rule, proxied
@@ -162,7 +162,7 @@ def test_a_marker_is_renewed_and_gc_leaves_the_save_alone(
     store: S3Store, run: Place, proxy: Proxy, rule: Rule
 ) -> None:
     proxy.rule(rule)
-    held = SaveMarker(store, uuid.uuid4().hex, 0, every=3600)
+    held = SaveLease(store, uuid.uuid4().hex, 0, every=3600)
     upload = store.begin_upload(f"__0_0.{uuid.uuid4().hex}.distcp")
     kept = held._kept
     proxy.forget()
@@ -185,7 +185,7 @@ def test_a_marker_is_renewed_and_gc_leaves_the_save_alone(
 def test_a_marker_is_renewed_where_the_condition_stops_working(
     store: S3Store, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held = SaveMarker(store, uuid.uuid4().hex, 0, every=3600)
+    held = SaveLease(store, uuid.uuid4().hex, 0, every=3600)
     kept = held._kept
     assert kept.renew()
     proxy.forget()
@@ -201,7 +201,7 @@ def test_a_marker_is_renewed_where_the_condition_stops_working(
 def test_a_marker_that_cannot_be_renewed_is_reported(
     store: S3Store, proxy: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held = SaveMarker(store, uuid.uuid4().hex, 0, every=3600)
+    held = SaveLease(store, uuid.uuid4().hex, 0, every=3600)
     assert held._kept.renew()
     proxy.spoil("PutObject", [Answer(403, "AccessDenied")])
     assert held._kept.renew(), "the next renewal may succeed"
@@ -272,7 +272,7 @@ def test_s3_itself_is_sent_no_content_md5_with_deletions() -> None:
             region="us-east-1",
             storage_options={"key": "k", "secret": "s"},
         )
-        clients = Clients(target, Paces.of(1))
+        clients = Clients(target, Throttles.of(1))
         clients.data.meta.events.register("before-send.s3.DeleteObjects", stop)
         with pytest.raises(ConnectionError):
             clients.data.delete_objects(Bucket="bucket", Delete={"Objects": [{"Key": "key"}]})

@@ -52,7 +52,7 @@ _UNSERVED = ("matchGlob", "versions", "softDeleted", "filter", "includeTrailingD
 """Parameters that change what an answer means: they are refused, and others without an effect are not."""
 
 
-class Door:
+class PeerAddress:
     """What tests ask beside the API: which requests came, and which faults are to meet them.
 
     Faults that are told take the place of those before.
@@ -365,7 +365,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
         permissions, quirks, uploads = Permissions(), Quirks(), MultipartUploads(cloud)
         self.api = Api(cloud, uploads if xml else None, permissions, quirks, tokens)
-        self.door = Door(cloud, uploads, permissions, quirks)
+        self.door = PeerAddress(cloud, uploads, permissions, quirks)
 
     def handle_error(self, request: object, client_address: object) -> None:
         error = sys.exception()

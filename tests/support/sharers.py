@@ -15,8 +15,8 @@ from unittest import mock
 from cloudckpt.backends.checksums import CRC32C, Checks, Chunk, Expected, chunk_size
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.errors import IntegrityError
-from cloudckpt.backends.load.peer_transport import Lobby
-from cloudckpt.backends.load.shared_reader import Circle, SharedReads
+from cloudckpt.backends.load.peer_transport import PeerListener
+from cloudckpt.backends.load.shared_reader import PeerGroup, SharedReads
 from cloudckpt.backends.stores.base import Arrived
 from cloudckpt.backends.stores.local.store import LocalStore
 from cloudckpt.backends.transfer.byte_ranges import Extent
@@ -67,7 +67,7 @@ class Rank:
 
     def __init__(self, folder: Path, pieces: Sequence[int], hook: Hook = lambda _: None) -> None:
         self.store = CountingStore(folder, hook)
-        self.lobby = Lobby(str(folder), MEMORY)
+        self.listener = PeerListener(str(folder), MEMORY)
         self.pieces = pieces
         self.memory = {piece: bytearray(PIECE) for piece in pieces}
         self.done: list[int] = []
@@ -87,15 +87,15 @@ class Rank:
             return Extent(start, PIECE, done, into=memoryview(self.memory[piece]), expected=expected)
         return Extent(start, PIECE, done, deliver=deliver, expected=expected)
 
-    def load(self, circle: Circle | None, patience: float = 30.0, *, straight: bool = True) -> None:
+    def load(self, circle: PeerGroup | None, patience: float = 30.0, *, straight: bool = True) -> None:
         assert circle is not None
         try:
-            shared = SharedReads(circle, self.lobby, MEMORY, patience)
+            shared = SharedReads(circle, self.listener, MEMORY, patience)
             sizes = {NAME: len(CONTENT)}
             downloader = Downloader(self.store, 4, shared.memory_limit, sizes)
             shared.read(downloader, {NAME: self.extents(straight=straight)})
         finally:
-            self.lobby.close()
+            self.listener.close()
 
     def assert_loaded(self) -> None:
         for piece, memory in self.memory.items():
@@ -119,5 +119,5 @@ def killed_after_passing_on(folder: Path, connection: Connection) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     rank = Rank(folder, range(PIECES), kill)
-    connection.send(rank.lobby.door)
+    connection.send(rank.listener.door)
     rank.load(connection.recv())

@@ -41,7 +41,7 @@ from cloudckpt.backends.stores.http.connections import POOLS
 from cloudckpt.backends.stores.http.proxies import Proxy, proxy_of
 from cloudckpt.backends.stores.http.request_body import BuffersBody
 from cloudckpt.backends.stores.http.users import release, use
-from cloudckpt.backends.stores.throttle import ON_BEHALF, Paces
+from cloudckpt.backends.stores.throttle import ON_BEHALF, Throttles
 from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 
@@ -69,7 +69,7 @@ class Client:
         self.endpoint = str(self.fs._location).rstrip("/")  # noqa: SLF001 - gcsfs has no other name for it
         self.route = Route(self.endpoint, SETTINGS, proxy_of(self.endpoint))
         """For errors and doctor."""
-        self.paces = Paces.of(connections(options))
+        self.paces = Throttles.of(connections(options))
         self._lock = threading.Lock()
         # A bucket whose requester pays wants to know who that is, with every request.
         payer = self.fs.requester_pays

@@ -20,7 +20,7 @@ from cloudckpt.backends.stores.retry import Outcome, Retries
 _T = TypeVar("_T")
 
 _TIMEOUTS: Final = 5
-"""Budget of a request, in timeouts."""
+"""MemoryBudget of a request, in timeouts."""
 _LEAST_SECONDS: Final = 30.0
 
 

@@ -1,4 +1,4 @@
-"""urllib3's connections, with the bodies of requests and answers moved by :mod:`~cloudckpt.backends.stores.http.body_loop`.
+"""urllib3's connections, with the bodies of requests and answers moved by `body_loop`.
 
 Heads, proxies, tunnels, certificates and timeouts stay urllib3's and botocore's. Where a body cannot be
 handed over (TLS within TLS, a chunked answer, a response that botocore verifies), it is moved by the thread

@@ -4,7 +4,7 @@ s3fs takes the options first, so that whatever ``storage_options`` holds means h
 makes no request: aiohttp below it follows redirections and sends the session token along, to any host.
 
 botocore does not retry: :mod:`~cloudckpt.backends.stores.retry` does, above it. Its standard mode with one
-attempt still follows a bucket into its region, and :mod:`~cloudckpt.backends.stores.s3.answers` checks the host that it goes to.
+attempt still follows a bucket into its region, and `answers` checks the host that it goes to.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from cloudckpt.backends.stores.s3.checksums import content_md5
 from cloudckpt.backends.stores.s3.completion import Completion
 from cloudckpt.backends.stores.s3.connections import Connections
 from cloudckpt.backends.stores.s3.endpoint import checked_endpoint
-from cloudckpt.backends.stores.throttle import ON_BEHALF, Paces
+from cloudckpt.backends.stores.throttle import ON_BEHALF, Throttles
 from cloudckpt.backends.transfer.request_limit import connections
 from cloudckpt.backends.version import __version__
 
@@ -60,7 +60,7 @@ _CREDENTIALS: Final = frozenset({"aws_access_key_id", "aws_secret_access_key", "
 class Clients:
     """What one process talks to S3 with. Each client may be used from several threads."""
 
-    def __init__(self, target: Target, paces: Paces) -> None:
+    def __init__(self, target: Target, paces: Throttles) -> None:
         self.paces = paces
         self.fs: Any = _file_system(target.options)
         if unknown := sorted(self.fs.kwargs.keys() - {"profile"}):

@@ -20,7 +20,7 @@ from cloudckpt.backends.stores.s3.verdict import judge
 _T = TypeVar("_T")
 
 _TIMEOUTS: Final = 5
-"""Budget of a request, in timeouts."""
+"""MemoryBudget of a request, in timeouts."""
 _LEAST_SECONDS: Final = 30.0
 """What the budget is at least: back-off alone may take that long."""
 _SLOWEST: Final = 256 << 10

@@ -17,7 +17,7 @@ from cloudckpt.backends.config.options import Options
 from cloudckpt.backends.config.target import Target
 from cloudckpt.backends.stores.http.users import release, use
 from cloudckpt.backends.stores.s3.client import Clients
-from cloudckpt.backends.stores.throttle import Paces
+from cloudckpt.backends.stores.throttle import Throttles
 from cloudckpt.backends.transfer.request_limit import connections
 
 _KEPT: Final = 4
@@ -78,7 +78,7 @@ def _shared(target: Target, instead_of: Clients | None = None) -> Clients:
             if one.options == target.options and one.surroundings == surroundings:
                 _kept.append(_kept.pop(place))
                 return one.clients
-        paces = instead_of.paces if instead_of is not None else Paces.of(connections(target.options))
+        paces = instead_of.paces if instead_of is not None else Throttles.of(connections(target.options))
         clients = Clients(target, paces)
         _kept.append(_Kept(target.options, surroundings, clients))
         del _kept[:-_KEPT]

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import pytest
 from torch.distributed import TCPStore
 
-from cloudckpt.executor.coordination.consensus import Standing, Trial
+from cloudckpt.executor.coordination.consensus import RankStatus, SaveAttempt
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace
-from cloudckpt.executor.coordination.store_consensus import StoreCouncil
+from cloudckpt.executor.coordination.store_consensus import StoreConsensus
 from support.executors import until
 from support.servers import unused_port
 
@@ -25,7 +25,7 @@ AWAY = 15.0
 """Seconds; longer than a connection with the time of other answers is tried for."""
 
 
-class Door:
+class PeerAddress:
     """The way to a store: who comes while it is shut is refused, who is in already is not disturbed."""
 
     def __init__(self, upstream: int) -> None:
@@ -77,34 +77,34 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 @pytest.fixture
-def door() -> Iterator[Door]:
+def door() -> Iterator[PeerAddress]:
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    door = Door(store.port)
+    door = PeerAddress(store.port)
     yield door
     door.end()
 
 
 @pytest.mark.soak
-def test_a_verdict_is_found_where_the_store_is_away_for_seconds(door: Door) -> None:
-    councils = [
-        StoreCouncil(MeetingPlace.at_store(rank, RANKS, "localhost", door.port, prefix="p"))
+def test_a_result_is_found_where_the_store_is_away_for_seconds(door: PeerAddress) -> None:
+    consensus = [
+        StoreConsensus(MeetingPlace.at_store(rank, RANKS, "localhost", door.port, prefix="p"))
         for rank in range(RANKS)
     ]
 
-    def join(council: StoreCouncil) -> Trial:
-        return council.convene(Standing(call=1, subject="step 1", generation=None), 60)
+    def join(consensus: StoreConsensus) -> SaveAttempt:
+        return consensus.convene(RankStatus(call=1, subject="step 1", generation=None), 60)
 
     with ThreadPoolExecutor(RANKS) as pool:
-        trials = list(pool.map(join, councils))
+        trials = list(pool.map(join, consensus))
     came = door.came
-    for trial in trials:
-        trial.watch(lambda: None, 120)
+    for attempt in trials:
+        attempt.watch(lambda: None, 120)
     until(lambda: door.came == came + RANKS)
     door.shut()
-    for trial in trials:
-        trial.report(None, sound=True)
+    for attempt in trials:
+        attempt.report(None, sound=True)
     time.sleep(AWAY)  # how long it is away is the fault itself
     door.open()
-    until(lambda: all(trial.verdict or trial.lost for trial in trials))
-    assert [trial.lost for trial in trials] == [None] * RANKS
-    assert all(trial.verdict is not None and trial.verdict.sound for trial in trials)
+    until(lambda: all(attempt.result or attempt.lost for attempt in trials))
+    assert [attempt.lost for attempt in trials] == [None] * RANKS
+    assert all(attempt.result is not None and attempt.result.sound for attempt in trials)
