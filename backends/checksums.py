@@ -210,7 +210,7 @@ class Checks:
         return start, stop
 
     def damaged(self, chunks: Sequence[Chunks], values: Sequence[int]) -> list[Chunk]:
-        """Those of some chunks whose checksums, in the same order, are not as expected."""
+        """Return the chunks whose checksums, in the same order, are not as expected."""
         if self.algorithm.packed_all(values) == b"".join(each.sums for each in chunks):
             return []
         each = itertools.chain.from_iterable(one.each() for one in chunks)
@@ -229,12 +229,12 @@ class Expected:
 
 
 def count_chunks(spans: Iterable[int]) -> int:
-    """How many chunks segments of so many bytes are cut into."""
+    """Return the number of chunks of segments of these sizes."""
     return sum(-(-span // chunk_size(span)) for span in spans)
 
 
 def is_consistent(checks: Checks, length: int) -> bool:
-    """Whether checksums read from somewhere can be those of an item of ``length`` bytes."""
+    """Return True if checksums that were read can be those of an item of ``length`` bytes."""
     return (
         all(span >= 0 for span in checks.spans)
         and sum(checks.spans) == length

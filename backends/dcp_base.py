@@ -1,4 +1,4 @@
-"""What a StorageWriter and a StorageReader share: a checkpoint's address, and an open store there."""
+"""The base of StorageWriter and StorageReader: a checkpoint's address, and an open store there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CheckpointStorageMixin:
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this is a URI that cloudckpt can save to and load from."""
+        """Return True for a URI that cloudckpt can save to and load from."""
         return is_checkpoint_uri(checkpoint_id)
 
     def held(self) -> ObjectStore:

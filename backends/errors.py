@@ -145,7 +145,7 @@ class UncertainCommitError(CommitError):
 
 
 class IntegrityError(CheckpointError, ValueError):
-    """What is stored is not what was saved: missing, short or altered bytes."""
+    """Stored bytes are missing, short or altered."""
 
 
 class UnsafeCheckpointError(CheckpointError, ValueError):

@@ -1,4 +1,4 @@
-"""What an examination of a place finds: one fact, and what to do about it."""
+"""A finding of an examination: one fact, and what to do about it."""
 
 from __future__ import annotations
 

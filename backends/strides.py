@@ -23,7 +23,7 @@ def span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements fill their span of memory, in whatever order, without a hole or an overlap."""
+    """Return True if the elements fill their span of memory, in any order, without a hole or an overlap."""
     if 0 in shape:
         return True
     step = 1
@@ -37,7 +37,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def same_order(shape: Sequence[int], one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two strides lay a shape out alike; dimensions of length one don't count."""
+    """Return True if two strides lay a shape out alike; dimensions of length one don't count."""
     return all(a == b for length, a, b in zip(shape, one, other, strict=True) if length > 1)
 
 

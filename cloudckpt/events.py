@@ -1,4 +1,4 @@
-"""What happens to a run's checkpoints, as typed events."""
+"""Events of a run's checkpoints, with types."""
 
 from __future__ import annotations
 

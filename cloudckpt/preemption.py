@@ -130,7 +130,7 @@ class Preemption:
         self._acting = True
 
     def ended(self, step: int, info: CheckpointInfo | None) -> Preempted:
-        """What to raise when the last save has ended or was given up."""
+        """Return the exception to raise once the last save has ended or was given up."""
         self._preempted = True
         if info is not None:  # giving up has to end in time as well
             self._acted.set()

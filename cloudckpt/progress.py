@@ -1,4 +1,4 @@
-"""How far saves and loads are, for whoever watches: a bar each on a terminal, and else lines in the log."""
+"""Progress of saves and loads: a bar each on a terminal, and else lines in the log."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ State = Literal["committed", "in progress", "set aside", "unfinished"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a listing shows of one checkpoint."""
+    """One checkpoint of a listing."""
 
     name: str
     """Its folder's, below the run; empty where the URI is the checkpoint's own."""
@@ -78,7 +78,7 @@ class Run:
     target: Target
 
     def at(self, step: int) -> Target:
-        """Where a step's checkpoint is, or would be.
+        """Return the address of a step's checkpoint.
 
         Raises:
             ConfigurationError: no step has this number.
@@ -249,7 +249,7 @@ class Run:
         return entries(objects, datetime.now(UTC) - silent_for, _name_of(self.target))
 
     def chosen(self, step: int | None = None) -> Target:
-        """Where a step's checkpoint is; without a step, the URI's own, or the newest step's.
+        """Return the address of a step's checkpoint; without a step, the URI's own, or the newest step's.
 
         Raises:
             CheckpointNotFoundError: the URI is neither a checkpoint nor a run with a committed step.
@@ -269,7 +269,7 @@ class Run:
         return self.at(newest)
 
     def is_checkpoint(self) -> bool:
-        """Whether the URI is a committed checkpoint's own, and not a run's.
+        """Return True if the URI is a committed checkpoint's own, and not a run's.
 
         Raises:
             StorageError: the store could not be read.
@@ -316,7 +316,7 @@ class Run:
 
 
 def is_pinned(target: Target) -> bool:
-    """Whether a checkpoint is kept from retention.
+    """Return True if a checkpoint is pinned.
 
     Raises:
         StorageError: the store could not be read.
@@ -337,7 +337,7 @@ def _step_of(folder: str) -> int | None:
 
 
 def entries(objects: Iterable[ObjectInfo], alive: datetime, name: str) -> list[Entry]:
-    """What a listing shows of each checkpoint: of that at its root, called ``name``, or those in its folders.
+    """Return the checkpoints of a listing: that at its root, called ``name``, or those in its folders.
 
     A marker that was renewed after ``alive`` is one of a save in progress.
     """

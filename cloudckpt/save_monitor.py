@@ -48,7 +48,7 @@ class _Save:
     uploaded: bool = False
 
     def news(self, *, ended: bool) -> Iterator[Event]:
-        """What has happened since the last look; of an end, all that came before it."""
+        """Yield the events since the last call. The end of a save comes after all its other events."""
         progress = self.handle.progress
         where = (self.step, self.uri, self.rank)
         if not self.staged:

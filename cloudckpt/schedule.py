@@ -1,4 +1,4 @@
-"""Which of the steps that a training loop comes by are saved."""
+"""The schedule: the steps of a training loop that are saved."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Schedule:
         return self._began
 
     def is_due(self, step: int, broadcast_bool: Callable[[bool], bool]) -> bool:
-        """Whether a step is to be saved: on all ranks or on none, by the clock that rank 0 has."""
+        """Return True if a step is to be saved, on all ranks or on none, by the clock of rank 0."""
         if self._every_steps is not None and step % self._every_steps == 0:
             return True
         if self._every_seconds is None:

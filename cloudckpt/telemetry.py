@@ -1,4 +1,4 @@
-"""What happens to a run's checkpoints, as spans and metrics of OpenTelemetry. It takes the extra ``otel``."""
+"""Spans and metrics of OpenTelemetry for a run's checkpoints. They take the extra ``otel``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What crosses between the trainer and its checkpoint process."""
+"""Messages between the trainer and its checkpoint process."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a request.
+    """The answer to a request.
 
     ``failure`` is a pickled exception. A failure is ``sound`` when every rank has met it in the same place,
     so that the group can go on.

@@ -314,7 +314,7 @@ class ProcessExecutor(forks.Unpicklable):
 
     @property
     def generation(self) -> int | None:
-        """Which group of processes serves; it changes when a new one had to be formed."""
+        """The number of the group of processes that serves; it changes when a new group is formed."""
         return self._supervisor.generation if self._supervisor is not None else None
 
     def close(self, timeout: float | None = None) -> None:
@@ -380,7 +380,7 @@ def _itself(metadata: Metadata) -> Metadata:
 def _writer(
     writer: StorageWriter | None, checkpoint_id: str | os.PathLike[str] | None
 ) -> tuple[StorageWriter, str | None]:
-    """What to save with, and what to call it."""
+    """Return the writer of a save, and a name for it."""
     if writer is None:
         if checkpoint_id is None:
             raise ConfigurationError(

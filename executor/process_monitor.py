@@ -166,7 +166,7 @@ class ProcessMonitor:
         )
 
     def _reading(self) -> Reading:
-        """What the board says of this save, which it may not have heard of."""
+        """Return the board's state for this save, which may not have begun there."""
         reading = self._board.read()
         if reading.save == self._save:
             return reading

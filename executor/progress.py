@@ -1,4 +1,4 @@
-"""How far a save is: written by the checkpoint process, read by its trainer, without a word between them."""
+"""Progress of a save: written by the checkpoint process and read by its trainer, in shared memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME_ROOM = 1024
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far this rank's part of a save is.
+    """The progress of this rank's part of a save.
 
     Attributes:
         bytes_done: bytes stored so far.
@@ -63,7 +63,7 @@ def whether_committed(progress: Progress) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the board said at one moment. Times are of ``time.monotonic()``, which processes share."""
+    """The state of the board at one moment. Times are of ``time.monotonic()``, which processes share."""
 
     save: int
     progress: Progress
@@ -121,7 +121,7 @@ class ProgressBoard:
         self._floats[_BEAT] = time.monotonic()
 
     def read(self) -> Reading:
-        """What it says now."""
+        """Return the current state."""
         while True:
             turn = self._integers[_TURN]
             reading = self._parse(_SLOTS[turn % 2])

@@ -73,12 +73,12 @@ class CheckpointProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """True if the process has not ended."""
         return self._process.poll() is None
 
     @property
     def waitables(self) -> list[Any]:
-        """What to wait on: its messages, and its end."""
+        """Return the objects to wait on: its messages, and its end."""
         return [self._connection, self._exit]
 
     def send(self, message: object) -> None:
@@ -101,7 +101,7 @@ class CheckpointProcess:
             self._described[request.arena.index] = arena.identity
 
     def news_of(self, index: int, arena: Arena) -> ArenaNews:
-        """What to tell of an arena."""
+        """Return the description of an arena for the process."""
         return ArenaNews(index, arena.nbytes, described=self._described.get(index) != arena.identity)
 
     def receive(self) -> Any:
@@ -205,7 +205,7 @@ def _close_at_exit(process: subprocess.Popen[bytes], fd: int) -> None:
 
 
 def exit_words(code: int | None) -> str:
-    """How a process ended, in words."""
+    """Describe the end of a process in words."""
     if code is None:
         return "is gone"
     if code >= 0:

@@ -102,7 +102,7 @@ def _masked(data: bytes, pad: bytes) -> bytes:
 
 
 class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
-    """How to reach a store and how to move bytes to and from it.
+    """Options of a store and of the transfers to and from it.
 
     Secrets (``token``, and whatever ``storage_options`` holds) never show in ``repr``. They do travel in a
     pickle, because another process cannot do without them: masked, so that they don't show in it either, but
@@ -163,7 +163,7 @@ class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_err
         return value
 
     def reaches_as(self, other: Options) -> bool:
-        """Whether these reach the server that others do, as the same user."""
+        """Return True if these options reach the same server as others, as the same user."""
         return all(getattr(self, name) == getattr(other, name) for name in _OF_REACHING)
 
     def __getstate__(self) -> dict[Any, Any]:
@@ -214,7 +214,7 @@ _WHERE_OTHER_CREDENTIALS_BELONG = "Credentials belong in the keyword storage_opt
 
 
 def honours(protocol: str, name: str) -> bool:
-    """Whether stores of a protocol do something about an option; True of a name that is no option."""
+    """Return True if stores of a protocol use an option, or if there is no such option."""
     return name in _HONOURED.get(protocol, _HONOURED_BY_OTHERS) or name not in Options.model_fields
 
 

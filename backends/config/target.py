@@ -1,4 +1,4 @@
-"""Where a checkpoint lives: a URI and its options, parsed once into one frozen value.
+"""The address of a checkpoint: a URI and its options, parsed once into one frozen value.
 
 Spelling of names. In a URI with a protocol, ``?`` starts the options and ``#`` is refused. For object stores
 and other fsspec protocols the rest is literal, as in the ``aws`` and ``gcloud`` command lines and in fsspec:

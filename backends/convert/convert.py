@@ -37,7 +37,7 @@ _NAMED: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What ``convert`` wrote."""
+    """The result of ``convert``."""
 
     source: str
     """URI."""
@@ -54,7 +54,7 @@ class Conversion:
 
 
 def kind_at(source: Target) -> Kind:
-    """What is to be converted, by its name and by what is there.
+    """Return the kind of source at a URI, by its name and its objects.
 
     Raises:
         StorageError: the store could not be read.
@@ -72,7 +72,7 @@ def kind_at(source: Target) -> Kind:
 
 
 def named_kind(target: Target) -> Kind | None:
-    """What a file of this name is; None where the name says nothing."""
+    """Return the kind of a file of this name; None where the name does not tell."""
     name = target.uri.rpartition("/")[2].lower()
     if name.endswith(safetensors.SUFFIX):
         return "safetensors"

@@ -1,4 +1,4 @@
-"""Which keys of a state are converted, what they are called then, and the nested state that they make up."""
+"""The selection of keys for a conversion, their new names, and the nested state that they make up."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def nested(places: Iterable[Selected], leaves: Mapping[str, Any]) -> dict[str, A
 
 
 class _NoStateError(Exception):
-    """What the paths describe is no dict of dicts and lists."""
+    """The paths do not describe a dict of dicts and lists."""
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ def _grown(node: _Node | _Leaf) -> Any:
 
 
 def _is_path(path: object, most: int) -> bool:
-    """Whether it can be a path: a list has no more entries than the state has."""
+    """Return True if it can be a path: a list has no more entries than the state has."""
     return (
         isinstance(path, tuple | list)
         and bool(path)

@@ -30,7 +30,7 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Putting:
-    """How objects are put.
+    """The way to put objects.
 
     Args:
         store: where to.

@@ -115,7 +115,7 @@ class Source:
         return [key for key in keys if isinstance(self._held.get(key), torch.Tensor)]
 
     def values(self, keys: Sequence[str]) -> dict[str, Any]:
-        """What these keys hold that is not among the entries; all of it is brought to memory.
+        """Return the values of these keys that are not among the entries, all of them in memory.
 
         Raises:
             UnsafeCheckpointError: reading one would run code.
@@ -183,7 +183,7 @@ class Source:
         return Entry(key, dtype, shape, stride)
 
     def _items(self, wanted: Wanted, destinations: _Destinations) -> Iterator[ReadItem]:
-        """What is to be read of each shard."""
+        """Return the items to read of each shard."""
         if wanted.first == wanted.last:
             return
         entry = self._fetched[wanted.key]
@@ -280,7 +280,7 @@ def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[Box]:
 
 
 def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes have in common; None where that is nothing."""
+    """Return the intersection of two boxes; None where it is empty."""
     starts = [max(a, b) for a, b in zip(one[0], other[0], strict=True)]
     stops = [min(a + m, b + n) for a, m, b, n in zip(*one, *other, strict=True)]
     lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
@@ -288,7 +288,7 @@ def overlap(one: Box, other: Box) -> Box | None:
 
 
 def make_up(shape: tuple[int, ...], parts: Sequence[Box]) -> bool:
-    """Whether boxes fill a shape, without a hole and without one over another."""
+    """Return True if boxes fill a shape without a hole and without overlap."""
     if sum(math.prod(lengths) for _, lengths in parts) != math.prod(shape):
         return False
     whole = tuple(0 for _ in shape), shape

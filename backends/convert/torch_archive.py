@@ -98,7 +98,7 @@ class Archive:
             raise self.damaged(f"its record {record!r} can't be read: {error}") from error
 
     def located(self, records: Sequence[str], downloader: Downloader) -> dict[str, Record]:
-        """Where these records' bytes are.
+        """Return the positions of these records' bytes.
 
         Raises:
             IntegrityError: one is missing, or ends after the file.

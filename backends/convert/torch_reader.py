@@ -216,7 +216,7 @@ class _Storages:
         self._made: dict[str, torch.UntypedStorage] = {}
 
     def load(self, told: Any) -> Any:
-        """What a pickle is given for a storage."""
+        """Return the placeholder that a pickle gets for a storage."""
         match told:
             case ("storage" | b"storage", kind, str(name), _, int(count)) if count >= 0:
                 dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
@@ -275,7 +275,7 @@ def _check_kind(key: str, tensor: torch.Tensor) -> None:
 
 
 def _is_apart(leaf: object) -> bool:
-    """Whether it is a tensor whose memory can be taken as it is."""
+    """Return True for a tensor whose memory can be taken as it is."""
     return isinstance(leaf, torch.Tensor) and not leaf.is_conj() and not leaf.is_neg()
 
 
@@ -303,7 +303,7 @@ def _without_memory(nbytes: int) -> torch.UntypedStorage:
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """What torch tells storages apart by; it stands as long as the storage does."""
+    """Return the address by which torch tells storages apart. It is valid as long as the storage exists."""
     return torch_private.storage_identity(storage)
 
 

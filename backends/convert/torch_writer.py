@@ -88,7 +88,7 @@ def planned(state: Any, fetched: Mapping[int, Entry], source: Source, failed: th
 
 
 class _Order:
-    """Which tensors' bytes go into the gaps, in their order: that in which torch meets their storages."""
+    """The tensors whose bytes go into the gaps, in the order in which torch meets their storages."""
 
     def __init__(self) -> None:
         met: dict[int, torch.Tensor] = {}
@@ -149,7 +149,7 @@ class _Sum:
 
 
 class _Laid:
-    """What torch wrote around the gaps, and where in it a checksum is missing."""
+    """The bytes that torch wrote around the gaps, and the positions of missing checksums in them."""
 
     def __init__(self, sink: FramingSink, sums: Sequence[_Sum]) -> None:
         bounds = [0, *itertools.chain.from_iterable(sink.gaps), sink.tell()]
@@ -185,7 +185,7 @@ class _Laid:
         return bytes(run[begin:])
 
     def _in_directory(self, size: int) -> Iterator[tuple[int, _Sum]]:
-        """Where in the last run the directory has a checksum of a record that was left out."""
+        """Yield the positions of checksums in the directory whose records were left out."""
         run = self._runs[-1]
         if not all(one.startswith(_DESCRIPTOR) for one in self._runs[1:]):
             raise RuntimeError("torch.save wrote no checksum after a record, where one was expected")

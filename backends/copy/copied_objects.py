@@ -31,7 +31,7 @@ def held_of(store: ObjectStore, names: Iterable[str], concurrency: int) -> dict[
 
 
 def is_same(info: ObjectInfo, held: ObjectInfo, entry: Entry | None) -> bool:
-    """Whether what is at the destination is the object: by its name, or on the word of the journal."""
+    """Return True if the object at the destination is the right one, by its name or by the journal."""
     if held.size != info.size:
         return False
     if is_unique(info.name):

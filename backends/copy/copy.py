@@ -42,7 +42,7 @@ _log = background_log.logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """What a copy came to."""
+    """The result of a copy."""
 
     source: str
     uri: str
@@ -320,7 +320,7 @@ def _existing(store: ObjectStore) -> dict[str, Previous]:
 
 
 def _counting(existing: Mapping[str, Previous]) -> Mapping[str, Previous]:
-    """What a reader goes by."""
+    """Return the metadata that counts: that of all ranks, or else that of each."""
     name = md.METADATA_NAME
     return {name: existing[name]} if name in existing else existing
 

@@ -41,7 +41,7 @@ class _Located:
 
 
 class ObjectChecks:
-    """What the metadata says of one object's bytes; of what a stock writer wrote, nothing."""
+    """Checksums of one object's bytes from the metadata; none where a stock writer wrote it."""
 
     def __init__(self, uri: str, name: str, items: Iterable[_Item], algorithm: Algorithm | None) -> None:
         self._uri = uri
@@ -65,7 +65,7 @@ class ObjectChecks:
         return found
 
     def edges(self, start: int, stop: int) -> set[tuple[int, int]]:
-        """Where a part has only some of a chunk: beginnings and numbers of bytes."""
+        """Return the first byte and the number of bytes of each chunk that a part has only in part."""
         pieces = ((one, _cut(one, start, stop)) for one in self.chunks(start, stop))
         return {
             (first, last - first) for one, (first, last) in pieces if (first, last) != (one.start, one.stop)
@@ -151,7 +151,7 @@ class Passing:
 
     @property
     def edges(self) -> tuple[Edge, ...]:
-        """What it has of chunks that go on in other parts, once it is finished."""
+        """Return the checksums of chunks that go on in other parts, once the part is finished."""
         return tuple(
             (start, stop - start, value)
             for (chunk, start, stop), value in zip(self._pieces, self._values, strict=True)
@@ -159,7 +159,7 @@ class Passing:
         )
 
     def checksum(self, algorithm: Algorithm) -> int:
-        """That of the whole part, from those of its chunks where they are of this algorithm."""
+        """Return the checksum of the whole part, from its chunks where they have this algorithm."""
         at = self._offset
         for _, start, stop in self._pieces:
             if start != at:
@@ -172,7 +172,7 @@ class Passing:
 
 
 def checks_of(metadatas: Iterable[Metadata], uri: str) -> dict[str, ObjectChecks]:
-    """What a checkpoint's metadata, of all ranks or of each, says of each object that it names."""
+    """Return the checksums of each object that metadata names, of all ranks or of each."""
     items: dict[str, list[_Item]] = {}
     algorithms: dict[str, Algorithm] = {}
     for metadata in metadatas:

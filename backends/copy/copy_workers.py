@@ -124,7 +124,7 @@ class Relay:
             self._turn.notify_all()
 
     def _next(self) -> Callable[[], None] | None:
-        """What there is to do, as soon as there is something; None at the end."""
+        """Return the next task, waiting for one; None at the end."""
         with self._turn:
             while self._error is None:
                 for one in self._open:

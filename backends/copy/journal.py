@@ -63,7 +63,7 @@ class SentPart:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """How far an object is."""
+    """The progress of one object."""
 
     size: _Count
     version: str | None
@@ -77,7 +77,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """What is written."""
+    """The content of a journal."""
 
     copy: _Id
     digest: str
@@ -87,7 +87,7 @@ class Document:
 
     @property
     def uploads(self) -> list[Upload]:
-        """Those that are open, as the journal has it."""
+        """Return the open uploads of the journal."""
         found = ((name, entry.upload_id) for name, entry in self.objects.items())
         return [Upload(name, upload_id) for name, upload_id in found if upload_id is not None]
 
@@ -138,7 +138,7 @@ class CopyJournal:
 
     @property
     def found(self) -> Mapping[str, Entry]:
-        """What the copy before had done."""
+        """Return the progress of the previous copy."""
         return self._found
 
     def begin(self, name: str, entry: Entry) -> None:
@@ -304,7 +304,7 @@ def gave_way(uri: str) -> CommitError:
 
 
 def left_by(store: ObjectStore, name: str) -> tuple[list[Upload], list[str]]:
-    """What the copy of a journal left: uploads that are open, and objects without a name of their own.
+    """Return the open uploads of a journal's copy, and its objects whose names are not unique.
 
     Names are relative to the store, which may be a whole run's.
     """

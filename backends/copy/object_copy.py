@@ -55,13 +55,13 @@ class Moving:
         return self.original.info.size
 
     def window(self, number: int) -> tuple[int, int]:
-        """Where a part begins and ends."""
+        """Return the first byte of a part, and the byte behind it."""
         start = (number - 1) * self.part_size
         return start, min(self.size, start + self.part_size)
 
     @property
     def entry(self) -> Entry:
-        """What the journal should say of it."""
+        """Return the journal's entry of this object."""
         info = self.original.info
         return Entry(
             info.size, info.version, self.part_size, self.upload.upload_id, tuple(self.sent.values())
@@ -90,7 +90,7 @@ class Moving:
 
 
 def is_unique(name: str) -> bool:
-    """Whether no two objects have this name: what has it, and the size, is the object."""
+    """Return True if no two objects have this name, so that name and size identify the object."""
     return _UNIQUE.fullmatch(name) is not None
 
 
@@ -148,7 +148,7 @@ def _is_pending(store: ObjectStore, upload: Upload) -> bool:
 
 
 def _is_usable(entry: Entry, options: Options, limits: PartLimits) -> bool:
-    """Whether an object can be cut as it was; with other options it may be too much at a time."""
+    """Return True if the parts of an earlier copy can be used; with other options they may be too large."""
     size = entry.part_size
     if not size or min(size, entry.size) > options.memory_limit:
         return False
@@ -158,7 +158,7 @@ def _is_usable(entry: Entry, options: Options, limits: PartLimits) -> bool:
 
 
 def _is_part(moving: Moving, sent: SentPart, algorithm: Algorithm) -> bool:
-    """Whether what a journal has is a part of this object as it is cut, and with checksums of its kind."""
+    """Return True if a journal's part is a part of this object as it is cut, with checksums of its kind."""
     start, stop = moving.window(sent.part.number)
     name, _, value = sent.checksum.partition(":")
     checks = moving.original.checks

@@ -25,7 +25,7 @@ from cloudckpt.backends.system.system_limits import Workers
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is to be copied."""
+    """The source of a copy."""
 
     metadata: Mapping[str, bytes]
     """What is committed, by name: that of all ranks, or each rank's own."""

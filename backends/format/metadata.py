@@ -60,12 +60,12 @@ def metadata_name(rank: int | None = None) -> str:
 
 
 def is_metadata(name: str) -> bool:
-    """Whether an object of this name is a checkpoint's metadata, of all ranks or of one."""
+    """Return True for the name of a checkpoint's metadata, of all ranks or of one."""
     return _METADATA.fullmatch(name) is not None
 
 
 def storage_info(name: str, offset: int, length: int, payload: Payload | None) -> StorageInfo:
-    """Where an item lies, offset and length in bytes, and where in it a raw payload lies."""
+    """Describe the place of an item, in bytes: offset, length, and the raw payload in it."""
     info = StorageInfo(name, offset, length)
     if payload is not None:
         info.__dict__.update(payload_offset=payload.offset, dtype=payload.dtype)
@@ -75,7 +75,7 @@ def storage_info(name: str, offset: int, length: int, payload: Payload | None) -
 
 
 def payload_of(info: StorageInfo) -> Payload | None:
-    """What our own writer noted of an item; None for values, and for what a stock writer wrote."""
+    """Return our own writer's record of an item; None for values, and for an item of a stock writer."""
     noted = info.__dict__
     if "payload_offset" not in noted:
         return None
@@ -132,7 +132,7 @@ def _extras(metadata: Metadata) -> dict[str, Any]:
 
 
 def _noted(metadata: Metadata, what: str, kind: type[_T]) -> dict[str, _T]:
-    """What our own writer noted of each object, where it did."""
+    """Return one field of our own writer's records of objects, by name."""
     objects = _extras(metadata).get("objects")
     if not isinstance(objects, dict):
         return {}
@@ -210,7 +210,7 @@ def dump(metadata: Metadata) -> bytes:
 
 
 def _is_damaged(data: bytes) -> bool:
-    """Whether the bytes are not those that ``dump`` made; False where there is no checksum to tell."""
+    """Return True if the bytes differ from those of ``dump``; False where there is no checksum."""
     sealed = memoryview(data)[:-_SEALED]  # which may be many MiB, not to be copied
     return _is_sealed(data) and data[-_DIGITS:] != f"{CRC64NVME.of(sealed):016x}".encode()
 
@@ -374,7 +374,7 @@ class _Sound:
 
 
 def _is_name(name: str) -> bool:
-    """Whether an object of this name is below the checkpoint, and can be there at all."""
+    """Return True for a name below the checkpoint that a store can have."""
     if not name.isascii():
         try:
             name.encode()

@@ -86,7 +86,7 @@ class MetadataUnpickler(pickle.Unpickler):
         return call
 
     def _member(self, of: object, name: object) -> object:
-        """What ``getattr`` finds in an enumeration of DCP's: early Pythons 3.11 pickle members so."""
+        """Return a member of an enumeration of DCP's: early Pythons 3.11 pickle members by ``getattr``."""
         _, real = self._enumerations.get(id(of), (None, None))
         if real is not None and isinstance(name, str) and name in real.__members__:
             return real[name]
@@ -164,7 +164,7 @@ def _hash_of_index(index: MetadataIndex) -> int:
 
 
 def is_index(index: MetadataIndex) -> bool:
-    """Whether an index holds what an index holds."""
+    """Return True if an index has fields of the right types."""
     return (
         isinstance(index.fqn, str)
         and len(index.fqn) <= _CHARACTERS

@@ -182,7 +182,7 @@ class _Scales:
         self._marks.extend(below + mark for mark in marks)
 
     def _after(self, code: int, at: int) -> int:
-        """Where an argument ends."""
+        """Return the end of an argument."""
         if code in COUNTED:
             width = COUNTED[code]
             return at + width + int.from_bytes(self._data[at : at + width], "little")

@@ -1,4 +1,4 @@
-"""What surrounds a tensor's bytes in DCP's format, and how to make an item without copying them.
+"""The archive around a tensor's bytes in DCP's format, made without copying them.
 
 A stock item is what ``torch.save(tensor)`` writes: a zip archive with one stored record for the payload.
 Its framing depends on dtype, shape and stride alone. Under ``torch.serialization.skip_data`` torch writes
@@ -34,7 +34,7 @@ class Framing:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Where in an item a tensor's raw memory lies, and how to read it."""
+    """The position of a tensor's raw memory in an item, and the way to read it."""
 
     offset: int
     """Bytes from the beginning of the item."""

@@ -43,7 +43,7 @@ class LostPeerError(Exception):
 
 
 class Purpose(IntEnum):
-    """What a call is for."""
+    """The purpose of a connection."""
 
     PLAN = 1
     BYTES = 2
@@ -51,7 +51,7 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class PeerAddress:
-    """Where a rank lets others of its host in; travels in plans."""
+    """The address at which other ranks of the host connect to a rank; travels in plans."""
 
     host: str
     """The same for all that can reach each other."""
@@ -154,7 +154,7 @@ class PeerConnection:
 
 
 class PeerListener:
-    """Where the other ranks of a load find this one."""
+    """A socket on which the other ranks of a load connect to this one."""
 
     def __init__(self, about: str, memory_limit: int) -> None:
         """Open the door to ranks that load what ``about`` names; ``memory_limit`` is this one's, in bytes."""

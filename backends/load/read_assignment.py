@@ -1,4 +1,4 @@
-"""Which reads the ranks of one host have in common, and which of them does each.
+"""The assignment of reads that the ranks of one host have in common: one rank does each.
 
 Every rank offers the ranges that it is about to read. Those that several ranks would read are joined where
 they follow one another, and shared out by bytes; one rank reads each and passes it on to the others.
@@ -21,7 +21,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a rank is about to read."""
+    """The reads that a rank is about to do."""
 
     ranges: Mapping[str, Sequence[Range]]
     """By object: ranges that the rank could have from another, each of them once."""

@@ -135,7 +135,7 @@ class _Load:
         return info
 
     def _stored(self, items: Sequence[ReadItem], infos: Sequence[StorageInfo]) -> list[Stored | None]:
-        """Where each tensor's raw payload lies; None for values and for tensors to be read whole."""
+        """Return the place of each tensor's raw payload; None for values and tensors to be read whole."""
         known: dict[tuple[str, int], Stored | None] = {}
         to_locate: list[StorageInfo] = []
         for item, info in zip(items, infos, strict=True):
@@ -150,7 +150,7 @@ class _Load:
         return [known.get((info.relative_path, info.offset)) for info in infos]
 
     def _noted(self, item: ReadItem, info: StorageInfo) -> Stored | None:
-        """What our own writer noted about an item."""
+        """Return our own writer's record of an item."""
         payload = md.payload_of(info)
         if payload is None:
             return None

@@ -64,7 +64,7 @@ class PeerGroup:
 
 @dataclass(slots=True)
 class _Missing:
-    """What has not come yet of a task that another rank reads."""
+    """The pieces of a task of another rank that have not arrived yet."""
 
     name: str
     extents: list[Extent]
@@ -188,7 +188,7 @@ class SharedReads:
     def _known(
         self, wanted: Mapping[str, Sequence[Extent]]
     ) -> tuple[dict[_Key, Extent], defaultdict[str, list[Extent]]]:
-        """What this rank could have from another, and what it reads in any case."""
+        """Return the extents that this rank could get from another, and those that it reads in any case."""
         known: dict[_Key, Extent] = {}
         rest: defaultdict[str, list[Extent]] = defaultdict(list)
         for name, extents in wanted.items():

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as its metadata says: plain values, for whoever shows or compares checkpoints."""
+"""The contents of a checkpoint by its metadata, as plain values to be shown or compared."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def contents_at(target: Target) -> Contents:
 
 
 def contents(metadata: Metadata, uri: str, committed_at: datetime | None = None) -> Contents:
-    """What the metadata of the checkpoint at ``uri`` says of it."""
+    """Return the contents of the checkpoint at ``uri``, by its metadata."""
     algorithms = md.algorithms_of(metadata)
     tensors: list[StoredTensor] = []
     values: list[StoredValue] = []

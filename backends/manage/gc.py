@@ -44,7 +44,7 @@ _PIN = re.compile(rf"(?:.*/)?{re.escape(PIN)}")
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What was removed, or with ``dry_run`` would be. Names are relative to the URI."""
+    """The objects that were removed, or with ``dry_run`` would be. Names are relative to the URI."""
 
     uploads: tuple[str, ...]
     """Objects whose upload was pending."""
@@ -286,7 +286,7 @@ def _markers(
 
 
 def _is_in_use(store: ObjectStore, folder: str, listing: Iterable[ObjectInfo], bound: datetime) -> bool:
-    """Whether something is in progress in a folder now, or was kept there, whatever the listing showed."""
+    """Return True if a folder is in use or was kept, whatever the listing showed."""
     shown = {info.name: info for info in listing if _parent(info.name) == folder}
     if confirmation.is_held(store, folder, shown, silent_since()):
         return True

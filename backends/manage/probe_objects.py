@@ -1,4 +1,4 @@
-"""What trying a store leaves in it, remembered so that it can be taken away, whatever happens in between."""
+"""Objects that an examination of a store puts there, remembered so that all of them can be deleted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ProbeObjects:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was put or begun yet."""
+        """True if nothing was put or begun yet."""
         return not self._names
 
     def name(self) -> str:
@@ -84,7 +84,7 @@ class ProbeObjects:
         return False
 
     def _others(self) -> list[str]:
-        """What the store's own probe could not delete either."""
+        """Return the names that the store's own probe could not delete."""
         with contextlib.suppress(CheckpointError):
             return [
                 info.name for info in self._store.list(PROBE_PREFIX).objects if PROBE.fullmatch(info.name)

@@ -53,7 +53,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What ``verify`` found."""
+    """The result of ``verify``."""
 
     uri: str
     objects: int
@@ -171,7 +171,7 @@ def _size_damage(store: ObjectStore, name: str, least: int, exact: int | None) -
 
 
 class _Reading:
-    """What is read of a checkpoint, and what is found to be wrong with it."""
+    """A reading of a checkpoint that collects the damage that it finds."""
 
     def __init__(self, metadata: Metadata, damages: list[Damage], observer: Observer | None) -> None:
         self._metadata = metadata

@@ -66,7 +66,7 @@ class Previous:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """How phase one ended on a rank: travels to the coordinator with the rank's write results."""
+    """The result of phase one on a rank. It travels to the coordinator with the rank's write results."""
 
     rank: int
     staged: tuple[StagedObject, ...] = ()

@@ -1,4 +1,4 @@
-"""Which item goes into which object, and how large an object's parts are."""
+"""The layout of objects: the object of each item, and the size of its parts."""
 
 from __future__ import annotations
 

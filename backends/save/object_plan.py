@@ -76,7 +76,7 @@ class PlannedObject:
             yield from encoded.segments
 
     def results(self, algorithm: Algorithm, fragments: Sequence[Fragment]) -> Iterator[WriteResult]:
-        """What DCP wants to know of the items, with their checksums, once all bytes are sent."""
+        """Yield DCP's results for the items, with their checksums, once all bytes are sent."""
         sums = joined(algorithm, (span for laid in self._laid for span in laid.spans), fragments)
         for laid in self._laid:
             own = b"".join(itertools.islice(sums, len(laid.spans)))

@@ -51,7 +51,7 @@ def silent_since() -> datetime:
 
 
 def is_silent(marker: ObjectInfo, since: datetime) -> bool:
-    """Whether a marker was not renewed after that; where the store tells no time, it may have been."""
+    """Return True if a lease was not renewed after that time; False where the store has no times."""
     return marker.modified is not None and marker.modified <= since
 
 
@@ -109,7 +109,7 @@ class SaveLease:
             )
 
     def is_there(self) -> bool:
-        """Whether nobody took this save for dead.
+        """Return True if the lease of this save still exists.
 
         Raises:
             StorageError: the store did not say.
@@ -117,7 +117,7 @@ class SaveLease:
         return self._kept.is_there()
 
     def is_gone(self) -> bool:
-        """Whether somebody took this save for dead; False where the store doesn't say."""
+        """Return True if another process deleted the lease; False where the store can't tell."""
         try:
             return not self.is_there()
         except StorageError as error:
@@ -220,7 +220,7 @@ def _keep_renewed(kept: _Kept, stop: threading.Event, every: float) -> None:
 
 
 def _content(save_id: str, rank: int, notes: Mapping[str, Any]) -> bytes:
-    """What a person who finds the marker wants to know."""
+    """Return the text for a person who finds the lease."""
     return json.dumps(
         {
             "save_id": save_id,

@@ -1,4 +1,4 @@
-"""What the ranks wrote, gathered on the coordinator and put into the terms of the plan."""
+"""The write results of all ranks, gathered on the coordinator and mapped to the items of the plan."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def stored(
 
 
 def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict[MetadataIndex, StorageInfo]:
-    """Where every item of the plan was written, in the order of ``results``, with what is alike made one.
+    """Return the place of every item of the plan, in the order of ``results``, with equal values shared.
 
     What is one object is pickled once; the copies that come from the ranks are a third of a large pickle. So
     tensors of one shape have their chunks in common. The order is that in which the ranks' results lie in

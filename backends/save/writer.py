@@ -293,7 +293,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         self._observer = observer
 
     def storage_meta(self) -> StorageMeta:
-        """What DCP records about where and by which save."""
+        """Return DCP's record of the place and the save."""
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._save_id)
 
     @property

@@ -41,7 +41,7 @@ Condition = Overwrite | Create | Update
 
 @dataclass(frozen=True, slots=True)
 class PartLimits:
-    """What a store takes as a part of an upload."""
+    """Limits of a store for the parts of an upload."""
 
     min_size: int = 1
     """Bytes that every part but the last must have at least."""
@@ -59,7 +59,7 @@ class PartLimits:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a store can honour; what it can't is said here, never ignored in silence."""
+    """Features that a store supports. A feature that it lacks is False here, and never ignored."""
 
     conditional_create: bool
     """``put`` with :class:`Create` is atomic: of many racing writers one wins."""
@@ -160,12 +160,12 @@ class ObjectStore(abc.ABC):
 
     @property
     def part_limits(self) -> PartLimits:
-        """What this store takes as a part; known without asking it."""
+        """The store's limits for parts, known without a request."""
         return PartLimits()
 
     @property
     def wants_several_objects(self) -> bool:
-        """Whether a rank's data are worth being several objects; known without asking.
+        """True if a rank's data should be several objects; known without a request.
 
         They are where parts of one object can't go up side by side, or where completing an upload takes the
         longer the larger it is.
@@ -183,7 +183,7 @@ class ObjectStore(abc.ABC):
     @property
     @abc.abstractmethod
     def capabilities(self) -> Capabilities:
-        """What this store can honour; finding out may take a few requests, once."""
+        """The features of this store. The first access may take a few requests."""
 
     @property
     def is_probed(self) -> bool:
@@ -242,7 +242,7 @@ class ObjectStore(abc.ABC):
         """Return size and version of a visible object, never from a cache."""
 
     def holds(self, name: str) -> bool:
-        """Whether an object is visible under a name, never from a cache."""
+        """Return True if an object is visible under a name, never from a cache."""
         try:
             self.stat(name)
         except ObjectNotFoundError:
@@ -304,7 +304,7 @@ class ObjectStore(abc.ABC):
         """List uploads below a name prefix that were begun and neither completed nor aborted."""
 
     def is_pending(self, upload: Upload) -> bool:
-        """Whether an upload that was noted somewhere, by whomever, is one of this store's and still open."""
+        """Return True if an upload that was recorded somewhere is one of this store's and still open."""
         return any(pending.upload == upload for pending in self.pending_uploads(upload.name))
 
     def empty_folders(self) -> Iterator[EmptyFolder]:

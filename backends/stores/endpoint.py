@@ -1,4 +1,4 @@
-"""Whether a server is there and on time: its name, a connection, TLS, and the clock by its ``Date``."""
+"""An examination of a server: its name, a connection, TLS, and the clock by its ``Date``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def reached(route: Route) -> Generator[Finding, None, bool]:
 
 
 def clock(date: str | None, asked: float, answered: float, *, refused: bool = False) -> Finding:
-    """What the ``Date`` of an answer says of this machine's clock.
+    """Return the finding on this machine's clock, by the ``Date`` of an answer.
 
     Args:
         date: the header.

@@ -1,4 +1,4 @@
-"""What a store's own module can tell of a place beside what its operations show, for whoever examines it."""
+"""The part of an examination that depends on the kind of store, beside its common operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Exam(Protocol):
     """The questions that are asked of each kind of store in its own words."""
 
     def reach(self) -> Generator[Finding, None, bool]:
-        """Whether the place answers: returns False where it makes no sense to try anything else.
+        """Examine the connection; return False where nothing else can be tried.
 
         Raises:
             ConfigurationError: an option can't be used.

@@ -40,7 +40,7 @@ _answered: set[str] = set()
 
 
 class Verdict(enum.Enum):
-    """What to do about a failure."""
+    """The treatment of a failure."""
 
     FINAL = "asking again gets the same answer"
     TRANSIENT = "it may pass"
@@ -51,7 +51,7 @@ class Verdict(enum.Enum):
 
 
 class Reply(enum.Enum):
-    """What became of the answer to an attempt that failed."""
+    """The state of the answer to an attempt that failed."""
 
     CAME = "the store answered"
     LOST = "the request may have been carried out, or still be"
@@ -60,7 +60,7 @@ class Reply(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What one failure means."""
+    """The meaning of one failure."""
 
     verdict: Verdict
     reply: Reply = Reply.CAME
@@ -70,7 +70,7 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[_T]):
-    """How a request ended, after one attempt or several."""
+    """The end of a request, after one attempt or several."""
 
     attempts: int
     lost: bool

@@ -87,5 +87,5 @@ class Throttles:
 
     @classmethod
     def of(cls, concurrency: int) -> Throttles:
-        """Those of a rank that may have so many requests in flight."""
+        """Return the throttles of a rank that may have so many requests in flight."""
         return cls(Throttle(concurrency), Throttle(max(concurrency, ON_BEHALF)))

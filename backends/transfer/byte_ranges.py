@@ -83,7 +83,7 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
 
 
 def whole_slices(piece: Piece, strides: tuple[int, ...], before: int, end: int) -> tuple[int, int]:
-    """How many elements to read before and after a piece with holes, so as to read whole slices of a tensor.
+    """Return the elements to read before and after a piece with holes, for whole slices of a tensor.
 
     All boxes that have some of each slice then need the same bytes, which one rank can read for several.
     ``before`` elements of the tensor's memory come before the piece; the memory has ``end`` of them.
@@ -96,7 +96,7 @@ def whole_slices(piece: Piece, strides: tuple[int, ...], before: int, end: int) 
 
 
 def nothing() -> None:
-    """What is left to do for an extent whose bytes have been delivered, or only checked."""
+    """No-op completion callback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Extent:
 
     @property
     def end(self) -> int:
-        """Where reading ends."""
+        """The end of the read."""
         return self.start + self.size + self.trail
 
     @property
@@ -140,7 +140,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Where the bytes of an extent land: its own range, and all that is read for it, in order."""
+    """The memory for the bytes of an extent: its own range, and all that is read for it, in order."""
 
     start: int
     """Where its bytes begin in the request's."""
@@ -171,7 +171,7 @@ class Request:
 
     @property
     def to_device(self) -> bool:
-        """Whether some of it goes on to a CUDA device."""
+        """True if some of the bytes go on to a CUDA device."""
         return any(extent.to_device for extent in self.extents)
 
     @property

@@ -1,4 +1,4 @@
-"""What an object is made of: segments laid end to end, and windows on them.
+"""Contents of an object: segments laid end to end, and windows on them.
 
 A segment is either a view of bytes that are in memory already, or a tensor that has to be gathered first
 (it lives on a device, or its elements are scattered). A part is a window on the segments of an object: it
@@ -41,7 +41,7 @@ class Segment(Protocol):
 
     @property
     def on_device(self) -> bool:
-        """Whether the bytes come from a device."""
+        """True if the bytes come from a device."""
         ...
 
 
@@ -112,7 +112,7 @@ class Wanted:
 
 
 class Origin(Protocol):
-    """Where the tensors lie that are fetched when they are sent."""
+    """The source of tensors that are fetched when they are sent."""
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         """Bring all of it, from whatever thread."""
@@ -146,12 +146,12 @@ class Fetched:
         return self.arrived(start, stop, scratch)
 
     def wanted(self, start: int, stop: int, scratch: memoryview) -> Wanted:
-        """What is to be fetched for bytes ``start`` to ``stop``: whole elements, to ``scratch``."""
+        """Return the elements to fetch for bytes ``start`` to ``stop``, whole ones, into ``scratch``."""
         first, last = start // self.itemsize, -(-stop // self.itemsize)
         return Wanted(self.key, first, last, scratch[: (last - first) * self.itemsize])
 
     def arrived(self, start: int, stop: int, scratch: memoryview) -> memoryview:
-        """Those bytes, once they have been fetched."""
+        """Return those bytes, once they have been fetched."""
         begin = start - start // self.itemsize * self.itemsize
         data = scratch[begin : begin + stop - start]
         if self.seen is not None:
@@ -248,7 +248,7 @@ class Window:
 
     @property
     def from_device(self) -> bool:
-        """Whether some of it comes from a device."""
+        """True if some of the bytes come from a device."""
         return any(segment.on_device for segment, _, _ in self.pieces)
 
     def buffers(self, scratch: memoryview) -> list[memoryview]:

@@ -1,4 +1,4 @@
-"""What this machine reaches to a store: how long a request takes, how fast bytes go up and come down."""
+"""Benchmarks of a store from this machine: latency of requests, throughput of uploads and downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured at a place, and what it advises."""
+    """The measurements of a place, and advice on options."""
 
     uri: str
     size: int

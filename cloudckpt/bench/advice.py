@@ -1,4 +1,4 @@
-"""What measured rates advise: other options where they beat the present ones by more than the noise."""
+"""Advice from measured rates: options that beat the present ones by more than the noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """How fast one setting was, in each of several rounds."""
+    """The rates of one setting, in each of several rounds."""
 
     setting: Setting
     size: int
@@ -49,7 +49,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Which options to set, in one direction."""
+    """Options to set, in one direction."""
 
     options: str
     """As in a URI's query: ``part_size=64MiB&concurrency=16``; empty where the present ones do."""

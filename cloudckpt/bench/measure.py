@@ -1,4 +1,4 @@
-"""How fast this machine reaches a store, by what a save and a load use."""
+"""Measurements of a store from this machine, with the requests of a save and a load."""
 
 from __future__ import annotations
 

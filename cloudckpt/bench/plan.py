@@ -1,4 +1,4 @@
-"""Which settings a benchmark tries, and how much it moves at most."""
+"""The plan of a benchmark: the settings to try, and a limit on the bytes to move."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_REQUESTS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is going to be tried."""
+    """The plan of a benchmark."""
 
     present: Setting
     up: tuple[Setting, ...]

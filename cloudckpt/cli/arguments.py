@@ -1,4 +1,4 @@
-"""What is typed, as values."""
+"""Parsers of command line arguments."""
 
 from __future__ import annotations
 

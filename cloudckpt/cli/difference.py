@@ -24,7 +24,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What was found out about two checkpoints, by key."""
+    """The differences between two checkpoints, by key."""
 
     first: str
     """URI."""
@@ -41,7 +41,7 @@ class Difference:
 
     @property
     def found(self) -> bool:
-        """Whether the two are not shown to be the same."""
+        """True if the two are not shown to be the same."""
         return bool(self.only_first or self.only_second or self.changed or self.content or self.unknown)
 
 
@@ -121,7 +121,7 @@ def _kind(stored: StoredTensor | StoredValue) -> str:
 
 
 def _is_same(one: StoredTensor | StoredValue, other: StoredTensor | StoredValue) -> bool | None:
-    """Whether the content is the same; None where the metadata can't tell."""
+    """Return True if the content is the same; None where the metadata can't tell."""
     if isinstance(one, StoredValue) and isinstance(other, StoredValue):
         return False if one.size != other.size else _same_shard(one.content, other.content)
     assert isinstance(one, StoredTensor)  # noqa: S101 - forms were compared

@@ -1,4 +1,4 @@
-"""What all commands have in common: the application, arguments that several take, and how each ends."""
+"""Common parts of all commands: the application, shared arguments, and the exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed, and where: answers on the standard output, all else beside it.
+"""Output of commands: answers on the standard output, everything else on the standard error.
 
 On a terminal there is colour, and lines break where it ends. In a pipe there is neither.
 """
@@ -94,7 +94,7 @@ def agreed(question: str, *, yes: bool, otherwise: str = "nothing was deleted") 
 
 
 def age(when: datetime | None, now: datetime | None = None) -> str:
-    """How long ago that was, in one unit; a dash where nobody knows."""
+    """Return the time since then, in one unit; a dash where it is unknown."""
     if when is None:
         return "-"
     passed = max(timedelta(0), (now or datetime.now(UTC)) - when)

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of long commands: a bar on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 

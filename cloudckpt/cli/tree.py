@@ -44,7 +44,7 @@ def show(contents: Contents, *, as_json: bool) -> None:
 
 
 def heading(contents: Contents) -> Iterator[str]:
-    """Where it is, how much it holds, and who wrote it."""
+    """Return its URI, its size and its writer."""
     yield contents.uri
     tensors, values, objects = contents.tensors, contents.values, contents.objects
     yield (
@@ -71,7 +71,7 @@ def branches(contents: Contents) -> Branch:
 
 
 def detail(stored: StoredTensor | StoredValue) -> str:
-    """What is stored under a key."""
+    """Describe the entry of a key."""
     if isinstance(stored, StoredValue):
         return f"value, {output.size(stored.size)}"
     shards = "" if len(stored.shards) == 1 else f", {output.count(len(stored.shards), 'shard')}"

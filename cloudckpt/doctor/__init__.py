@@ -1,4 +1,4 @@
-"""Whether a job can checkpoint at a place: it is tried, and everything that was put there is taken away."""
+"""An examination of a place: checkpoint there once, and delete everything that was put there."""
 
 from __future__ import annotations
 

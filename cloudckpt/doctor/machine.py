@@ -157,7 +157,7 @@ def _shm() -> tuple[int | None, int]:
 
 
 def _memfd() -> bool:
-    """Whether memory files can be made here: the system has to know them, and a sandbox to let them be."""
+    """Return True if memory files can be made: system and sandbox must allow them."""
     try:
         fd = memory_file()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a save, a load and a clean-up do to a store, done once each, and what comes of it."""
+"""The operations of a save, a load and a clean-up, each tried once on a store."""
 
 from __future__ import annotations
 

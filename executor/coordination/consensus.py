@@ -1,4 +1,4 @@
-"""What the trainers of a job agree on about a save: the group that serves it, and how it ended.
+"""Consensus of the trainers of a job on a save: the group that serves it, and its outcome.
 
 Every save is an *attempt* with a number. Ranks join it, and the last to join says which generation of the
 group serves it: the one that all have alive, or a new one with the attempt's number. At the end every rank
@@ -21,7 +21,7 @@ from cloudckpt.executor.coordination.rendezvous import MeetingPlace, ProcessGrou
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """What a rank brings to an attempt.
+    """The status of a rank at the start of an attempt.
 
     Attributes:
         call: how many saves this rank has been asked for.
@@ -40,7 +40,7 @@ class RankStatus:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How an attempt begins: by ``generation``, or not at all when there is a ``refusal``.
+    """The start of an attempt: by ``generation``, or not at all when there is a ``refusal``.
 
     A refusal is the record of an error. Ranks with as many calls as ``rejoin`` aren't refused. They try the
     next attempt.
@@ -62,7 +62,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class AttemptResult:
-    """How an attempt ended. The group goes on only after a ``sound`` one."""
+    """The end of an attempt. The group goes on only after a ``sound`` one."""
 
     sound: bool
     failure: bytes | None = None

@@ -1,4 +1,4 @@
-"""Which of a training loop's calls is the last one: the same on every rank, when one of them is told to end.
+"""Agreement on the last call of a training loop, the same on every rank when one of them is preempted.
 
 All ranks make the same calls, though not at the same moment, and none may wait for another in one of them:
 that other may be in a collective, waiting for it. So what is agreed on lies ahead of all. When a rank is
@@ -40,7 +40,7 @@ Heard = Callable[[str], object]
 
 
 class FinalStep:
-    """What one rank knows of it.
+    """The state of that agreement on one rank.
 
     Args:
         place: where the ranks meet; None in a single process.

@@ -54,7 +54,7 @@ class _Offered:
 
 @dataclass(frozen=True, slots=True)
 class _Decision:
-    """Where the ranks meet: at an address, at an offer, or in training's store. Or rank 0's failure."""
+    """The place where the ranks meet: an address, an offer, or training's store. Or rank 0's failure."""
 
     prefix: str
     address: tuple[str, int] | None = None

@@ -35,7 +35,7 @@ _GRACE: Final = 5.0
 
 
 class ProcessGroupInfo:
-    """Who this rank is among the checkpoint processes, and which TCP store they meet in.
+    """This rank's place among the checkpoint processes, and the TCP store in which they meet.
 
     On every rank of ``process_group`` together: rank 0 decides on the store and tells the others. Where
     ``torch.distributed`` is not initialised, a single process is meant.
@@ -317,7 +317,7 @@ def out_of_reach(offer: Offer, shut_out: list[int]) -> ExecutorError:
 
 
 def flag(name: str) -> bool:
-    """Whether an environment variable is exactly ``"1"``, as DCP reads its own."""
+    """Return True if an environment variable is exactly ``"1"``, as DCP reads its own."""
     return os.environ.get(name) == "1"
 
 

@@ -120,7 +120,7 @@ class StoreConsensus(Consensus):
             attempt += 1
 
     def _presided(self, store: Store, attempt: int) -> Agreement:
-        """What follows from everybody's status."""
+        """Return the agreement that follows from the status of every rank."""
         standings = self._standings(store, attempt)
         for status in standings.values():
             if status.failure is not None:

@@ -130,12 +130,12 @@ class Arena:
 
     @property
     def pinned(self) -> bool:
-        """Whether the pages are locked for CUDA."""
+        """True if the pages are locked for CUDA."""
         return self._pinned is not None
 
     @property
     def address(self) -> int:
-        """Where this process has mapped it."""
+        """The address of the mapping in this process."""
         return torch.frombuffer(self._mapped, dtype=torch.uint8, count=1).data_ptr()
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ class ArenaPool:
 
     @property
     def busy(self) -> bool:
-        """Whether none is free."""
+        """True if no arena is free."""
         with self._changed:
             return not self._free
 

@@ -1,4 +1,4 @@
-"""Where each tensor of a snapshot goes in the arena: memory that tensors share is there once."""
+"""The layout of a snapshot in the arena. Memory that tensors share is there once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What goes where. ``offsets`` are of each source's extent in the arena, in bytes."""
+    """The layout of a snapshot. ``offsets`` are of each source's extent in the arena, in bytes."""
 
     views: list[View]
     sources: list[Source]

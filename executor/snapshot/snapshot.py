@@ -46,7 +46,7 @@ _NEVER_STATEFUL = _PLAIN | _VALUES | {DTensor}
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the checkpoint process needs, beside the arena, to have the state again.
+    """A snapshot without its arena: everything else that the checkpoint process needs to restore the state.
 
     Attributes:
         pickled: the state without its tensors.
@@ -94,7 +94,7 @@ def _without_collection() -> Iterator[None]:
 
 
 def layout_of(state: Mapping[str, Any]) -> Layout:
-    """What a snapshot of the state takes of an arena."""
+    """Return the layout that a snapshot of the state has in an arena."""
     return _described(state)[2]
 
 
@@ -240,7 +240,7 @@ class _Restorer(main_unpickler.Unpickler):
         self._meshes = [main_unpickler.loads(mesh) for mesh in taken.meshes]
 
     def persistent_load(self, pid: Any) -> Any:
-        """What `_Collector.persistent_id` described."""
+        """Return the object that `_Collector.persistent_id` described."""
         match pid:
             case int():
                 return self._tensors[pid]

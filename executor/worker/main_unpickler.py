@@ -34,7 +34,7 @@ class MainScript:
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """What the checkpoint process needs to import it: made in the trainer."""
+        """Describe the main script so that the checkpoint process can import it. Called in the trainer."""
         # As multiprocessing.spawn.get_preparation_data does, which fails where the working directory is gone.
         described: dict[str, Any] = {"sys_argv": sys.argv}
         main = sys.modules["__main__"]

@@ -79,7 +79,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class _Digests:
-    """What one rank would write: name, offsets and digest in hexadecimal digits of each entry."""
+    """Entries of one rank: name, offsets and digest in hexadecimal digits of each."""
 
     entries: list[tuple[str, tuple[int, ...] | None, str]]
 

@@ -264,7 +264,7 @@ class Worker:
             return metadata
 
     def _prepared(self, request: SaveRequest) -> _Prepared | Exception:
-        """What is to be saved and how, or why it could not be read here."""
+        """Return the state and the way to save it, or the error of reading it here."""
         try:
             arena = self._arena(request.arena)
             writer, planner = main_unpickler.loads(request.storage)

@@ -1,4 +1,4 @@
-"""What a GCS store talks with: gcsfs's configuration and credentials, and urllib3 for the bytes.
+"""The clients of a GCS store: gcsfs's configuration and credentials, and urllib3 for the bytes.
 
 gcsfs takes the options first, so that whatever ``storage_options`` holds means here what it means there, and
 it finds credentials and renews them. Its own session carries nothing: it copies what it sends and receives.
@@ -61,7 +61,7 @@ _OF_FSSPEC: Final = frozenset(
 
 
 class Client:
-    """What one store talks to GCS with. May be used from several threads."""
+    """The clients of one GCS store. May be used from several threads."""
 
     def __init__(self, target: Target) -> None:
         options = target.options

@@ -1,4 +1,4 @@
-"""What answers of GCS and failures to get one mean: each becomes one error of ours, by status and reason.
+"""Errors of GCS: each answer and each failure to get one becomes one error of ours, by status and reason.
 
 Permissions are those of the Cloud Storage IAM reference.
 """

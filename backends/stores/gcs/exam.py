@@ -167,7 +167,7 @@ class GCSExam:
 
 
 def settings_of(bucket: Mapping[str, Any], key: str | None) -> Iterator[Finding]:
-    """What a bucket's resource says of what saves leave there and cost; ``key`` is what they ask for."""
+    """Yield findings on settings of a bucket that concern leftovers, cost and the encryption ``key``."""
     soft = int(bucket.get("softDeletePolicy", {}).get("retentionDurationSeconds", 0))
     if soft:
         what = f"what is deleted is kept, and paid for, for {soft / _DAY:g} d more"

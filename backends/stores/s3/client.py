@@ -58,7 +58,7 @@ _CREDENTIALS: Final = frozenset({"aws_access_key_id", "aws_secret_access_key", "
 
 
 class Clients:
-    """What one process talks to S3 with. Each client may be used from several threads."""
+    """The S3 clients of one process. Each may be used from several threads."""
 
     def __init__(self, target: Target, paces: Throttles) -> None:
         self.paces = paces
@@ -121,7 +121,7 @@ class Clients:
 
     @property
     def renewable(self) -> bool:
-        """Whether credentials come from where there may be newer ones, and not from ``storage_options``."""
+        """True if credentials may be renewed, as those that are not from ``storage_options``."""
         fs = self.fs
         return not (fs.anon or fs.key or fs.secret or fs.token or _CREDENTIALS & fs.client_kwargs.keys())
 
@@ -132,13 +132,13 @@ class Clients:
 
     @property
     def has_expired(self) -> bool:
-        """Whether credentials from outside have expired, and newer ones, asked for, had as well."""
+        """Return True if renewable credentials have expired, also after a request for newer ones."""
         found = self.credentials
         return isinstance(found, RefreshableCredentials) and bool(found.refresh_needed(refresh_in=0))
 
     @property
     def verify(self) -> bool | str:
-        """Whom botocore trusts to vouch for a server: a file or folder of authorities; False for anybody."""
+        """The ``verify`` of botocore: a file or folder of authorities, or False for no verification."""
         given = self.fs.client_kwargs.get("verify")
         if given is None:
             given = self._session.get_config_variable("ca_bundle")  # of the environment or the profile

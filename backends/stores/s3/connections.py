@@ -34,7 +34,7 @@ _LEFT_TO_BOTOCORE: Final = ("proxies", "client_cert", "tcp_keepalive")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered."""
+    """The answer of a server."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -93,7 +93,7 @@ class Connections:
         weakref.finalize(self, _close, self._idle)
 
     def reach(self, url: str) -> bool:
-        """Whether the settings allow to ask this URL's host here, instead of by botocore."""
+        """Return True if the settings allow a request to this URL's host without botocore."""
         parts = urlsplit(url)
         by_proxy = self._proxy is not None
         unusual = by_proxy or "@" in parts.netloc or any(getattr(self._config, s) for s in _LEFT_TO_BOTOCORE)

@@ -35,7 +35,7 @@ class Original:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What names it in a request."""
+        """Return the arguments that name it in a request."""
         named: dict[str, Any] = {"CopySource": {"Bucket": self.bucket, "Key": self.key}}
         if self.form is None or not self.info.version:
             return named

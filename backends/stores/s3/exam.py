@@ -93,7 +93,7 @@ class S3Exam:
         return f"{action} on {below}/*"
 
     def _credentials(self, clients: Clients) -> Finding:
-        """Whether there are any, where they come from, and until when they hold; nothing of themselves."""
+        """Return the finding on credentials: their source and expiry, and nothing of themselves."""
         if clients.fs.anon:
             return Finding("credentials", "ok", "none: requests are not signed, as the option anon says")
         try:
@@ -204,7 +204,7 @@ def _told(clients: Clients) -> Finding:
 
 
 def _temporary(where: str, ends: datetime | None) -> Finding:
-    """What is to be said of credentials that nothing renews."""
+    """Return the finding on credentials that nothing renews."""
     advice = _RENEWED
     if ends is None:
         what = f"temporary ones, found by {where}: nothing renews them, and they do not tell when they end"

@@ -1,4 +1,4 @@
-"""How the S3 store makes a request: on the clients of the moment, and again where that may help."""
+"""Requests of the S3 store: made with the current clients, and retried where that may help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a bucket of S3 is set up: its lifecycle rules, its versions, and how what is put there is encrypted."""
+"""The settings of an S3 bucket: lifecycle rules, versions, and the encryption of new objects."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _READ_BY_CLIENTS: Final = ("AWS_", "BOTO", "FSSPEC_", "S3_", "SSL_CERT_", "HOME"
 
 @dataclass(frozen=True, slots=True)
 class _Surroundings:
-    """What clients depend on beside their options."""
+    """The environment that clients depend on beside their options."""
 
     process: int
     variables: tuple[tuple[str, str], ...]
