@@ -133,7 +133,7 @@ class Chunk(NamedTuple):
 class Chunks:
     """Consecutive chunks of one segment of an item: ``size`` bytes each, but for the last.
 
-    They are told of together, because whatever is done for each is done for every half MiB that is read.
+    They are reported together: each call for one of them would be made for every half MiB that is read.
     """
 
     start: int
@@ -199,7 +199,7 @@ class Checks:
     def with_framing(self, start: int, stop: int) -> tuple[int, int]:
         """The range, and the framing at those ends of the payload that it reaches.
 
-        Nothing needs its bytes, but whoever reads a whole item wants to know that all of it is right.
+        Nothing needs its bytes, but a reader of a whole item expects that all of it is verified.
         """
         total = sum(self.spans)
         if len(self.spans) == FRAMED:

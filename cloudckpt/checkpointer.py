@@ -49,7 +49,7 @@ class Checkpointer(Unpicklable):
     Each step is a folder below the run's URI, which exists when its commit does. Every rank makes a
     Checkpointer and calls its methods alike; without ``torch.distributed`` it works in a single process.
 
-    A state is a dict of modules, optimizers, whatever has ``state_dict`` and ``load_state_dict``, tensors and
+    A state is a dict of modules, optimizers, objects with ``state_dict`` and ``load_state_dict``, tensors and
     values, in dicts, lists and tuples. What a save accepts is restored exactly, and all else is refused.
 
     Args:
@@ -62,7 +62,7 @@ class Checkpointer(Unpicklable):
         every_steps: `async_save` saves steps that are a multiple of it, and skips the others.
         every_seconds: `async_save` saves so many seconds after the save before began, by rank 0's clock; with
             ``every_steps``, when either says so.
-        on_failure: a failed save whose handle nobody asked is raised by the next call (``"raise"``) or
+        on_failure: a failed save whose handle was not observed is raised by the next call (``"raise"``) or
             logged (``"warn"``).
         snapshots: states that may be held at once: 1, or 2 to take one while the one before is saved.
         on_busy: ``"wait"``, ``"skip"`` or ``"raise"`` where no snapshot is free.
@@ -81,7 +81,7 @@ class Checkpointer(Unpicklable):
         on_event: gets each `cloudckpt.events.Event`, on every rank, on a thread of its own.
         process_group: the ranks; by default all of them. ``load`` and the questions about steps use its
             collectives, saves do not.
-        trust: let checkpoints run code of whoever wrote them, as stock DCP always does.
+        trust: let checkpoints run code of their writers, as stock DCP always does.
         overwrite: replace a step that is committed already, and save below the newest step.
         rank_conflicts: what a save does with a name whose value differs between ranks: ``"error"`` refuses
             it, ``"warn"`` logs it, and a list has patterns of names that may differ, as ``["*.expert.*"]``.
@@ -193,28 +193,28 @@ class Checkpointer(Unpicklable):
 
         Raises:
             ConfigurationError: the step is no number of one.
-            CheckpointError: an earlier save failed in the background, and nobody has asked for its end.
+            CheckpointError: an earlier save failed in the background, and its failure was not observed.
             Exception: a ``state_dict()`` of the state raised it, in a single process. With several ranks the
                 handle raises it, on each.
-            Preempted: the job was told to end, and this was its last step.
+            Preempted: the job is preempted, and this was its last step.
         """
         step = self._run.number(step)
         name = f"async_save({step})"
         self._pass(step, state_dict, metric, name)
         if not self._schedule.is_due(step, self._calls.broadcast_bool(name, "due")):
             return skipped()
-        self._saves.raise_unheard(self._calls.broadcast_bool(name, "unheard"))
+        self._saves.raise_unobserved(self._calls.broadcast_bool(name, "unobserved"))
         return self._saving.begin(step, state_dict, metric)
 
     def save(
         self, step: int, state_dict: Mapping[str, Any], *, metric: float | None = None
     ) -> CheckpointInfo:
-        """Save and return when the step is committed, whatever ``every_steps`` and ``every_seconds`` say.
+        """Save and return when the step is committed, regardless of ``every_steps`` and ``every_seconds``.
 
         Raises:
             CheckpointExistsError: it is committed already, and ``overwrite`` is off.
             CheckpointError: what failed the save, on whichever rank.
-            Preempted: the job was told to end, and this was its last step.
+            Preempted: the job is preempted, and this was its last step.
         """
         step = self._run.number(step)
         self._pass(step, state_dict, metric, f"save({step})")
@@ -289,7 +289,7 @@ class Checkpointer(Unpicklable):
         return self._calls.agreed(f"rollback({spelled(step)})", lambda: self._run.roll_back(step))
 
     def latest_step(self) -> int | None:
-        """The newest committed step, whoever committed it; None where there is none. Alike on every rank."""
+        """Return the newest committed step of any job; None where there is none. The same on every rank."""
         return self._calls.agreed("latest_step()", self._run.newest)
 
     def all_steps(self) -> list[int]:
@@ -297,7 +297,7 @@ class Checkpointer(Unpicklable):
         return self._calls.agreed("all_steps()", self._run.steps)
 
     def pin(self, step: int) -> None:
-        """Keep a committed step, whatever else does not stay. Every rank calls it.
+        """Keep a committed step from retention. Every rank calls it.
 
         Raises:
             CheckpointNotFoundError: there is no such step.
@@ -312,7 +312,7 @@ class Checkpointer(Unpicklable):
         """Wait for every save under way. Every rank calls it.
 
         Raises:
-            CheckpointError: one failed, and nobody has asked its handle.
+            CheckpointError: one failed, and its failure was not observed.
             ExecutorError: a rank did not come within ``start_timeout``.
         """
 
@@ -339,7 +339,7 @@ class Checkpointer(Unpicklable):
         After a notice of preemption it waits no longer than the grace time allows.
 
         Raises:
-            CheckpointError: a save failed, and nobody has asked its handle.
+            CheckpointError: a save failed, and its failure was not observed.
         """
         self._close(deliver=True)
 

@@ -91,7 +91,7 @@ class Loaded(Event):
 
     Attributes:
         seconds: from the start of the load to its end on every rank.
-        size: bytes of the checkpoint's data objects, whatever part of them was read.
+        size: bytes of the checkpoint's data objects, also where only some of them were read.
         instead_of: the newest step, where another was loaded because that one can't be.
     """
 

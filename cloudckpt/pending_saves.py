@@ -84,10 +84,10 @@ class Saves:
             self._owner.check("a wait for the saves under way")
         return not wait([handle for _, handle in self._saves], timeout).not_done
 
-    def raise_unheard(self, broadcast_bool: Follow) -> None:
-        """Raise, on every rank, a failure that nobody has heard of on rank 0, or tell of those on this one.
+    def raise_unobserved(self, broadcast_bool: Follow) -> None:
+        """Raise, on every rank, a failure that was not observed on rank 0, or log those of this rank.
 
-        A save ends alike on every rank, but not at the same moment, and whoever asks a handle may do so on
+        A save ends alike on every rank, but not at the same moment, and a caller may observe its handle on
         one rank alone. A rank that raised by itself would miss the save that the others go on with.
         """
         self.raise_alike(not self._warn and broadcast_bool(self.ended_badly))
@@ -95,12 +95,12 @@ class Saves:
     @property
     def ended_badly(self) -> bool:
         """True if a failure is to be raised whose handle was not asked on this rank."""
-        return not self._warn and any(handle.failed and not handle.heard for _, handle in self._saves)
+        return not self._warn and any(handle.failed and not handle.observed for _, handle in self._saves)
 
     def raise_alike(self, ended_badly: bool) -> None:
-        """Do as `raise_unheard`, with what rank 0 found."""
+        """Do as `raise_unobserved`, with what rank 0 found."""
         if self._warn:
-            self._tell_unheard()
+            self._tell_unobserved()
             return
         if ended_badly:
             self.settle()
@@ -116,28 +116,28 @@ class Saves:
         self._saves = kept[-_REMEMBERED:]
 
     def raise_own(self) -> None:
-        """Raise, or tell of, what nobody has heard of on this rank: the others may not come to their end."""
+        """Raise, or log, unobserved failures of this rank: the others may not come to their end."""
         if self._warn:
-            self._tell_unheard()
+            self._tell_unobserved()
         else:
             self._raise_next()
 
     def _raise_next(self, *, even_heard: bool = False) -> None:
         """Raise the first failure of those that have ended, and forget the saves up to it."""
         failed = [at for at, (_, handle) in enumerate(self._saves) if handle.failed]
-        unheard = [at for at in failed if not self._saves[at][1].heard]
-        if not unheard and not (even_heard and failed):
+        unobserved = [at for at in failed if not self._saves[at][1].observed]
+        if not unobserved and not (even_heard and failed):
             return
-        at = (unheard or failed)[0]
+        at = (unobserved or failed)[0]
         step, handle = self._saves[at]
         del self._saves[: at + 1]
         if (error := handle.exception()) is not None:
             error.add_note(f"it is the save of step {step} that failed, in the background")
             raise error
 
-    def _tell_unheard(self) -> None:
+    def _tell_unobserved(self) -> None:
         for step, handle in self._saves:
-            if handle.failed and not handle.heard:
+            if handle.failed and not handle.observed:
                 error = handle.exception()
                 level = background_log.warning_on(self._rank())
                 name = type(error).__name__

@@ -1,4 +1,4 @@
-"""Preemption: a job that is told to end saves a last step on every rank, or gives that up in time."""
+"""Preemption: a job that gets a signal to end saves a last step on every rank, or gives that up in time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.backends.system import background_log, system_limits
 from cloudckpt.events import CheckpointInfo
-from cloudckpt.executor.coordination.final_step import FinalStep, Heard
+from cloudckpt.executor.coordination.final_step import FinalStep, Notify
 from cloudckpt.signals import Listener
 
 _RESERVE = 5.0
@@ -27,7 +27,7 @@ _log = background_log.logger(__name__)
 
 
 class Preempted(SystemExit):
-    """The job was told to end, and this process ends with it: with status 128 and the signal's number.
+    """The job is preempted, and this process ends: with status 128 plus the signal's number.
 
     Attributes:
         signal: ``"SIGTERM"`` or ``"SIGUSR1"``.
@@ -66,9 +66,9 @@ class Preemption:
         self._grace = grace
         self._rank = rank
         self._signal: str | None = None
-        """Of the notice that was heard first, of whichever rank."""
+        """Of the first notice, of any rank."""
         self._own: str | None = None
-        """What this rank was told."""
+        """The notice that this rank got."""
         self._deadline: float | None = None
         self._acted = threading.Event()
         self._acting = self._preempted = self._closed = False
@@ -86,7 +86,7 @@ class Preemption:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left for saving, none below 0; None while nobody has told this job to end."""
+        """Seconds left for saving, none below 0; None before the job is preempted."""
         if self._deadline is None:
             return None
         return max(0.0, self._deadline - self._reserve - time.monotonic())
@@ -110,7 +110,7 @@ class Preemption:
         else:
             self._final_step.give_notice(f"{name} {self._rank()}")
 
-    def passes(self, meet: Callable[[Heard], FinalStep]) -> bool:
+    def passes(self, meet: Callable[[Notify], FinalStep]) -> bool:
         """Return True for an ordinary call of the trainer's, and False where it is the last.
 
         ``meet`` has the ranks meet, at the first call.
@@ -173,7 +173,7 @@ class Preemption:
                 _log.warning("the end of the grace time is not enforced: %s", error)
 
     def _hurry(self, name: str, grace: float) -> None:
-        """See to it that the process ends in time, whatever its main thread is in."""
+        """Make the process end in time, also where its main thread is blocked."""
         reserve = self._reserve
         if self._acted.wait(grace - reserve):
             return

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from cloudckpt.executor import ProcessExecutor
 from cloudckpt.executor.coordination.call_comparison import Call
-from cloudckpt.executor.coordination.final_step import FinalStep, Heard
+from cloudckpt.executor.coordination.final_step import FinalStep, Notify
 from cloudckpt.executor.coordination.rendezvous import grouped
 from cloudckpt.rank_broadcast import agreed
 
@@ -68,12 +68,12 @@ class Calls:
 
         return follow
 
-    def final_step(self, name: str) -> Callable[[Heard], FinalStep]:
+    def final_step(self, name: str) -> Callable[[Notify], FinalStep]:
         """Return a function that has the ranks agree on the last of the calls that their trainers make."""
         self._executor.check_owner(name)
-        return lambda heard: self._executor.ranks(
+        return lambda notify: self._executor.ranks(
             name, process_group=self._group, no_dist=not grouped(), saves=True
-        ).final_step(heard)
+        ).final_step(notify)
 
 
 def spelled(value: Any) -> str:

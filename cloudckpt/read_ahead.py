@@ -19,7 +19,7 @@ from cloudckpt.backends.load.reader import StorageReader
 from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores import open_store
 from cloudckpt.backends.system.system_limits import in_thread
-from cloudckpt.backends.transfer.task_pool import begun
+from cloudckpt.backends.transfer.task_pool import start_task
 from cloudckpt.run import Run
 
 _LAST_SECONDS: Final = 60.0
@@ -64,7 +64,7 @@ class ReadAhead:
         """
         if step is not None:
             number = self._run.number(step)
-            self._newer = begun(partial(self._run.newer, number), concurrent=self._is_remote)
+            self._newer = start_task(partial(self._run.newer, number), concurrent=self._is_remote)
             if self._is_remote:
                 self._open(number)
             return number
@@ -76,7 +76,7 @@ class ReadAhead:
         for folder in reversed(self._run.folders()):
             try:
                 self.metadata(folder)
-            except CheckpointNotFoundError:  # begun, or deleted since the listing
+            except CheckpointNotFoundError:  # started, or deleted since the listing
                 self._drop(folder)
             except IntegrityError:  # committed, and too large: its load says so
                 return folder
@@ -119,17 +119,17 @@ class ReadAhead:
         return open_store(self._run.target).is_remote
 
     def _open(self, step: int) -> _Step:
-        """Begin to put a lease on a step and to read its metadata, if that was not begun.
+        """Begin to put a lease on a step and to read its metadata, if that was not started.
 
         The two are in flight together. A step that is deleted between them has no metadata any more by the
         time of the lease, and may lack objects: a load that then fails says that the step was deleted.
         """
         if step not in self._steps:
             remote, target = self._is_remote, self._run.at(step)
-            lease = begun(partial(put_lease, target, self._rank()), concurrent=remote)
+            lease = start_task(partial(put_lease, target, self._rank()), concurrent=remote)
             try:
                 fetch = StorageReader(target, trust=self._trust).fetch_metadata
-                self._steps[step] = _Step(lease, begun(fetch, concurrent=remote))
+                self._steps[step] = _Step(lease, start_task(fetch, concurrent=remote))
             except BaseException:
                 _end(lease)
                 raise

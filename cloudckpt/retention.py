@@ -131,7 +131,7 @@ class Retention:
         return relied
 
     def _milestones(self, ordered: Sequence[int], committed: Mapping[int, Entry]) -> set[int]:
-        """The steps that ``keep_every`` is about; of times, the same ones whatever went in between."""
+        """The steps of ``keep_every``. A time chooses the same ones regardless of the steps in between."""
         every = self.keep_every
         if every is None:
             return set()
@@ -226,7 +226,7 @@ class PruningWriter(StorageWriter):
             # Goes to every rank with the metadata, which is stored already.
             pruned = prune(self._run, self._retention, _steps(self._step, self._loaded))
             metadata.__dict__[_PRUNED] = tuple(pruned)
-        except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
+        except Exception as error:  # noqa: BLE001 - of any class: the save is committed
             said = f"{type(error).__name__}: {error}"
             _log.warning("the save is committed; older steps stay until the next one: %s", one_line(said))
 
@@ -235,7 +235,7 @@ class PruningWriter(StorageWriter):
         try:
             with open_store(self._run.target) as store:
                 removed = stale_attempts.remove_dead(store, self._run.folder(self._step))
-        except Exception as error:  # noqa: BLE001 - of whatever class: the save is committed
+        except Exception as error:  # noqa: BLE001 - of any class: the save is committed
             what = "the save is committed; what dead saves have left stays until gc removes it: %s"
             _log.warning(what, one_line(error))
             return
@@ -266,7 +266,7 @@ def _steps(*steps: int | None) -> frozenset[int]:
 
 
 def pruned_by(metadata: Metadata) -> tuple[int, ...]:
-    """The steps that the save which returned this metadata has let go."""
+    """The steps that the save which returned this metadata has deleted."""
     steps: tuple[int, ...] = metadata.__dict__.get(_PRUNED, ())
     return steps
 
@@ -287,12 +287,12 @@ def prune(run: Run, retention: Retention, protected: Collection[int] = ()) -> li
     """
     if retention.keep_last is None:
         return []
-    begun = run.begun()
-    committed = {step: one for step, one in begun.items() if one.state == "committed"}
+    started = run.started()
+    committed = {step: one for step, one in started.items() if one.state == "committed"}
     gone = [step for step in superseded(run, committed, retention, protected) if drop(run, step)]
     newest = max(committed, default=0)
     before = datetime.now(UTC) - _SET_ASIDE_FOR
-    for step, one in begun.items():
+    for step, one in started.items():
         if step < newest and one.state == "unfinished" and one.objects:
             delete_remains(run.at(step))  # where a deletion before this one was cut off
         if one.set_aside is not None and one.set_aside <= before and not one.pinned:

@@ -86,7 +86,7 @@ class Run:
         return self.target.child(self.folder(step))
 
     def number(self, step: Any) -> int:
-        """Return a step as an int, whatever whole number it is: numpy and torch have such of their own.
+        """Return a step as an int, from any type of whole number: numpy and torch have their own.
 
         Raises:
             ConfigurationError: no step has this number.
@@ -112,7 +112,7 @@ class Run:
     def newest(self, before: int | None = None) -> int | None:
         """The highest committed step, below ``before`` where that is given; None where there is none.
 
-        It takes a request for a thousand steps, and one for each step that it finds begun and not committed.
+        It takes a request for a thousand steps, and one for each step that is started and not committed.
 
         Raises:
             StorageError: the store could not be read.
@@ -129,9 +129,9 @@ class Run:
         Raises:
             StorageError: the store could not be read.
         """
-        return [number for number, one in self.begun().items() if one.state == "committed"]
+        return [number for number, one in self.started().items() if one.state == "committed"]
 
-    def begun(self) -> dict[int, Entry]:
+    def started(self) -> dict[int, Entry]:
         """Every step that has a folder, committed or not, in order; a request for a thousand objects.
 
         Raises:
@@ -278,7 +278,7 @@ class Run:
             return bool(listed_metadata(store))
 
     def note(self, step: int, name: str) -> float | None:
-        """A number that whoever saved a step noted in its metadata; None where nobody did, or can tell.
+        """Return a number that was saved in a step's metadata; None where there is none, or it can't be read.
 
         Metadata that was read before is not read again while the store reports the same version.
 

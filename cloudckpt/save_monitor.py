@@ -28,14 +28,14 @@ from cloudckpt.story import Story
 _log = background_log.logger(__name__)
 
 _LOOK = 0.1
-"""Seconds between two looks at the saves under way; an end is heard of at once."""
+"""Seconds between two looks at the saves in progress; an end is noticed at once."""
 _PLANNED = ("writing", "committing", "committed", "done")
 _UPLOADED = _PLANNED[1:]
 
 
 @dataclass(slots=True)
 class _Save:
-    """A save under way, and what has been told of it."""
+    """A save in progress, and the events that were sent of it."""
 
     step: int
     uri: str
@@ -74,7 +74,7 @@ class Watch:
     """Follows saves until they have ended. Its thread lives as long as one is under way.
 
     Args:
-        on_event: told of every event, on the thread; what it raises is logged, and disturbs nothing.
+        on_event: called with every event, on the thread; its exceptions are logged, and have no other effect.
         rank: returns the rank of this process.
         display: returns what shows the progress of saves, None where nothing does.
         story: logs a line for each save and load.
@@ -127,7 +127,7 @@ class Watch:
                     system_limits.start(thread)
                     self._thread = thread
                 except ExecutorError as error:  # `finish` tells of it, or the thread of a later save
-                    _log.warning("what becomes of step %d is told later: %s", step, error)
+                    _log.warning("the outcome of step %d is reported later: %s", step, error)
             self._changed.notify()
         handle.add_done_callback(lambda _: self._wake())
 
@@ -140,11 +140,11 @@ class Watch:
             return
         try:
             self._on_event(event)
-        except Exception:  # noqa: BLE001 - whatever a user's function raises is told, and disturbs no save
+        except Exception:  # noqa: BLE001 - an exception of a user's function is logged, and fails no save
             _log.exception("on_event raised; the checkpoints are not concerned")
 
     def finish(self) -> None:
-        """Wait until all is told of the saves that have ended, and of those under way once they have.
+        """Wait until all events of saves were sent, also of those in progress.
 
         A process that was forked from the owner has nothing to tell.
         """

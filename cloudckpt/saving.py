@@ -57,11 +57,11 @@ class Saving:
     loaded: int | None = None
     resumed: bool = False
     _saved: set[int] = field(default_factory=set)
-    """Steps that this Checkpointer has begun to save."""
+    """Steps that this Checkpointer has started to save."""
 
     @property
     def last(self) -> int | None:
-        """The highest step that this Checkpointer has begun to save, or has loaded; None before."""
+        """The highest step that this Checkpointer has started to save, or has loaded; None before."""
         return max((*self._saved, *(() if self.loaded is None else (self.loaded,))), default=None)
 
     def begin(

@@ -1,4 +1,4 @@
-"""Signals that tell a process to end, heard while its main thread is busy, and acted on when that can.
+"""Signals that end a process, noticed while its main thread is busy, and handled when it can.
 
 Python runs a handler between two of the main thread's bytecodes, which a collective may keep it from for as
 long as it lasts. The interpreter writes the signal's number to a pipe at once.
@@ -29,11 +29,11 @@ class Listener:
     """A receiver of the names of signals.
 
     Args:
-        heard: called with the signal's name, on a thread of this module's.
+        notify: called with the signal's name, on a thread of this module's.
     """
 
-    def __init__(self, heard: Callable[[str], object]) -> None:
-        self.heard = heard
+    def __init__(self, notify: Callable[[str], object]) -> None:
+        self.notify = notify
         self.overdue: BaseException | None = None
         """What the main thread is to raise where it is, at the next signal."""
         self.listening = False
@@ -161,10 +161,10 @@ class _Handlers:
                 raise error
 
     def _listen(self) -> None:
-        while (heard := os.read(self._read, 1)) != _STOP:
-            if heard[0] in self._taken:
+        while (number := os.read(self._read, 1)) != _STOP:
+            if number[0] in self._taken:
                 for listener in list(self._listeners):
-                    listener.heard(signal.Signals(heard[0]).name)
+                    listener.notify(signal.Signals(number[0]).name)
 
 
 @functools.cache

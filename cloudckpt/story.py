@@ -46,7 +46,7 @@ class _StandardError(logging.Handler):
             else:
                 stream.write(f"{self.format(record)}\n")
                 stream.flush()
-        except Exception:  # noqa: BLE001 - whatever a stream of the program's own raises
+        except Exception:  # noqa: BLE001 - a stream of the program's own may raise anything
             self.handleError(record)
 
 

@@ -64,7 +64,7 @@ class OpenTelemetry:
         match event:
             case Staged():
                 self._blocked.record(event.seconds, rank)
-                span = self._begun("checkpoint.save", event, event.seconds)
+                span = self._started("checkpoint.save", event, event.seconds)
                 span.add_event("staged")
                 self._spans[event.uri, event.rank] = span
             case Planned():
@@ -83,11 +83,11 @@ class OpenTelemetry:
                 self._pruned.add(len(event.steps), rank)
             case Loaded():
                 self._loading.record(event.seconds, rank)
-                self._begun("checkpoint.load", event, event.seconds).end()
+                self._started("checkpoint.load", event, event.seconds).end()
             case _:  # one that is younger than this bridge
                 pass
 
-    def _begun(self, name: str, event: Event, seconds: float) -> Span:
+    def _started(self, name: str, event: Event, seconds: float) -> Span:
         """A span that began so many seconds ago."""
         attributes: dict[str, AttributeValue] = {"checkpoint.step": event.step, "checkpoint.uri": event.uri}
         attributes["rank"] = event.rank

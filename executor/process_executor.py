@@ -72,7 +72,7 @@ class ProcessExecutor(forks.Unpicklable):
             the processes reach each other; by default ``CLOUDCKPT_INTERFACE``, ``GLOO_SOCKET_IFNAME``, or the
             address from which each rank reaches that store.
         port_range: the first and last port on which they may listen, as ``"29600-29699"`` or a pair; by
-            default ``CLOUDCKPT_PORT_RANGE``, or whatever ports the system chooses.
+            default ``CLOUDCKPT_PORT_RANGE``, or ports that the system chooses.
 
     Raises:
         ConfigurationError: an argument can't be used, or ``CLOUDCKPT_CPUS`` can't.
@@ -137,7 +137,7 @@ class ProcessExecutor(forks.Unpicklable):
 
         Raises:
             ConfigurationError: there is nothing to save to, or the arguments contradict an earlier call's.
-            ExecutorError: the executor is closed, or busy and told to raise.
+            ExecutorError: the executor is closed, or busy, and is to raise then.
         """
         return self.submit(
             staging_future_or_state_dict,

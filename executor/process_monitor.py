@@ -56,7 +56,7 @@ class Alarm:
         return self._read
 
     def ring(self) -> None:
-        """Wake whoever waits, also when that was long ago: its descriptor may be another file's by now."""
+        """Wake the waiting thread, if there is one: its descriptor may be another file's by now."""
         with self._closing:
             if self._closed:
                 return
@@ -129,14 +129,14 @@ class ProcessMonitor:
                 raise ExecutorError(
                     "the executor was closed before the save ended", uri=self._uri, rank=self._rank
                 )
-            message = self._heard(kind)
+            message = self._received(kind)
             if message is not None:
                 return message
             self._check_time(began, timeout)
             connection.wait([*self._process.waitables, self._alarm.fileno()], _TICK)
             self._alarm.hush()
 
-    def _heard(self, kind: type[M]) -> M | None:
+    def _received(self, kind: type[M]) -> M | None:
         alive = self._process.alive  # before the message: what it sent last is read first
         try:
             message = self._process.receive()
@@ -166,7 +166,7 @@ class ProcessMonitor:
         )
 
     def _reading(self) -> Reading:
-        """Return the board's state for this save, which may not have begun there."""
+        """Return the board's state for this save, which may not have started there."""
         reading = self._board.read()
         if reading.save == self._save:
             return reading

@@ -63,7 +63,7 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         self._size: int | None = None
         self._unsealing = threading.Lock()
         self._made: T | None = None
-        self._heard = False
+        self._observed = False
         self._trace: TracebackType | None = None
         self._unobserved: Unobserved | None = None
 
@@ -78,9 +78,9 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         return super().exception() if self.failed else None
 
     @property
-    def heard(self) -> bool:
+    def observed(self) -> bool:
         """True if the end of the save was observed: by `result`, by `exception`, or where it was raised."""
-        return self._heard
+        return self._observed
 
     @property
     def size(self) -> int | None:
@@ -112,7 +112,7 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
             # Unpickled when it is asked for, not while training goes on.
             if self._made is None and self._sealed is not None:
                 self._made, self._sealed = self._make(main_unpickler.loads(self._sealed.metadata)), None
-        return self._made  # type: ignore[return-value]  # None only for a warm-up, which nobody sees
+        return self._made  # type: ignore[return-value]  # None only for a warm-up, which has no handle
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Return what failed the save, or None once it is committed; raise as `result` does."""
@@ -121,7 +121,7 @@ class SaveHandle(_OwnedFuture[T], Generic[T]):
         return error
 
     def _observe(self) -> None:
-        self._heard = True
+        self._observed = True
         if self._unobserved is not None:
             self._unobserved.observed()
 
@@ -171,7 +171,7 @@ class Delivery:
             return
         handle._read = lambda: last  # noqa: SLF001 - see above
         handle._trace = trimmed(error).__traceback__  # noqa: SLF001
-        if unobserved is not None and not handle.heard:
+        if unobserved is not None and not handle.observed:
             handle._unobserved = Unobserved(handle, unobserved)  # noqa: SLF001
         if not handle.staged.done():
             handle.staged.set_exception(error)

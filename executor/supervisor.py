@@ -53,7 +53,7 @@ class Supervisor:
         self._abandoned = False
         self._unkillable = False
         self._thread: threading.Thread | None = None
-        with contextlib.suppress(ExecutorError):  # a job tries again, and has every rank told
+        with contextlib.suppress(ExecutorError):  # a job tries again, and notifies every rank
             self._equip()
 
     def _equip(self) -> None:
@@ -171,7 +171,7 @@ class Supervisor:
         )
         try:
             attempt = job.consensus.convene(status, self._terms.start_timeout)
-        except remote_errors.ANY as error:  # whatever kept a rank from saving, raised by the handle
+        except remote_errors.ANY as error:  # what kept a rank from saving is raised by the handle
             common = (
                 job.failure
                 if not self._terms.grouped and job.failure is not None
@@ -197,7 +197,7 @@ class Supervisor:
             state = job.state.result(self._terms.save_timeout)
             job.taken = snapshot.take(state, self._arenas[job.arena])
             job.delivery.staged()
-        except remote_errors.ANY as error:  # staging is the caller's code; every rank is told
+        except remote_errors.ANY as error:  # staging is the caller's code; every rank is notified
             job.failure = error
         finally:
             job.state = None
@@ -214,12 +214,12 @@ class Supervisor:
             own = answer.failure
         except Decided:
             pass
-        except remote_errors.ANY as error:  # told to every rank, raised by the handle
+        except remote_errors.ANY as error:  # sent to every rank, raised by the handle
             own = remote_errors.dumps(error)
             attempt.report(own, sound=False)
         if answer is not None:
             if not answer.sound:
-                # The process met a broken group: whoever broke it has a better word for that than this one.
+                # The process met a broken group: the rank that broke it has a better error than this one.
                 self._result(attempt, time.monotonic() + _GRACE)
             attempt.report(own, sound=answer.sound)
         result = self._result(attempt, max(deadline, time.monotonic()) + _GRACE)
@@ -235,7 +235,7 @@ class Supervisor:
             return None, remote_errors.own_or_common(own, failure)
         if answer is None:
             return None, ExecutorError(
-                f"what became of the save could not be learned: {attempt.lost or 'no rank told'}",
+                f"the outcome of the save is unknown: {attempt.lost or 'no rank has reported it'}",
                 rank=self._terms.rank,
                 hint=f"The next save starts a new process{MAY_BE_COMMITTED}",
             )

@@ -319,7 +319,7 @@ def test_whatever_fails_in_retention_is_no_failure_of_the_save(
     with run_at(folder) as checkpointer:
         checkpointer.save(1, numbered(1))
     run = Run(Target.parse(folder.uri))
-    with mock.patch.object(Run, "begun", side_effect=KeyError("lost")):
+    with mock.patch.object(Run, "started", side_effect=KeyError("lost")):
         dcp.save(numbered(2), storage_writer=PruningWriter(run, 2, Retention(keep_last=1)))
     assert run.steps() == [1, 2]
     assert "older steps stay until the next one: KeyError: 'lost'" in caplog.text

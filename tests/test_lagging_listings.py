@@ -79,7 +79,7 @@ def test_steps_that_are_listed_and_gone_stand_for_none_that_are_there(run: Run, 
     for step in (3, 4):
         cloudckpt.delete_checkpoint(run.at(step))
     retention = Retention(keep_last=2)
-    committed = {step: one for step, one in run.begun().items() if one.state == "committed"}
+    committed = {step: one for step, one in run.started().items() if one.state == "committed"}
     assert sorted(committed) == [1, 2, 3, 4] and retention.superseded(committed) == [1, 2]
     assert superseded(run, committed, retention) == []
     assert prune(run, retention) == []

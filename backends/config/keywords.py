@@ -126,8 +126,8 @@ def _warn_of_variable(variable: str, name: str, options: tuple[str, ...]) -> Non
 def _nearest(name: str, own: Iterable[str], options: Iterable[str]) -> str | None:
     """Return the first name that begins with this one, or else the one most like it."""
     names = [*own, *options]
-    begun = [one for one in names if one.startswith(f"{name}_")]
-    return next(iter(begun or difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)), None)
+    started = [one for one in names if one.startswith(f"{name}_")]
+    return next(iter(started or difflib.get_close_matches(name, names, n=1, cutoff=_ALIKE)), None)
 
 
 def _plain(name: str) -> str:

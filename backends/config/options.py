@@ -84,7 +84,7 @@ def _seal(value: object) -> _Sealed:
     """Mask a value on its way into a pickle, by a random pad as long as it and used once.
 
     So secrets don't show in a core dump, a log or a packet trace that has the pickle in it. It is no
-    encryption: the pad lies beside what it masks, and whoever has the whole pickle has the secret.
+    encryption: the pad lies beside what it masks, and anyone with the whole pickle has the secret.
     """
     stream = io.BytesIO()
     sealer = _Sealer(stream)
@@ -104,9 +104,9 @@ def _masked(data: bytes, pad: bytes) -> bytes:
 class Options(pydantic.BaseModel, frozen=True, extra="forbid", hide_input_in_errors=True):
     """Options of a store and of the transfers to and from it.
 
-    Secrets (``token``, and whatever ``storage_options`` holds) never show in ``repr``. They do travel in a
+    Secrets (``token``, and all of ``storage_options``) never show in ``repr``. They do travel in a
     pickle, because another process cannot do without them: masked, so that they don't show in it either, but
-    not encrypted. Whoever has the pickle has the secret.
+    not encrypted. Anyone with the pickle has the secret.
     """
 
     part_size: Annotated[ByteSize, Field(ge=1)] | None = None
@@ -213,7 +213,7 @@ _WHERE_CREDENTIALS_BELONG: Mapping[str, str] = {
 _WHERE_OTHER_CREDENTIALS_BELONG = "Credentials belong in the keyword storage_options"
 
 
-def honours(protocol: str, name: str) -> bool:
+def uses_option(protocol: str, name: str) -> bool:
     """Return True if stores of a protocol use an option, or if there is no such option."""
     return name in _HONOURED.get(protocol, _HONOURED_BY_OTHERS) or name not in Options.model_fields
 
@@ -252,7 +252,7 @@ class Layers:
         Raises:
             ConfigurationError: an option is unknown, has a value that is not allowed, or was asked for by
                 keyword or query and can't be honoured by the protocol. The environment speaks to all stores,
-                so what a protocol can't honour in it does not apply.
+                so those that a protocol does not use do not apply.
         """
         for name in self.keywords:
             check_known(name, "keyword", Options.model_fields)

@@ -164,7 +164,7 @@ def is_checkpoint_uri(uri: str | os.PathLike[str]) -> bool:
 
 
 def protocol_of(uri: str | os.PathLike[str]) -> str:
-    """Return the protocol that a URI is of, whatever its options.
+    """Return the protocol of a URI, regardless of its options.
 
     Raises:
         ConfigurationError: the URI can't be read.

@@ -129,8 +129,8 @@ def warn_of_new_folder(typed: str) -> None:
 
 @functools.cache
 def _say_new_folder(typed: str, folder: str) -> None:
-    told = "%s names no protocol and is taken for a new folder, %s: for a bucket write s3://%s or gs://%s"
-    _log.warning(told, *map(one_line, (typed, folder, typed, typed)))
+    message = "%s names no protocol and is taken for a new folder, %s: for a bucket write s3://%s or gs://%s"
+    _log.warning(message, *map(one_line, (typed, folder, typed, typed)))
 
 
 def _without_user(rest: str) -> str:

@@ -95,7 +95,7 @@ def convert(
     """Convert between checkpoints, ``torch.save`` files and safetensors, from any store to any other.
 
     Holds at most ``memory_limit`` bytes beside what is no tensor. The destination appears whole or not at
-    all, and what is read of a checkpoint is compared with its checksums. A file's kind is told by its name:
+    all, and what is read of a checkpoint is compared with its checksums. A file's kind follows from its name:
     ``.pt``, ``.pth``, ``.bin`` and ``.ckpt`` are of ``torch.save``.
 
     Args:
@@ -106,9 +106,10 @@ def convert(
         strip: leave this out where a key begins with it.
         shard_size: bytes of one file in a folder of safetensors, or a size such as ``5GB``.
         overwrite: replace what is there.
-        trust: let the source run code of whoever wrote it.
-        observer: told of an object's name and how many more of its bytes are stored, from several threads.
-        begun: told how many bytes of tensors are to be converted.
+        trust: let the source run code of its writer.
+        observer: called with an object's name and how many more of its bytes are stored, from several
+            threads.
+        begun: called with the number of bytes of tensors to be converted.
 
     Raises:
         CheckpointNotFoundError: there is nothing to convert.

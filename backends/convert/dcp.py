@@ -70,7 +70,7 @@ def write_checkpoint(
         source: where that is.
         memory_limit: bytes held at most.
         overwrite: replace what is committed there.
-        observer: told of every part that is stored.
+        observer: called for every part that is stored.
 
     Raises:
         CheckpointExistsError: one is committed there.

@@ -37,7 +37,7 @@ class Putting:
         options: of the store.
         memory_limit: bytes held at most.
         overwrite: whether what is there may go.
-        observer: told of every part that is stored.
+        observer: called for every part that is stored.
         check: called when all bytes are stored and nothing is visible yet; raises where they are not good.
     """
 
@@ -126,7 +126,7 @@ class Putting:
 
     def _withdraw(self, uploader: Uploader, visible: Sequence[str]) -> None:
         """Take back what was put, the index first; what can't be is logged, for the failure matters more."""
-        pending = [upload for upload in uploader.begun if upload.name not in visible]
+        pending = [upload for upload in uploader.started if upload.name not in visible]
         lost, concurrency = uploader.unconfirmed, self.options.concurrency
         steps = [
             *(functools.partial(self.store.delete, [name]) for name in visible),

@@ -150,7 +150,7 @@ class _Reading:
             raise UnsafeCheckpointError(
                 f"reading it could run code: {first}",
                 hint="Allow its classes with torch.serialization.add_safe_globals, or say that you trust "
-                "whoever wrote it",
+                "its writer",
             ) from refused
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise self._archive.damaged(
@@ -215,9 +215,9 @@ class _Storages:
         """Bytes."""
         self._made: dict[str, torch.UntypedStorage] = {}
 
-    def load(self, told: Any) -> Any:
+    def load(self, described: Any) -> Any:
         """Return the placeholder that a pickle gets for a storage."""
-        match told:
+        match described:
             case ("storage" | b"storage", kind, str(name), _, int(count)) if count >= 0:
                 dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
             case _:

@@ -76,7 +76,7 @@ def planned(state: Any, fetched: Mapping[int, Entry], source: Source, failed: th
     gaps = [stop - start for start, stop in sink.gaps]
     if gaps != [one.untyped_storage().nbytes() for one in order.tensors]:
         raise ConfigurationError(
-            "a value holds storages of tensors, which can't be told apart here",
+            "a value holds storages of tensors, which can't be distinguished here",
             hint="Select keys without it",
         )
     sums = [_Sum(gap, failed) for gap in gaps]

@@ -79,9 +79,9 @@ def copy_checkpoint(
         source: one checkpoint.
         destination: where it should be, too.
         overwrite: replace another checkpoint there. It stays whole until the new one is.
-        observer: told of an object's name and how many more of its bytes have arrived, from the threads that
-            copy.
-        begun: told how many bytes are about to be copied.
+        observer: called with an object's name and how many more of its bytes have arrived, from the threads
+            that copy.
+        begun: called with the number of bytes to be copied.
         source_options: keywords for the source.
         destination_options: keywords for the destination.
 
@@ -157,7 +157,7 @@ class _Copy:
         journal: CopyJournal | None = None
         try:
             journal = CopyJournal(self._destination, self._copy_id, checkpoint.digest)
-            # Another copy may have committed before it heard of this one. Later it won't.
+            # Another copy may have committed before it noticed this one. It won't later.
             existing = _existing(self._destination)
             if _is_there(checkpoint, existing):
                 journal.end()
@@ -263,7 +263,7 @@ class _Copy:
         existing: Mapping[str, Previous],
         marker: SaveLease,
     ) -> None:
-        """Make the checkpoint visible, once more having looked whether nobody took this copy for dead.
+        """Make the checkpoint visible, after a last check that no other process took this copy for dead.
 
         Of ranks that saved without each other, each one's metadata is a commit of its own.
         """
@@ -272,19 +272,19 @@ class _Copy:
         if not marker.is_there():
             raise gave_way(store.uri)
         # What another copy puts under a name that is unique is the same.
-        told = [replace(one, version=None) if is_unique(name) else one for name, one in objects.items()]
+        committing = [replace(one, version=None) if is_unique(name) else one for name, one in objects.items()]
         for name, data in sorted(checkpoint.metadata.items()):
             previous = existing.get(name)
             if previous is not None and previous.data == data:
                 continue
             commit.put_metadata(store, name, data, data, previous)
             if marker.is_gone():
-                commit.ensure_whole(store, name, data, told, previous)
+                commit.ensure_whole(store, name, data, committing, previous)
         # What counted before goes last: of all ranks, it goes before each rank's own.
         store.delete(sorted(existing.keys() - checkpoint.metadata.keys()))
 
     def _is_left(self, journal: CopyJournal, error: BaseException) -> bool:
-        """Keep what has arrived for the next copy; False where that has begun already."""
+        """Keep what has arrived for the next copy; False where that has started already."""
         if not journal.leave():
             for upload in journal.unshared:
                 give_up(self._destination, upload)
@@ -332,7 +332,7 @@ def _is_there(checkpoint: Checkpoint, existing: Mapping[str, Previous]) -> bool:
 def _check_replaceable(
     uri: str, checkpoint: Checkpoint, existing: Mapping[str, Previous], *, overwrite: bool
 ) -> None:
-    """Refuse to replace a checkpoint that nobody said to, or that can't stay whole meanwhile.
+    """Refuse to replace a checkpoint without ``overwrite``, or one that can't stay whole meanwhile.
 
     Raises:
         CheckpointExistsError: such a one is there.
@@ -359,4 +359,4 @@ def _named(data: bytes, uri: str, name: str) -> frozenset[str]:
     try:
         return md.objects_of(md.load(data, uri=uri, name=name))
     except CheckpointError:
-        return frozenset()  # nobody can load it
+        return frozenset()  # it can't be loaded

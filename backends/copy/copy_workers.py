@@ -1,8 +1,8 @@
 """The bytes of a checkpoint on their way from one store to another, several parts at a time.
 
 Every worker takes the next thing that there is to do: a part of an object that is under way, or the next
-object. Whoever has sent the last part of one makes it visible. So few objects are open at a time, and the
-journal stays small.
+object. The worker that sends the last part of one makes it visible. So few objects are open at a time, and
+the journal stays small.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Relay:
         options: of the source.
         destination: where to, with nothing committed that names these objects.
         into: options of the destination.
-        journal: told of every part.
+        journal: records every part.
         ready: asked before anything becomes visible; raises where nothing may.
-        observer: told of an object's name and how many more of its bytes are at the destination.
+        observer: called with an object's name and how many more of its bytes are at the destination.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class Relay:
             self._may_show()
             store.delete([name])
         if opened is None:
-            opened = object_copy.begun(store, original, self._options)
+            opened = object_copy.start_copy(store, original, self._options)
         self._journal.begin(name, opened.entry)
         self._tell(name, sum(one.part.size for one in opened.sent.values()))
         return opened
@@ -258,7 +258,7 @@ class Relay:
         self._ready()
 
     def _note_damage(self, one: Moving, error: Exception) -> None:
-        """Have an object let go of that must not be completed, once no part of it is in flight."""
+        """Abandon an object that must not be completed, once no part of it is in flight."""
         self._fail(error)
         with self._turn:
             self._damaged.append(one)

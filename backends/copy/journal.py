@@ -1,8 +1,8 @@
-"""The journal of a copy: what is at the destination already, for whoever goes on with it.
+"""The journal of a copy: the objects that are at the destination already, for a later copy to go on.
 
 One hidden object, in the folder of the checkpoint that is being copied to. It names the copy that it belongs
 to, and is put on the condition of the version before: a copy that another one took over can't put it any
-more, and learns so. What is read from it was written by whoever can write there, so that nothing is taken on
+more, and learns so. Anyone who can write there may have written it, so that nothing is taken on
 its word that could do harm: an upload is asked for at the store, and parts have to be those of this copy.
 """
 
@@ -164,7 +164,7 @@ class CopyJournal:
         self._wake.set()
 
     def forget(self, name: str) -> None:
-        """Note that an object has to be begun anew."""
+        """Note that an object has to be started anew."""
         with self._lock:
             self._objects.pop(name, None)
             self._parts.pop(name, None)
@@ -180,7 +180,7 @@ class CopyJournal:
             raise self._lost
 
     def leave(self) -> bool:
-        """Put what is known now, for the next copy to go on with; False where that has begun already."""
+        """Put what is known now, for the next copy to go on with; False where that has started already."""
         self._stop()
         self._changed = True  # or what is there would not be looked at
         try:
@@ -194,8 +194,8 @@ class CopyJournal:
     def unshared(self) -> list[Upload]:
         """Uploads of this copy that no other can know of, for they are in no journal yet."""
         with self._lock:
-            begun = replace(self._own, objects=dict(self._objects)).uploads
-        return [upload for upload in begun if upload not in self._shared]
+            started = replace(self._own, objects=dict(self._objects)).uploads
+        return [upload for upload in started if upload not in self._shared]
 
     def end(self) -> None:
         """Take the journal away, unless it is another copy's by now."""

@@ -40,7 +40,7 @@ class Moving:
     upload: Upload
     part_size: int
     todo: deque[int]
-    """Numbers of parts that nobody has taken."""
+    """Numbers of parts that no worker has taken."""
     sent: dict[int, SentPart] = field(default_factory=dict)
     in_flight: int = 0
     was_noted: bool = False
@@ -94,7 +94,7 @@ def is_unique(name: str) -> bool:
     return _UNIQUE.fullmatch(name) is not None
 
 
-def begun(store: ObjectStore, original: Original, options: Options) -> Moving:
+def start_copy(store: ObjectStore, original: Original, options: Options) -> Moving:
     """Open an upload for an object.
 
     Raises:

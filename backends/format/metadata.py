@@ -150,7 +150,7 @@ def save_id_of(metadata: Metadata) -> str | None:
 
 
 def notes_of(metadata: Metadata) -> dict[str, float]:
-    """The numbers that whoever saved this noted by name."""
+    """Return the numbers that were saved with the checkpoint, by name."""
     notes = _extras(metadata).get("notes")
     if not isinstance(notes, dict):
         return {}
@@ -235,7 +235,7 @@ def load(data: bytes, *, uri: str, name: str = METADATA_NAME, trust: bool = Fals
         raise _damaged("the checkpoint's metadata is damaged: it does not match its checksum", uri, name)
     try:
         with no_collection():
-            # With trust, the caller takes whoever wrote the checkpoint at their word.
+            # With trust, the caller trusts the writer of the checkpoint.
             metadata = pickle.loads(data) if trust else MetadataUnpickler(data, uri, name).settled()  # noqa: S301
         if _has_lost_its_seal(data, metadata):
             raise _damaged("the checkpoint's metadata is damaged: its checksum is gone", uri, name)

@@ -1,4 +1,4 @@
-"""Unpickling a DCP ``Metadata`` from whoever wrote it, and running nothing."""
+"""Unpickling a DCP ``Metadata`` of an untrusted writer, without running its code."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from cloudckpt.backends.torch_private import (
 class MetadataUnpickler(pickle.Unpickler):
     """Knows DCP's metadata classes and nothing else.
 
-    A pickle can set attributes on whatever ``find_class`` returns, classes included. So it is given stand-
-    ins made for this one read: subclasses whose instances are turned into the real thing afterwards, and
-    plain functions.
+    A pickle can set attributes on anything that ``find_class`` returns, classes included. So it is given
+    stand- ins made for this one read: subclasses whose instances are turned into the real thing afterwards,
+    and plain functions.
     """
 
     def __init__(self, data: bytes, uri: str, name: str) -> None:
@@ -68,7 +68,7 @@ class MetadataUnpickler(pickle.Unpickler):
             f"the checkpoint's metadata asks for {what[:_QUOTED]}, which DCP's own metadata never needs",
             uri=self._uri,
             object_name=self._name,
-            hint="Pass trust=True only if you trust whoever wrote the checkpoint: it may run their code",
+            hint="Pass trust=True only if you trust the writer of the checkpoint: it may run their code",
         )
 
     def _called(self, function: Callable[..., object]) -> Callable[..., object]:
@@ -127,8 +127,8 @@ class MetadataUnpickler(pickle.Unpickler):
 def _compared(instances: list[object]) -> Callable[[object, object], bool]:
     """Return a comparison of indices, of which there may be a few for each of the instances.
 
-    Whoever chooses the offsets of a million items can give all of them the same hash, and each would be
-    compared with all before it.
+    An attacker who chooses the offsets of a million items can give all of them the same hash, and each would
+    be compared with all before it.
     """
     compared = 0
 

@@ -2,8 +2,8 @@
 
 A few dozen bytes can cost as much as their writer likes, before a single object can be judged:
 
-- CPython's unpickler keeps its memo in an array that grows to whatever index an instruction names.
-- It makes room for a string of bytes of whatever length is named, before it looks for them.
+- CPython's unpickler keeps its memo in an array that grows to any index that an instruction names.
+- It makes room for a string of bytes of any length that is named, before it looks for them.
 - A tuple of the same tuple twice, forty times over, is hashed 2**40 times when it becomes a key.
 - A tuple nested 200,000 deep overflows the C stack when it is hashed.
 - An empty set is one byte in a pickle, and 232 in memory.

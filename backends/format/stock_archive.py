@@ -1,4 +1,4 @@
-"""Items as stock DCP wrote them: where the payload lies when nobody noted it.
+"""Items as stock DCP wrote them, without a record of the payload's position.
 
 An item is a ``torch.save`` archive. Its beginning and its end say everything but the payload, so a large
 item is opened by reading those two, and its payload is then read like one of ours.
@@ -106,7 +106,7 @@ def locate(offset: int, length: int, read: Callable[[int, int], bytes]) -> Store
         ends.seek(0)
         with torch.serialization.skip_data():
             tensor = torch.load(cast(IO[bytes], ends), weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, reading it as a whole says so
+    except Exception:  # noqa: BLE001 - reading it as a whole says what is wrong with it
         return None
     if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided or len(payloads) != 1:
         return None

@@ -74,7 +74,7 @@ def assign(item: ReadItem, target: torch.Tensor, source: torch.Tensor, *, whole:
     landing = landing_for(target) if is_ordinary(target) else target
     try:
         subclasses.assign(landing, source, whole=whole)
-    except Exception as error:  # of whatever operator of another library's class
+    except Exception as error:  # of any operator of another library's class
         raise uncopied(item, error) from error
     if landing is not target:
         settle_into(item, target, landing)

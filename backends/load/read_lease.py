@@ -4,7 +4,7 @@ Retention deletes no checkpoint that has a live lease. The reader puts its lease
 ``.metadata``, and reads no data before it has both. The deleter looks for leases before it deletes
 ``.metadata`` and again afterwards, and leaves the data objects where it finds one. So a reader finds every
 object, unless ``.metadata`` was deleted after it was read and before the lease was put. A load of such a step
-ends as if it had begun after the deletion: the step is not there.
+ends as if it had started after the deletion: the step is not there.
 """
 
 from __future__ import annotations

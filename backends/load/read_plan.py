@@ -336,7 +336,7 @@ class _Load:
 
 
 class _Countdown:
-    """Calls ``then`` when ``step`` has been called ``count`` times, from whatever threads."""
+    """Calls ``then`` when ``step`` has been called ``count`` times, on any threads."""
 
     def __init__(self, count: int, then: Callable[[], None]) -> None:
         self._left = count

@@ -50,7 +50,7 @@ class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
     Args:
         uri: the checkpoint, such as ``s3://bucket/run/step-100``; options may stand in its query. A target
             that was parsed before has its options already.
-        trust: let the checkpoint run code of whoever wrote it, as stock DCP always does.
+        trust: let the checkpoint run code of its writer, as stock DCP always does.
         share: read what several ranks of one host need once, and pass it on between them. None does so where
             bytes come over a network, and not from a folder or from memory.
         options: as in the table of options; they win over the query and ``CLOUDCKPT_*`` in the environment.
@@ -113,9 +113,9 @@ class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
         self._begin()
 
     def observe(self, observer: Observer | None, begun: Callable[[int], None] | None = None) -> None:
-        """Have ``begun`` told how many bytes a load reads, and ``observer`` of each range that has arrived.
+        """Call ``begun`` with the number of bytes of a load, and ``observer`` for each range that arrives.
 
-        Both are of what this rank reads itself. ``observer`` is told an object's name and how many bytes it
+        Both count what this rank reads itself. ``observer`` gets an object's name and how many bytes it
         had more, on the threads that read. Neither goes with a pickle.
         """
         self._observer, self._begun = observer, begun
@@ -236,7 +236,7 @@ class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
                 shared = SharedReads(plan.storage_data, self._listener, memory_limit, options.timeout)
                 memory_limit = shared.memory_limit
             else:
-                self._close_listener()  # whoever would call must not wait
+                self._close_listener()  # a rank that would connect must not wait
             with self._opened() as store:
                 downloader = Downloader(store, transfers(store, options), memory_limit, sizes)
                 downloader.observe(self._observer, self._begun)

@@ -1,6 +1,6 @@
 """Reading together: each rank of a host reads a share of what several need, and passes it on.
 
-It saves reads and is never needed: whatever does not come from another rank as it was saved, this one reads
+It saves reads and is never needed: bytes that don't come from another rank as they were saved, this one reads
 by itself.
 """
 
@@ -37,7 +37,7 @@ _log = background_log.logger(__name__)
 _NUMBER = struct.Struct("@Q")
 _LEADER = 0
 _MEETING = 10.0
-"""Seconds at most that ranks wait for each other; whoever is later reads alone."""
+"""Seconds at most that ranks wait for each other; a rank that is later reads alone."""
 _EXTENTS = 256
 """That are received at once, at most."""
 _MARGIN = 2 * LARGEST_CHUNK + GAP
@@ -173,7 +173,7 @@ class SharedReads:
                 if (link := self._called(rank)) is not None
             ]
             for rank, link in self._come(Purpose.BYTES, takers).items():
-                link.bound(self._patience / 2)  # whoever waits for the next bytes must not give up, too
+                link.bound(self._patience / 2)  # a rank that waits for the next bytes must not give up, too
                 self._outgoing[rank] = _Outgoing(links.enter_context(link))
             downloader.read(rest, jobs, links.close)
             for one in taking:
@@ -194,7 +194,8 @@ class SharedReads:
         for name, extents in wanted.items():
             for extent in extents:
                 key = (name, extent.begin, extent.end)
-                # What has no checksum can't be told from what another rank wrote into the same memory.
+                # Bytes without a checksum can't be distinguished from those of another rank in the same
+                # memory.
                 alone = extent.expected is None or Request((extent,)).buffered > self._room
                 if alone or key in known:
                     rest[name].append(extent)

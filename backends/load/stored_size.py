@@ -14,7 +14,7 @@ from cloudckpt.backends.errors import ConfigurationError
 class StoredSize(tuple[int, ...]):  # noqa: SLOT001 - a tuple of variable length takes no slots
     """Stands in for the ``torch.Size`` of a tensor's metadata during one load.
 
-    DCP's planner compares sizes before the storage layer hears of the state, and raises an error without
+    DCP's planner compares sizes before the storage layer gets the state, and raises an error without
     URI or rank. The comparison that fails is the only place to say more.
     """
 
@@ -28,7 +28,7 @@ class StoredSize(tuple[int, ...]):  # noqa: SLOT001 - a tuple of variable length
         return size
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle is plain, for whoever keeps the metadata beyond the load."""
+        """A copy or a pickle is plain, for callers that keep the metadata beyond the load."""
         return (torch.Size, (tuple(self),))
 
     def numel(self) -> int:

@@ -24,7 +24,7 @@ from cloudckpt.backends.stores.base import ObjectInfo, ObjectStore
 from cloudckpt.backends.stores.object_names import PIN
 from cloudckpt.backends.system import background_log
 from cloudckpt.backends.system.printable import one_line
-from cloudckpt.backends.transfer.task_pool import begun
+from cloudckpt.backends.transfer.task_pool import start_task
 
 _log = background_log.logger(__name__)
 
@@ -39,9 +39,9 @@ def delete_checkpoint(
 
     With ``dry_run`` nothing is deleted, and the names are of what would be.
 
-    ``.metadata`` goes first. Whoever dies after that leaves objects that no reader sees and that gc removes.
-    Objects that the metadata does not name, such as those of a save in progress, are left alone, and so are
-    all of them where it can't be read.
+    ``.metadata`` goes first. A process that dies after that leaves objects that no reader sees and that gc
+    removes. Objects that the metadata does not name, such as those of a save in progress, are left alone, and
+    so are all of them where it can't be read.
 
     Raises:
         CheckpointNotFoundError: nothing is committed here.
@@ -68,7 +68,7 @@ def delete_unread(target: Target) -> bool:
         StorageError: the store could not be read, or not delete.
     """
     with open_store(target) as store:
-        pinned = begun(partial(store.holds, PIN), concurrent=store.is_remote)
+        pinned = start_task(partial(store.holds, PIN), concurrent=store.is_remote)
         try:
             metadata, objects, listed = _committed(store)
         except CheckpointNotFoundError:  # another process was faster
@@ -137,7 +137,7 @@ def _committed(store: ObjectStore) -> tuple[list[str], list[str], tuple[ObjectIn
     """
     # Ranks that saved without each other have metadata of their own.
     look = partial(commit.find_previous, store, md.METADATA_NAME)  # listed or not: a listing may lag behind
-    looking = begun(look, concurrent=True) if store.is_remote else None
+    looking = start_task(look, concurrent=True) if store.is_remote else None
     listed = store.list("", delimiter=True).objects
     read = {md.METADATA_NAME: look() if looking is None else looking.result()}
     for name in (info.name for info in listed if md.is_metadata(info.name)):

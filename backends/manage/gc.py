@@ -97,8 +97,8 @@ def collect_garbage(
     with open_store(Target.given("collect_garbage", uri, options)) as store:
         # Uploads first, then objects, then metadata. A save that begins between two of these steps has put
         # its marker before its first upload, and one that commits between them is seen as committed.
-        begun = _pending(store, skipped)
-        pending = [one for one in begun if _is_ours(one.upload.name)]
+        started = _pending(store, skipped)
+        pending = [one for one in started if _is_ours(one.upload.name)]
         listing = store.list().objects
         now = datetime.now(UTC)
         bound, silent = _before(now, age), _before(now, silence)
@@ -113,7 +113,7 @@ def collect_garbage(
             if _is_old(p.started, unguarded if _is_unguarded(p.upload.name) else bound)
             and _parent(p.upload.name) not in busy
         ]
-        leases, left = _conversions(store, listing, begun, unguarded)
+        leases, left = _conversions(store, listing, started, unguarded)
         journals, abandoned, copied = _copies(store, listing, bound, busy)
         asides = _set_aside(store, listing, bound, busy)
         copied |= set_aside.objects_of(store, asides)
@@ -231,15 +231,15 @@ def _copies(
 
 
 def _conversions(
-    store: ObjectStore, listing: Sequence[ObjectInfo], begun: Sequence[PendingUpload], bound: datetime
+    store: ObjectStore, listing: Sequence[ObjectInfo], started: Sequence[PendingUpload], bound: datetime
 ) -> tuple[list[str], convert_lease.Left]:
     """Return the leases of conversions that died, and what these left that no living one writes."""
     found = [info for info in listing if convert_lease.LEASE.fullmatch(info.name)]
     visible = frozenset(info.name for info in listing)
     found = confirmation.leases_now(store, found, bound)
     dead = [info.name for info in found if _is_old(info.modified, bound)]
-    left = [convert_lease.left_by(store, name, visible, begun) for name in dead]
-    living = [convert_lease.left_by(store, i.name, visible, begun) for i in found if i.name not in dead]
+    left = [convert_lease.left_by(store, name, visible, started) for name in dead]
+    living = [convert_lease.left_by(store, i.name, visible, started) for i in found if i.name not in dead]
     writing = {one.name for its in living for one in its.uploads} | {o for its in living for o in its.objects}
     uploads = {one for its in left for one in its.uploads if one.name not in writing}
     objects = {one for its in left for one in its.objects if one not in writing}
@@ -286,7 +286,7 @@ def _markers(
 
 
 def _is_in_use(store: ObjectStore, folder: str, listing: Iterable[ObjectInfo], bound: datetime) -> bool:
-    """Return True if a folder is in use or was kept, whatever the listing showed."""
+    """Return True if a folder is in use or was kept, regardless of the listing."""
     shown = {info.name: info for info in listing if _parent(info.name) == folder}
     if confirmation.is_held(store, folder, shown, silent_since()):
         return True

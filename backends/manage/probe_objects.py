@@ -21,15 +21,15 @@ class ProbeObjects:
         self._names: list[str] = []
         self._open: dict[Upload, list[Part]] = {}
         self._unsure: set[str] = set()
-        """Names under which an upload may have been begun without an answer."""
+        """Names under which an upload may have been started without an answer."""
 
     @property
     def is_empty(self) -> bool:
-        """True if nothing was put or begun yet."""
+        """True if nothing was put or started yet."""
         return not self._names
 
     def name(self) -> str:
-        """A new name, under which something will be put or begun."""
+        """A new name, under which something will be put or started."""
         self._names.append(name := probe_name())
         return name
 
@@ -47,8 +47,8 @@ class ProbeObjects:
         self._open[upload].append(part)
         return part
 
-    def begun(self, uploads: Iterable[Upload], unsure: Iterable[str] = ()) -> None:
-        """Take uploads over that somebody else has begun under such names, or may have."""
+    def adopt(self, uploads: Iterable[Upload], unsure: Iterable[str] = ()) -> None:
+        """Take over uploads that another part has started under such names, or may have."""
         self._open |= {upload: [] for upload in uploads}
         self._unsure.update(unsure)
 
@@ -96,6 +96,6 @@ class ProbeObjects:
             self._store.stat(name)
         except ObjectNotFoundError:
             return False
-        except CheckpointError:  # nobody can tell
+        except CheckpointError:  # unknown
             return True
         return True

@@ -88,7 +88,7 @@ def verify(
     Values are loaded as well, and those that a load without ``trust`` refuses are reported. Holds at most
     ``memory_limit`` bytes. Nothing that the checkpoint says is run. Damage is reported, not raised.
 
-    ``begun`` is told how many bytes are about to be compared, for each metadata object that the checkpoint
+    ``begun`` is called with the number of bytes to be compared, for each metadata object that the checkpoint
     has, and ``observer`` of an object's name and how many more of its bytes have been, from the threads that
     read.
 

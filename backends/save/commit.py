@@ -97,8 +97,8 @@ def find_previous(store: ObjectStore, name: str) -> Previous | None:
 
 def _log_kept(uri: str, name: str, which: str, names: Sequence[str]) -> None:
     if names:
-        told = "%s of %s names %d objects %s: they stay behind, such as %s"
-        _log.warning(told, name, one_line(uri), len(names), which, one_line(names[0]))
+        message = "%s of %s names %d objects %s: they stay behind, such as %s"
+        _log.warning(message, name, one_line(uri), len(names), which, one_line(names[0]))
 
 
 def at_once(options: Options, ranks: int) -> int:
@@ -187,16 +187,16 @@ def withdraw(store: ObjectStore, staged: Sequence[StagedObject], concurrency: in
 
 
 def abandon(
-    store: ObjectStore, begun: Iterable[Upload], prefix: str, unknown: Iterable[str], concurrency: int
+    store: ObjectStore, started: Iterable[Upload], prefix: str, unknown: Iterable[str], concurrency: int
 ) -> None:
-    """Abort the uploads that were begun, and those of ``unknown`` names, whose ids never arrived.
+    """Abort the uploads that were started, and those of ``unknown`` names, whose ids never arrived.
 
     Only the latter are looked for by listing what is pending below ``prefix``.
 
     Raises:
         StorageError: the store could not abort or list.
     """
-    run_all([functools.partial(store.abort_upload, upload) for upload in begun], concurrency)
+    run_all([functools.partial(store.abort_upload, upload) for upload in started], concurrency)
     lost = frozenset(unknown)
     if lost:
         found = [p.upload for p in store.pending_uploads(prefix) if p.upload.name in lost]
@@ -208,7 +208,7 @@ class _Outcome(enum.Enum):
     NOT_OURS = "another's metadata is there, and ours can't come any more"
     UNCHANGED = "what we meant to replace is there, and ours can't come any more"
     NOTHING = "no metadata is there, and ours can't come any more"
-    UNKNOWN = "nobody can tell"
+    UNKNOWN = "the state is unknown"
 
 
 def put_metadata(

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cloudckpt.backends.save.save_lease import SaveLease
 from cloudckpt.backends.stores.base import ObjectStore
-from cloudckpt.backends.transfer.task_pool import begun
+from cloudckpt.backends.transfer.task_pool import start_task
 
 _FRESH: Final = 5.0
 """Seconds for which a look at the marker is good for a commit; gc takes a save for dead after minutes."""
@@ -52,7 +52,7 @@ class Coordinator:
         Raises:
             CheckpointError: the save is refused. With a remote store, `settle` raises it.
         """
-        self._looks.append(begun(look, concurrent=self._concurrent))
+        self._looks.append(start_task(look, concurrent=self._concurrent))
 
     def mark(self, save_id: str, rank: int) -> None:
         """Begin to put the marker of the save.
@@ -61,10 +61,10 @@ class Coordinator:
             StorageError: the store could not be written to. With a remote store, `settle` raises it.
         """
         put = functools.partial(SaveLease, self._store, save_id, rank)
-        self._marking = begun(put, concurrent=self._concurrent)
+        self._marking = start_task(put, concurrent=self._concurrent)
 
     def settle(self) -> None:
-        """Wait for all that was begun. No byte of the state is sent before.
+        """Wait for all that was started. No byte of the state is sent before.
 
         Raises:
             CheckpointError: the save is refused, or its marker could not be put.
@@ -80,7 +80,7 @@ class Coordinator:
         """Begin to look for the marker, while uploads are completed."""
         marker = self._marker()
         if marker is not None and self._concurrent:
-            self._check = _Clocks(), begun(marker.check, concurrent=True)
+            self._check = _Clocks(), start_task(marker.check, concurrent=True)
 
     def check(self) -> None:
         """Make sure right before the commit that the marker is there.
@@ -117,14 +117,14 @@ class Coordinator:
             self.end()
         elif remove_previous is None:
             # The objects tell as much as the marker does, and can be looked at while it is deleted.
-            ending = begun(self.end, concurrent=True)
+            ending = start_task(self.end, concurrent=True)
             try:
                 ensure_whole()
             finally:
                 wait([ending])
         else:
             ensure_whole()  # first: taking the commit back needs what was replaced
-            removing = begun(remove_previous, concurrent=True)
+            removing = start_task(remove_previous, concurrent=True)
             self.end()
             removing.result()
 

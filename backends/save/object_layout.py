@@ -75,8 +75,8 @@ def usual_part_size(options: Options) -> int:
 def part_size_in_place(nbytes: int, at_once: int, options: Options, limits: PartLimits) -> int:
     """Return the part size in bytes where parts are sent from the caller's memory.
 
-    A part costs the processor some 2 ms, whatever its size, so parts are long; but every transfer that may
-    run should have one. It is the usual size for a store that copies a part, or takes parts one after
+    A part costs the processor some 2 ms, regardless of its size, so parts are long; but every transfer that
+    may run should have one. It is the usual size for a store that copies a part, or takes parts one after
     another, where a long one that fails is a long way back.
 
     Args:

@@ -37,7 +37,7 @@ MARKER: Final = re.compile(r"(?:.*/)?\.cloudckpt-save\.[0-9a-f]{32}")
 RENEWED_EVERY: Final = 60.0
 """Seconds between two renewals: a small part of the silence after which a save counts as dead."""
 SILENT_FOR: Final = timedelta(minutes=10)
-"""The silence after which a save counts as dead, where nobody says another."""
+"""The default age after which a lease counts as expired."""
 
 
 def marker_name(save_id: str) -> str:
@@ -56,12 +56,12 @@ def is_silent(marker: ObjectInfo, since: datetime) -> bool:
 
 
 class SaveLease:
-    """The marker of one save. Its owner calls ``end`` or ``leave``; one that is dropped falls silent.
+    """The marker of one save. Its owner calls ``end`` or ``leave``; one that is dropped expires.
 
     Args:
         store: the checkpoint's.
         save_id: 32 hexadecimal digits, of this save alone.
-        rank: of the coordinator, for whoever reads the marker.
+        rank: of the coordinator, for people who read the marker.
         every: seconds between renewals.
         name: of the object, where it is not the marker of a save.
         notes: more that it says, as JSON has it.
@@ -94,7 +94,7 @@ class SaveLease:
         weakref.finalize(self, self._stop.set)
 
     def check(self) -> None:
-        """Make sure that nobody took this save for dead.
+        """Check that no other process took this save for dead.
 
         Raises:
             CommitError: the marker is gone, and parts of the save may be.
@@ -125,7 +125,7 @@ class SaveLease:
             return False
 
     def leave(self) -> None:
-        """Renew no more, and let the marker fall silent where it is."""
+        """Renew no more, and let the marker expire."""
         self._stop.set()
 
     def end(self) -> None:
@@ -193,7 +193,7 @@ class _Kept:
             return None
 
     def _renewed_where_it_is(self) -> ObjectInfo:
-        """Put the marker if it is there, whatever its version: only this save puts it.
+        """Put the marker if it is there, at any version: only this save puts it.
 
         Raises:
             ObjectNotFoundError: it was deleted.

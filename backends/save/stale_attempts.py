@@ -2,7 +2,7 @@
 
 A job that is killed and restarted again and again leaves a marker and open uploads each time, often of the
 same step. A save that has committed removes what is left in its own step's folder, and in steps that were
-begun and not committed, as far as the coordinator of each attempt there is dead: its process has ended on
+started and not committed, as far as the coordinator of each attempt there is dead: its process has ended on
 this host, or its marker was not renewed for so long that `gc` takes it for dead. A folder with an attempt
 that may be alive is not touched, nor is anything without a marker: both are left to `gc`.
 
@@ -162,9 +162,9 @@ def _is_dead(store: ObjectStore, marker: ObjectInfo, now: datetime | None) -> bo
     if now is not None and is_silent(marker, now - SILENT_FOR):
         return True
     try:
-        told = json.loads(store.get(marker.name)[0])
+        content = json.loads(store.get(marker.name)[0])
     except ObjectNotFoundError:  # its save has ended since
         return False
     except ValueError:
         return False
-    return isinstance(told, dict) and process_identity.is_dead(told)
+    return isinstance(content, dict) and process_identity.is_dead(content)

@@ -27,7 +27,7 @@ _SPARE: Final = 8
 """Share of a part by which the last one may be longer."""
 
 Observer = Callable[[str, int], None]
-"""Told of an object's name and how many more of its bytes are stored."""
+"""Called with an object's name and how many more of its bytes are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ class Uploader:
         store: where to.
         concurrency: requests in flight at most.
         memory_limit: bytes held beyond the caller's tensors.
-        observer: told of every part that is stored, on the thread that sent it.
-        padded: fill an object up where a store takes its bytes in multiples; without it, whoever completes
-            an upload has to have all of its parts at hand.
+        observer: called for every part that is stored, on the thread that sent it.
+        padded: fill an object up where a store takes its bytes in multiples; without it, the process that
+            completes an upload has to have all of its parts at hand.
         failed: set at the first failure, for segments that wait for others.
     """
 
@@ -105,10 +105,10 @@ class Uploader:
         self._room = threading.BoundedSemaphore(2 * concurrency)
         self._multiple = self._limits.multiple if padded else 1
         self._failed = failed or threading.Event()
-        self.begun: list[Upload] = []
+        self.started: list[Upload] = []
         """Uploads that the store confirmed, ended or not."""
         self.unconfirmed: set[str] = set()
-        """Objects whose upload may have been begun without an answer."""
+        """Objects whose upload may have been started without an answer."""
 
     def send(
         self,
@@ -119,7 +119,7 @@ class Uploader:
 
         Args:
             objects: the segments and the part size in bytes, by name.
-            cleared: called once the uploads are being begun; no byte of a part is sent before it returns.
+            cleared: called once the uploads are being started; no byte of a part is sent before it returns.
 
         Raises:
             Exception: of ``cleared``, or the first failure of a request or of a segment iterator, once no
@@ -151,7 +151,7 @@ class Uploader:
         sending: Sequence[_Sending],
         objects: Sequence[tuple[Iterable[Segment], int]],
     ) -> None:
-        """Hand out the parts of all objects by turns: those of one may have to go one after another."""
+        """Hand out the parts of all objects alternately: those of one may have to go one after another."""
         cut = [
             windows(_padded(segments, self._multiple), part_size, self._spare(part_size))
             for segments, part_size in objects
@@ -200,7 +200,7 @@ class Uploader:
         except BaseException:
             self._failed.set()
             raise
-        self.begun.append(upload)
+        self.started.append(upload)
         self.unconfirmed.discard(name)
         return upload
 
@@ -248,7 +248,8 @@ class Uploader:
 def _padded(segments: Iterable[Segment], multiple: int) -> Iterator[Segment]:
     """The segments, and zeros after them up to a multiple of so many bytes.
 
-    A store that takes its bytes in multiples could keep the rest of an object only with whoever ends it.
+    A store that takes its bytes in multiples could keep the rest of an object only with the process that ends
+    it.
     """
     size = 0
     for segment in segments:

@@ -121,7 +121,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
     ) -> None:
         """Begin a save on this rank.
 
-        With a remote store the coordinator's requests are only begun here: their errors reach `finish`.
+        With a remote store the coordinator's requests are only started here: their errors reach `finish`.
 
         Raises:
             CheckpointExistsError: on the coordinator, where one is committed and ``overwrite`` is off.
@@ -190,7 +190,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Mark the save as in progress.
 
-        The marker is there before a byte is sent. With a remote store its put is only begun here.
+        The marker is there before a byte is sent. With a remote store its put is only started here.
         To the plans there is nothing to add: names carry an id of their own, so that even a cached plan
         never reuses one.
 
@@ -271,13 +271,14 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
             except BaseException:
                 self._leave_marker()
                 raise
-            # Anything else, such as Ctrl-C, may have come after the commit: nothing is taken away then.
+            # Anything else, such as Ctrl-C, may have come after the commit: nothing is deleted then.
 
     def abort(self) -> None:
-        """Give up a save that was begun and whose ``finish`` will not come, on this rank.
+        """Give up a save that was started and whose ``finish`` will not come, on this rank.
 
-        DCP tells a writer nothing when a planner's ``finish_plan`` fails on another rank; whoever learns of
-        it calls this. Without it, the next save with the same writer does the same, and otherwise ``gc``.
+        DCP tells a writer nothing when a planner's ``finish_plan`` fails on another rank; a caller that
+        learns of it calls this. Without it, the next save with the same writer does the same, and otherwise
+        ``gc``.
 
         Raises:
             StorageError: the store could not list or abort what is pending.
@@ -301,7 +302,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         return md.metadata_name(None if self._use_collectives else self._rank)
 
     def _sweep(self) -> None:
-        """Give up an earlier save, if its end was never heard of."""
+        """Give up an earlier save, if its end is unknown."""
         self._end_marker()
         self._try_to_abandon()
 
@@ -310,7 +311,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         if uploader is not None:
             concurrency = self._target.options.concurrency
             commit.abandon(
-                self._opened(), uploader.begun, f"__{self._rank}_", uploader.unconfirmed, concurrency
+                self._opened(), uploader.started, f"__{self._rank}_", uploader.unconfirmed, concurrency
             )
 
     def _try_to_abandon(self) -> None:
@@ -333,7 +334,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         return [its.staged for its in sent]
 
     def _cleared(self, store: ObjectStore) -> Callable[[], None] | None:
-        """Return what has to succeed before this rank sends a byte, while its uploads are begun."""
+        """Return what has to succeed before this rank sends a byte, while its uploads are started."""
         if self._requests is not None:
             return self._requests.settle
         looks = store.is_remote and not self._overwrite
@@ -377,7 +378,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
             self._requests = None
 
     def _leave_marker(self) -> None:
-        """Leave the marker to fall silent: a commit that may still come needs its objects."""
+        """Leave the marker to expire: a commit that may still come needs its objects."""
         if self._requests is not None:
             self._requests.leave()
             self._requests = None

@@ -90,7 +90,7 @@ class Check:
     Args:
         try_out: pickles and unpickles a part that is not known here. It returns None where that succeeds, the
             reason where it fails, and `UNKNOWN` where it is not allowed to.
-        any_key: accepts keys whatever their hash runs.
+        any_key: accepts keys with any hash function.
     """
 
     def __init__(self, try_out: Callable[[object], str | None], *, any_key: bool) -> None:

@@ -94,7 +94,7 @@ class Flat:
     foreign: set[str] = field(default_factory=set)
     """Leaves that another rank writes."""
     rank0: set[str] = field(default_factory=set)
-    """Leaves that rank 0 writes, whatever the others have."""
+    """Leaves that rank 0 writes, regardless of the others' values."""
     own: dict[str, list[str]] = field(default_factory=dict)
     """Lists of names that ranks may have different ones of."""
     keys: dict[str, str] = field(default_factory=dict)

@@ -27,7 +27,7 @@ def obstacle(tensor: torch.Tensor, *, trust: bool, in_place: bool) -> tuple[str,
     """
     try:
         TensorProperties.create_from_tensor(tensor)
-    except Exception as error:  # noqa: BLE001 - whatever an operator of another library's class raises
+    except Exception as error:  # noqa: BLE001 - an operator of another library's class may raise anything
         return (
             f"can't be planned by DCP, since its class lacks an operator: {type(error).__name__}: {error}",
             "Save the tensors that it is made of, as __tensor_flatten__ names them",
@@ -50,7 +50,7 @@ def obstacle(tensor: torch.Tensor, *, trust: bool, in_place: bool) -> tuple[str,
         if not trust and (needed := _needed(data)):
             registered = f"torch.serialization.add_safe_globals([{', '.join(sorted(_names(needed)))}])"
             return (
-                f"needs {', '.join(sorted(needed))} to load, which nobody has registered as safe",
+                f"needs {', '.join(sorted(needed))} to load, which is not registered as safe",
                 f"Call {registered} before saving and before loading, or pass trust=True",
             )
         return (

@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _ALLOW = (
-    "Allow its classes with torch.serialization.add_safe_globals, or pass trust=True if you trust whoever "
+    "Allow its classes with torch.serialization.add_safe_globals, or pass trust=True if you trust the "
     "wrote the checkpoint"
 )
 _PROTOCOL = 2
@@ -100,7 +100,7 @@ def loads(data: memoryview | bytes, fqn: str, *, trust: bool = False) -> Any:
     Args:
         data: the serialized value.
         fqn: its name, for errors.
-        trust: load whatever it is, and run what it says.
+        trust: load any value, and run its code.
 
     Raises:
         UnsafeCheckpointError: it needs classes that are not known to be harmless, all of which it names.
@@ -222,7 +222,7 @@ def _unsafe(fqn: str, missing: MissingClassesError) -> UnsafeCheckpointError:
 def _changed(fqn: str, error: ChangedClassError) -> UnsafeCheckpointError:
     changed = UnsafeCheckpointError(
         f"the value at {fqn!r} can't be built as it was saved: {error}",
-        hint="Load it with the class as it was, or pass trust=True if you trust whoever wrote it",
+        hint="Load it with the class as it was, or pass trust=True if you trust its writer",
     )
     changed.classes = (error.class_name,)
     return changed

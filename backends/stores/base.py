@@ -21,7 +21,7 @@ from cloudckpt.backends.errors import ObjectNotFoundError
 
 @dataclass(frozen=True, slots=True)
 class Overwrite:
-    """Put whatever is there."""
+    """Put an object, replacing any that is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class ObjectInfo:
     modified: datetime | None = None
     """Time of the last put, with a time zone."""
     checksum: str | None = None
-    """``<algorithm>:<base64>`` of its bytes, where whoever sent them took it."""
+    """``<algorithm>:<base64>`` of its bytes, where the sender computed it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """An upload begun and not ended. Plain data: any process with the same store may go on with it."""
+    """An upload started and not ended. Plain data: any process with the same store may go on with it."""
 
     name: str
     upload_id: str
@@ -113,20 +113,26 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class PendingUpload:
-    """An upload that nobody has ended yet, as listed by the store."""
+    """An upload that has not ended yet, as listed by the store."""
 
     upload: Upload
     started: datetime | None = None
 
 
 Arrived = Callable[[int], None]
-"""Told how many bytes of a range have arrived, every now and then: a number that only grows, except that a
-read which starts over says 0 first. Called on the thread that reads, while those bytes are in its cache."""
+"""Called with the number of bytes of a range that have arrived, every now and then.
+
+The number only grows, but a read that starts over calls with 0 first. The call is made on the thread that
+reads, while those bytes are in its cache.
+"""
 
 
 Departed = Callable[[int], None]
-"""Told how many bytes of a part have gone out, every now and then, and again from fewer when the part is sent
-again. Called on the thread that sends, while those bytes are in its cache."""
+"""Called with the number of bytes of a part that have been sent, every now and then.
+
+It is called with fewer again when the part is sent again. The call is made on the thread that sends, while
+those bytes are in its cache.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +217,7 @@ class ObjectStore(abc.ABC):
 
         Raises:
             PreconditionFailedError: the condition did not hold; nothing was changed.
-            ConfigurationError: the store can't honour the condition (see ``capabilities``).
+            ConfigurationError: the store does not support the condition (see ``capabilities``).
         """
 
     @abc.abstractmethod
@@ -230,7 +236,7 @@ class ObjectStore(abc.ABC):
         """Fill the writable ``buffers`` one after another from the object's bytes at ``offset``.
 
         One request where the store can. Buffers are one-dimensional and of unsigned bytes. Returns the size
-        of the whole object in bytes, where the store learns it on the way. ``arrived`` is told on the way
+        of the whole object in bytes, where the store learns it on the way. ``arrived`` is called on the way
         how far they are filled, by stores that fill them bit by bit.
 
         Raises:
@@ -279,7 +285,7 @@ class ObjectStore(abc.ABC):
 
         Parts may be sent in any order and side by side, unless ``part_limits`` say otherwise, and again.
         ``offset`` is where the part's first byte lies in the object. ``checksum``, as in :class:`Part`, is of
-        these bytes: a store that sends one of this kind along need not compute it. ``departed`` is told on
+        these bytes: a store that sends one of this kind along need not compute it. ``departed`` is called on
         the way how much has gone out, by stores that send it bit by bit.
         """
 
@@ -301,7 +307,7 @@ class ObjectStore(abc.ABC):
 
     @abc.abstractmethod
     def pending_uploads(self, prefix: str = "") -> Iterator[PendingUpload]:
-        """List uploads below a name prefix that were begun and neither completed nor aborted."""
+        """List uploads below a name prefix that were started and neither completed nor aborted."""
 
     def is_pending(self, upload: Upload) -> bool:
         """Return True if an upload that was recorded somewhere is one of this store's and still open."""

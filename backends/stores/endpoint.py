@@ -91,12 +91,12 @@ def seconds_off(date: str | None, asked: float, answered: float) -> float | None
         0 for clocks that agree; None without a date that can be read.
     """
     try:
-        told = None if date is None else parsedate_to_datetime(date).timestamp()
+        server_time = None if date is None else parsedate_to_datetime(date).timestamp()
     except ValueError:
         return None
-    if told is None:
+    if server_time is None:
         return None
-    behind, ahead = told - answered, asked - (told + 1)
+    behind, ahead = server_time - answered, asked - (server_time + 1)
     return -behind if behind > max(ahead, 0.0) else max(ahead, 0.0)
 
 
@@ -141,8 +141,8 @@ def _open_tunnel(connection: socket.socket, proxy: Proxy, target: tuple[str, int
         HTTPException: it does not speak HTTP.
     """
     host = host_and_port(*target)
-    told = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
-    connection.sendall(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{told}\r\n".encode())
+    authorization = f"Proxy-Authorization: {proxy.authorization}\r\n" if proxy.authorization else ""
+    connection.sendall(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n{authorization}\r\n".encode())
     answer = http.client.HTTPResponse(connection, method="CONNECT")
     answer.begin()
     if answer.status != HTTPStatus.OK:

@@ -66,7 +66,7 @@ class PlainExam:
                 "place",
                 "warning",
                 f"{self._target.protocol}:// is served by the generic store, over fsspec",
-                "It honours no conditions and moves every byte three times; S3 and GCS do better",
+                "It supports no conditions and moves every byte three times; S3 and GCS do better",
             )
         return True
 

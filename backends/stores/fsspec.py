@@ -1,6 +1,6 @@
 """Objects on any file system that fsspec knows, by its common interface alone.
 
-Nothing in that interface is conditional, so ``put`` honours :class:`Overwrite` alone. A multipart upload is
+Nothing in that interface is conditional, so ``put`` supports :class:`Overwrite` alone. A multipart upload is
 emulated: parts are objects of their own below a hidden folder, and completing copies them through memory into
 the object, block by block.
 
@@ -176,7 +176,7 @@ class FsspecStore(ObjectStore):
         checksum: str | None = None,
         departed: Departed | None = None,
     ) -> Part:
-        del checksum, departed  # there is nobody who would check it, and all goes out at once
+        del checksum, departed  # no server checks it, and all goes out at once
         del offset  # the order of the numbers is the order of the bytes
         with self._explained(upload.name):
             self._need(upload)

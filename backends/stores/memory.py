@@ -163,7 +163,7 @@ class MemoryStore(ObjectStore):
         checksum: str | None = None,
         departed: Departed | None = None,
     ) -> Part:
-        del checksum, departed  # there is nobody who would check it, and all goes out at once
+        del checksum, departed  # no server checks it, and all goes out at once
         data = b"".join(buffers)
         with _lock:
             self._pending(upload).parts[number] = (offset, data)

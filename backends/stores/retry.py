@@ -1,9 +1,9 @@
-"""Asking a store again: the one place where a request is repeated, whatever the store.
+"""Retries: the one place where a request is repeated, for every store.
 
 A request is given ``retries`` + 1 attempts and a budget of seconds. Between attempts it waits by exponential
 back-off with full jitter, and longer where the store says how long (``Retry-After``). What a failure means
 is for the store's own module to judge. Clients below must not repeat anything themselves: their attempts
-would multiply with ours, and an answer lost to one of them would never be heard of.
+would multiply with ours, and an answer lost to one of them would never be known.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class _Call:
             return 0.0
         if self._judged.verdict is Verdict.MISMATCH:
             return min(_BACK_OFF(state), _MISMATCH_PAUSE)
-        # The jitter comes on top of the store's own word, or all that heard it would come back at once.
+        # The jitter comes on top of the store's own word, or all clients that got it would come back at once.
         return min(self._judged.after or 0.0, _LONGEST_AFTER) + _BACK_OFF(state)
 
     def is_spent(self, state: tenacity.RetryCallState) -> bool:

@@ -1,4 +1,4 @@
-"""The size up to which objects are read whole: whoever writes to a bucket must not fill a reader's memory."""
+"""The size up to which objects are read whole: a writer to the bucket must not fill a reader's memory."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 The rule is TCP's (additive increase, multiplicative decrease). When the store says that it is too much, the
 limit is halved, for all threads at once and once an event: requests that were in flight already when it was
-halved tell nothing new. Successes let more in again, slowly: whoever grows by one each round, as TCP does,
-finds out at every few requests that a small limit holds, and each time costs an attempt.
+halved tell nothing new. Successes let more in again, slowly: a client that grows by one each round, as TCP
+does, finds out at every few requests that a small limit holds, and each time costs an attempt.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class _Writer:
         self._stuck = False
 
     def put(self, to: logging.Logger | logging.Handler, record: logging.LogRecord) -> None:
-        """Have a record handled, or drop it; returns at once on threads of this project's own."""
+        """Have a record handled, or drop it; return at once on threads of this project's own."""
         if threading.current_thread() is self._thread:  # from a handler, which is where it has to go
             to.handle(record)
             return
@@ -128,7 +128,7 @@ def _has_room(to: logging.Logger | logging.Handler, record: logging.LogRecord) -
         if record.levelno < handler.level:
             continue
         stream: Any = getattr(handler, "stream", None)
-        with contextlib.suppress(Exception):  # whatever a stream of the program's own raises
+        with contextlib.suppress(Exception):  # a stream of the program's own may raise anything
             if not descriptors.takes(stream.fileno(), len(handler.format(record)) + 1):
                 return False
     return True

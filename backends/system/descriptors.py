@@ -1,8 +1,8 @@
 """File descriptors that stay clear of 0, 1 and 2, which other code takes for the standard streams.
 
 A daemon or a container may start a job with its standard descriptors closed. The system gives the lowest free
-number to whatever is opened next: a pipe that gets 1 receives what NCCL prints, and a newline is 10, SIGUSR1.
-A checkpoint's file that gets 2 receives the interpreter's warnings.
+number to the next file that is opened: a pipe that gets 1 receives what NCCL prints, and a newline is 10,
+SIGUSR1. A checkpoint's file that gets 2 receives the interpreter's warnings.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ def one_line(text: object) -> str:
     """Return the text with every character that is not printable escaped, newlines included.
 
     Args:
-        text: a name, an error or whatever else ``str`` makes text of.
+        text: a name, an error or another object with a ``str``.
     """
     plain = str(text)
     return plain if plain.isprintable() else "".join(map(_escaped, plain))

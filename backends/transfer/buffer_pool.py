@@ -84,7 +84,7 @@ class BufferPool:
 
 
 class _Buffer:
-    """Pages of memory; mapped when they are first asked for, and given back when nobody holds them."""
+    """Pages of memory; mapped when they are first asked for, and given back when they are not in use."""
 
     def __init__(self, size: int) -> None:
         self.size = size

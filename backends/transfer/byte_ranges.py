@@ -66,7 +66,7 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
     if stride - inner > gap:
         together = 1
     elif span > most:
-        # Whatever the box has of each slice: boxes side by side are cut alike, and can be read together.
+        # The part that the box has of each slice: boxes side by side are cut alike, and can be read together.
         together = max(1, min(length - 1, most // stride))
     if together == length:
         yield Piece(starts, lengths, first, span)
@@ -119,7 +119,7 @@ class Extent:
     to_device: bool = False
     """Whether ``deliver`` copies to a CUDA device."""
     expected: Expected | None = None
-    """The chunks of everything that is read, lead and trail included; they are told of before ``deliver``."""
+    """The chunks of everything that is read, lead and trail included, reported before ``deliver``."""
 
     @property
     def begin(self) -> int:

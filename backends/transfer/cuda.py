@@ -84,7 +84,7 @@ def lock_pages(address: int, nbytes: int) -> bool:
 
 
 def unlock_pages(address: int) -> None:
-    """Let go of pages that `lock_pages` has locked from that address on."""
+    """Unlock pages that `lock_pages` has locked from that address on."""
     _succeeded(_cudart().cudaHostUnregister(address))
 
 
@@ -96,7 +96,7 @@ def _succeeded(answer: Any) -> bool:
 
 
 def _forget_error() -> None:
-    """Use the device: CUDA reports an error to the next who does on this thread, whoever that is."""
+    """Use the device: CUDA reports an error to the next caller on this thread."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
 

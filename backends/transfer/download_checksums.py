@@ -87,7 +87,7 @@ class DownloadChecksums:
         """Take in the rest, and tell of every extent's chunks in turn.
 
         Raises:
-            Exception: whatever one of those who are told raises.
+            Exception: a callback's own.
         """
         if self._pieces:
             self.arrived(max(self._at, self._pieces[-1].stop))

@@ -61,7 +61,7 @@ class Downloader:
         self._largest = max(1, min(largest_read, memory_limit // 2))
 
     def observe(self, observer: Observer | None, begun: Callable[[int], None] | None) -> None:
-        """Have ``begun`` told how many bytes will be read, and ``observer`` of each range that was."""
+        """Call ``begun`` with the number of bytes of a load, and ``observer`` for each range that was read."""
         self._observer, self._begun = observer, begun
 
     @property
@@ -101,7 +101,7 @@ class Downloader:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-            except BaseException:  # Ctrl-C too: what has not begun never will
+            except BaseException:  # Ctrl-C too: a task that has not started never will
                 pool.shutdown(wait=False, cancel_futures=True)
                 give_up()
                 raise

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 _INTERPRETERS_OWN: Final = 1000
-"""Objects up to which nobody froze any but the interpreter: Python 3.12 begins with some hundred."""
+"""Objects that the interpreter itself froze: Python 3.12 begins with some hundred."""
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class View:
 class Gathered:
     """The elements of a tensor in row-major order, brought to host memory window by window.
 
-    A window costs its own length in memory, whatever the size of the tensor.
+    A window costs its own length in memory, regardless of the size of the tensor.
     """
 
     tensor: torch.Tensor
@@ -115,7 +115,7 @@ class Origin(Protocol):
     """The source of tensors that are fetched when they are sent."""
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
-        """Bring all of it, from whatever thread."""
+        """Fetch all of it, on any thread."""
         ...
 
 
@@ -123,8 +123,8 @@ class Origin(Protocol):
 class Fetched:
     """A tensor that lies elsewhere, and is brought window by window as it is sent.
 
-    What a window has of several is fetched together. ``seen`` is told where in the segment bytes begin that
-    have come, and what they are.
+    What a window has of several is fetched together. ``seen`` is called with the position in the segment of
+    bytes that have come, and what they are.
     """
 
     origin: Origin

@@ -1,4 +1,4 @@
-"""Running small requests side by side, each to its end, whatever becomes of the others."""
+"""Run small requests concurrently, each to its end, also where others fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 Task = Callable[[], _T]
 
 
-def begun(task: Task[_T], *, concurrent: bool) -> Future[_T]:
+def start_task(task: Task[_T], *, concurrent: bool) -> Future[_T]:
     """Begin a task on a thread of its own if ``concurrent``, and else run it here.
 
     Raises:
@@ -75,7 +75,7 @@ class _Crew(Generic[_T]):
                 self._hire()
                 self._changed.wait_for(lambda: len(self._outcomes) == self._count)
             finally:
-                self._coming.clear()  # after Ctrl-C: what has not begun never will
+                self._coming.clear()  # after Ctrl-C: a task that has not started never will
         return [self._outcomes[index] for index in range(self._count)]
 
     def _allowed(self) -> int:
@@ -102,7 +102,7 @@ class _Crew(Generic[_T]):
             index, task = coming
             try:
                 outcome: _T | BaseException = task()
-            except BaseException as error:  # noqa: BLE001 - for whoever asked for the outcomes to raise
+            except BaseException as error:  # noqa: BLE001 - raised by the caller, with the other outcomes
                 outcome = error
             with self._changed:
                 self._outcomes[index] = outcome

@@ -18,7 +18,7 @@ from cloudckpt.bench.plan import Plan, plan_for
 __all__ = ["Advice", "Measured", "Plan", "Report", "Setting", "bench", "planned"]
 
 SECONDS: Final = 60.0
-"""How long it measures, at most and about: a round that has begun is ended."""
+"""How long it measures, at most and about: a round that has started is ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Report:
     saving: Advice
     loading: Advice
     left: tuple[str, ...]
-    """Names of what could not be taken away."""
+    """Names of objects that could not be deleted."""
 
 
 def planned(target: Target, size: int) -> Plan:
     """Plan what is to be measured at a place, by moving ``size`` bytes at a time; no request is made.
 
-    The more bytes, the less noise, and the more requests side by side can be told apart.
+    The more bytes, the less noise, and the more requests concurrently can be distinguished.
 
     Raises:
         ConfigurationError: an option can't be used, or a library is missing.
@@ -63,14 +63,14 @@ def bench(
 ) -> Report:
     """Measure what this machine reaches to a place, by the library's own transfers.
 
-    Objects with hidden names are put below the URI, and taken away again, whatever happens. It holds about
+    Objects with hidden names are put below the URI, and deleted again in any case. It holds about
     twice the plan's size of memory, and at most 576 MiB, beside ``memory_limit``.
 
     Args:
         target: the URI, with the options that the job has.
         plan: what is to be tried there.
         seconds: how long it measures, about.
-        observer: told of bytes that have been moved.
+        observer: called with bytes that have been moved.
 
     Raises:
         StorageError: the store failed.
@@ -84,7 +84,7 @@ def bench(
             down = measuring.down(plan.down, seconds / 2)
         except BaseException as error:  # Ctrl-C too
             if left := probe_objects.clear():
-                error.add_note(f"could not be taken away: {', '.join(left)}")
+                error.add_note(f"could not be deleted: {', '.join(left)}")
             raise
         left = probe_objects.clear()
     saving, loading = advised(up, plan.present), advised(down, plan.present, parts=False)

@@ -64,7 +64,7 @@ def advised(measured: Sequence[Measured], present: Setting, *, parts: bool = Tru
         present: the setting now.
         parts: whether the size of parts matters in this direction.
     """
-    known = [one for one in measured if len(one.seconds) > 1]  # of one round nobody knows the noise
+    known = [one for one in measured if len(one.seconds) > 1]  # the noise of one round is unknown
     now = next((one for one in known if one.setting == present), None)
     if now is None:
         return Advice("", "too little was measured to say")

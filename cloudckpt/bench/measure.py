@@ -34,9 +34,9 @@ class Bench:
     Args:
         store: which.
         options: of the job; concurrency and size of parts are what is tried.
-        probe_objects: what will be taken away.
+        probe_objects: the objects to be deleted.
         size: bytes that are moved at a time.
-        observer: told of bytes that have been moved.
+        observer: called with bytes that have been moved.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Bench:
         self._size = size
         self._observer = observer
         self._data = memoryview(os.urandom(min(size, _BLOCK)))
-        # Ranges land in these by turns: as many as are under way at once, in most cases.
+        # Ranges land in these alternately: as many as are under way at once, in most cases.
         self._slots = [
             memoryview(bytearray(min(size, LARGEST_READ)))
             for _ in range(min(_SLOTS, -(-size // LARGEST_READ)))
@@ -88,7 +88,7 @@ class Bench:
         act: Callable[[Setting], object],
         after: Callable[[], object] = nothing,
     ) -> tuple[Measured, ...]:
-        """Rounds of all settings by turns, so that what changes meanwhile changes for all of them."""
+        """Interleave the rounds of all settings, so that what changes meanwhile changes for all of them."""
         act(settings[0])  # warms up: connections, pages, and how many transfers side by side are worth it
         after()
         ends = time.monotonic() + seconds
@@ -118,7 +118,7 @@ class Bench:
                 }
             )
         finally:
-            self._probe_objects.begun(uploader.begun, uploader.unconfirmed)
+            self._probe_objects.adopt(uploader.started, uploader.unconfirmed)
         for one in sent:
             self._store.complete_upload(one.staged.upload, one.staged.parts, confirm=False)
             self._probe_objects.ended(one.staged.upload)

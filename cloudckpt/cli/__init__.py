@@ -18,7 +18,8 @@ _LIBRARIES = ("typer", "rich", "click")
 def main() -> None:
     """Run the command that the arguments name, and exit with its status.
 
-    0: done. 1: found wanting, such as a checkpoint that is damaged, missing, or not the same. 2: misused.
+    0: done. 1: a check failed, such as a checkpoint that is damaged, missing, or not the same. 2: wrong
+        usage.
     """
     try:
         from cloudckpt.cli.app import app  # noqa: PLC0415 - what it takes may not be installed

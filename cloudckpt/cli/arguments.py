@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pydantic
 
-from cloudckpt.backends.config.options import honours
+from cloudckpt.backends.config.options import uses_option
 from cloudckpt.backends.errors import ConfigurationError
 
 _SIZE: Final = pydantic.TypeAdapter(pydantic.ByteSize)
@@ -42,14 +42,14 @@ def options_of(given: Iterable[str]) -> dict[str, Any]:
 def for_each_side(
     protocols: tuple[str, str], both: Iterable[str], source: Iterable[str], destination: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of two URIs: those given for both go to whichever honours them, those of one before them.
+    """Options of two URIs: those for both go to each store that uses them; those for one override them.
 
     Raises:
-        ConfigurationError: one can't be read, is given twice, or has no store to honour it.
+        ConfigurationError: one can't be read, is given twice, or has no store that uses it.
     """
     common = options_of(both)
     own = options_of(source), options_of(destination)
-    taken = [{name: value for name, value in common.items() if honours(one, name)} for one in protocols]
+    taken = [{name: value for name, value in common.items() if uses_option(one, name)} for one in protocols]
     if unused := sorted(common.keys() - taken[0].keys() - taken[1].keys()):
         raise ConfigurationError(
             f"option {unused[0]!r} can't be honoured by {' or '.join(f'{one}://' for one in protocols)}",

@@ -68,7 +68,7 @@ def convert(
     step: Step = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Let SRC run code of whoever wrote it, as pickles can.")
+        bool, typer.Option("--trust", help="Let SRC run code of its writer, as pickles can.")
     ] = False,
     option: Given = None,
     from_option: FromOption = None,

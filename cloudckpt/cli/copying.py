@@ -91,5 +91,5 @@ def _say(copied: Copied) -> None:
         (copied.sent, "sent"),
         (there, "there from an earlier try"),
     )
-    if told := [f"{output.size(size)} {how}" for size, how in ways if size]:
-        output.say(f"  {', '.join(told)}")
+    if ways_used := [f"{output.size(size)} {how}" for size, how in ways if size]:
+        output.say(f"  {', '.join(ways_used)}")

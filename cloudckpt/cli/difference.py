@@ -128,8 +128,8 @@ def _is_same(one: StoredTensor | StoredValue, other: StoredTensor | StoredValue)
     assert isinstance(other, StoredTensor)  # noqa: S101
     if [_box(shard) for shard in one.shards] != [_box(shard) for shard in other.shards]:
         return None
-    told = {_same_shard(ours, theirs) for ours, theirs in zip(one.shards, other.shards, strict=True)}
-    return False if False in told else None if None in told else True
+    same = {_same_shard(ours, theirs) for ours, theirs in zip(one.shards, other.shards, strict=True)}
+    return False if False in same else None if None in same else True
 
 
 def _same_shard(one: Shard, other: Shard) -> bool | None:

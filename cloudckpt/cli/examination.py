@@ -50,8 +50,8 @@ def doctor(
         )
     ok = all(finding.state != "failed" for finding in findings)
     if as_json:
-        told = [dataclasses.asdict(finding) for finding in findings]
-        output.say_json({"uri": target.uri, "ok": ok, "findings": told})
+        listed = [dataclasses.asdict(finding) for finding in findings]
+        output.say_json({"uri": target.uri, "ok": ok, "findings": listed})
     else:
         _sum_up(findings)
     return ok

@@ -76,7 +76,7 @@ def _cloudckpt(
 ) -> None:
     """Look after PyTorch distributed checkpoints on object storage.
 
-    Exit status: 0 done; 1 found wanting (damaged, different, missing, out of reach); 2 misused.
+    Exit status: 0 done; 1 a check failed (damaged, different, missing, unreachable); 2 wrong usage.
     """
 
 

@@ -36,7 +36,7 @@ def aside() -> Console:
 
 
 def say(text: str, style: str = "", *, console: Console | None = None) -> None:
-    """Print a line, of whatever characters."""
+    """Print a line of any characters."""
     (console or answers()).print(Text(one_line(text), style))
 
 

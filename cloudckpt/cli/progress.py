@@ -17,7 +17,7 @@ _EVERY: Final = 5.0
 
 
 class Progress(Protocol):
-    """Told by the work, from whichever thread; a context manager."""
+    """Progress of a command, reported from any thread; a context manager."""
 
     def begun(self, size: int) -> None:
         """So many bytes are to be done, beyond those known of."""

@@ -61,7 +61,7 @@ def _say(report: Report) -> None:
     _advise("saving", report.saving)
     _advise("loading", report.loading)
     if report.left:
-        output.say(f"could not be taken away: {', '.join(map(one_line, report.left))}", "red")
+        output.say(f"could not be deleted: {', '.join(map(one_line, report.left))}", "red")
 
 
 def _advise(what: str, advice: Advice) -> None:

@@ -39,7 +39,7 @@ def examine(
 ) -> list[Finding]:
     """Examine a place, and this machine, for a job that is to checkpoint there.
 
-    Objects with hidden names are put below the URI, and taken away at the end, whatever happens.
+    Objects with hidden names are put below the URI, and deleted at the end in any case.
 
     Args:
         target: the URI of the run, with the options that the job will have.
@@ -47,7 +47,7 @@ def examine(
         ranks: of the job on this machine.
         rendezvous: where the job's ranks meet, each of which examines its host. Rank 0 alone tries the place.
         network: the job's interface and ports.
-        found: told of each finding as it is made.
+        found: called with each finding as it is made.
 
     Raises:
         ConfigurationError: an option can't be used, or a library is missing.
@@ -108,5 +108,5 @@ def _tried(tries: Tries, exam: Exam) -> Iterator[Finding]:
 def _leftovers(left: tuple[str, ...]) -> Finding:
     if not left:
         return Finding("clean-up", "ok", "nothing is left of these tries")
-    what = f"could not be taken away: {', '.join(left)}"
+    what = f"could not be deleted: {', '.join(left)}"
     return Finding("clean-up", "failed", what, "Run `cloudckpt gc` once the permission is there")

@@ -37,7 +37,7 @@ def machine(options: Options, state_size: int | None, ranks: int) -> Iterator[Fi
 
     Args:
         options: of the job.
-        state_size: bytes of a rank's state, None where nobody says.
+        state_size: bytes of a rank's state, None where it is not given.
         ranks: of the job on this machine.
     """
     yield shared_memory(*_shm(), snapshot=None if state_size is None else state_size * ranks, memfd=_memfd())

@@ -1,4 +1,4 @@
-"""A training state as users have it: modules, optimizers, whatever has a state_dict, tensors, values."""
+"""A user's training state: modules, optimizers, other objects with a state_dict, tensors, values."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cloudckpt.state.restore import Build, Loaded, Restorer
 class AppState:
     """The values of a state, as DCP takes them, and back.
 
-    Names are DCP's: those of the plain module, whatever FSDP, DDP and ``torch.compile`` have wrapped, so that
-    a checkpoint fits another parallelism and stock DCP reads it. An optimizer's model must be in the same
-    state.
+    Names are DCP's: those of the plain module, without the wrappers of FSDP, DDP and ``torch.compile``, so
+    that a checkpoint fits another parallelism and stock DCP reads it. An optimizer's model must be in the
+    same state.
 
     Args:
         state: a dict.

@@ -61,8 +61,8 @@ def joined(name: str, key: object) -> str:
 def find(value: Any, name: str = "", depth: int = 0) -> Iterator[Found]:
     """Yield every live object in nested dicts, lists and tuples, those in a `PerRank` included.
 
-    In an order that is the same on all ranks, whatever the order of their keys: what the objects do may be a
-    collective.
+    In an order that is the same on all ranks, regardless of the order of their keys: what the objects do may
+    be a collective.
     """
     if is_live(value):
         yield Found(name, value)

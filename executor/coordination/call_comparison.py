@@ -78,7 +78,7 @@ class CallComparison:
     def __init__(self, place: MeetingPlace) -> None:
         self._place = place
         self._joined = 0
-        self._heard = 0
+        self._seen = 0
         """Rounds whose end this rank knows."""
         self._topic = 1
         self._idle: tuple[Store, float] | None = None
@@ -93,7 +93,7 @@ class CallComparison:
             ConfigurationError: the ranks make different calls.
             ExecutorError: a rank did not come within ``timeout`` seconds, or the store can't be reached.
         """
-        first, until = self._heard + 1, time.monotonic() + timeout
+        first, until = self._seen + 1, time.monotonic() + timeout
 
         def meet() -> _Word:
             # Half of the time: the others wait as long, and must learn why this rank does not come.
@@ -111,7 +111,7 @@ class CallComparison:
                     self._join(store, number, call, said)
                     word = self._awaited(store, number, call, until, timeout)
             except ExecutorError:  # what ends the round is no word of a rank's: the next call passes it
-                self._heard = number
+                self._seen = number
                 raise
             self._hear(store, number)
             self._idle = store, time.monotonic()
@@ -133,7 +133,7 @@ class CallComparison:
         number, word = self._joined, _Word("refused", call, self._place.rank, failure)
 
         def write() -> None:
-            if number > self._heard:
+            if number > self._seen:
                 _write_once(self._place.connect("calls", timeout), f"{number}/word", word)
 
         self._place.bounded(f"meet in {call.name}", write, timeout)
@@ -142,7 +142,7 @@ class CallComparison:
         """Return the value that rank 0 gives in this call. Rank 0 does not wait for the others.
 
         A rank that is behind rank 0 goes on to what rank 0 said last, or in this call. One whose call differs
-        from rank 0's follows it all the same: whatever comes of that is compared where it is done.
+        from rank 0's follows it all the same: its effect is compared elsewhere.
 
         Raises:
             ExecutorError: rank 0 did not come within ``timeout`` seconds, or the store can't be reached.
@@ -178,12 +178,12 @@ class CallComparison:
             raise missing(self._place, [0], call.name, timeout) from error
         while True:
             self._topic = topic + 1  # where nothing can be read, the next call goes on
-            told = wire_format.message(store.get(_followed(topic)), _Followed, _followed(topic))
-            if store.add(f"{_followed(topic)}/heard-by", 1) == self._place.world_size - 1:
+            followed = wire_format.message(store.get(_followed(topic)), _Followed, _followed(topic))
+            if store.add(f"{_followed(topic)}/seen-by", 1) == self._place.world_size - 1:
                 store.delete_key(_followed(topic))
-                store.delete_key(f"{_followed(topic)}/heard-by")
-            if told.call == call or not store.check([_followed(topic + 1)]):
-                return told.value, topic
+                store.delete_key(f"{_followed(topic)}/seen-by")
+            if followed.call == call or not store.check([_followed(topic + 1)]):
+                return followed.value, topic
             topic += 1
 
     def _join(self, store: Store, number: int, call: Call, said: bytes | None) -> None:
@@ -223,15 +223,15 @@ class CallComparison:
         return _Word("refused", call, self._place.rank, remote_errors.dumps(different(calls)))
 
     def _hear(self, store: Store, number: int) -> None:
-        """Count this rank among those that know how a round ended, and drop what nobody asks for any more."""
-        if number <= self._heard:
+        """Count this rank among those that know the end of a round, and drop keys that no rank reads now."""
+        if number <= self._seen:
             return
-        self._heard = number
+        self._seen = number
         with contextlib.suppress(DistError):  # a store that is gone keeps nothing, and the word is known
             # Not this round's, which the last one to come may be reading.
             store.delete_key(_posted(number - 1, self._place.rank))
-            if store.add(f"{number}/heard-by", 1) == self._place.world_size:
-                for name in ("word", "came", "heard-by"):
+            if store.add(f"{number}/seen-by", 1) == self._place.world_size:
+                for name in ("word", "came", "seen-by"):
                     store.delete_key(f"{number}/{name}")
 
 
@@ -261,9 +261,9 @@ def different(calls: dict[int, Call]) -> ConfigurationError:
     uris = {call.uri for call in calls.values()}
     one = len(uris) == 1
     names = {rank: call.name if one else f"{call.name} of {call.uri}" for rank, call in calls.items()}
-    differing, told = compared(names, "calls", "call")
+    differing, described = compared(names, "calls", "call")
     return ConfigurationError(
-        f"the ranks make different calls: {told}",
+        f"the ranks make different calls: {described}",
         uri=next(iter(uris)) if one else None,
         rank=differing,
         hint="Every rank must make the same calls, with the same arguments"
@@ -277,13 +277,13 @@ def compared(names: dict[int, str], verb: str, verb_of_several: str) -> tuple[in
     for rank, name in sorted(names.items()):
         ranks_of[name].append(rank)
     (usual, first), *others = ranks_of.items()
-    told = [
+    shown = [
         f"rank {named(ranks)} {verb if len(ranks) == 1 else verb_of_several} {name}"
         for name, ranks in others[:_NAMED]
     ]
     if len(others) > _NAMED:
-        told.append(f"{len(others) - _NAMED} more do otherwise")
-    return others[0][1][0], f"{', '.join(told)}, and rank {named(first)} {usual}"
+        shown.append(f"{len(others) - _NAMED} more do otherwise")
+    return others[0][1][0], f"{', '.join(shown)}, and rank {named(first)} {usual}"
 
 
 def named(ranks: Sequence[int]) -> str:

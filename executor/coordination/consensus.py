@@ -3,7 +3,7 @@
 Every save is an *attempt* with a number. Ranks join it, and the last to join says which generation of the
 group serves it: the one that all have alive, or a new one with the attempt's number. At the end every rank
 reports; the first to write the attempt's *result* decides it for all. Both keys are written once, by
-compare-and-set, so that ranks agree whatever they saw themselves.
+compare-and-set, so that ranks agree regardless of their own view.
 
 Nothing here runs on the trainer's own thread, and no call can block for longer than its time: the store may
 be cut off.
@@ -87,7 +87,7 @@ class SaveAttempt(ABC):
     @property
     @abstractmethod
     def lost(self) -> str | None:
-        """Why no result will be heard of here."""
+        """The reason why no result will arrive here."""
 
     @abstractmethod
     def report(self, failure: bytes | None, *, sound: bool) -> None:
@@ -124,7 +124,7 @@ class Consensus(ABC):
 
     @abstractmethod
     def leave(self, timeout: float) -> None:
-        """Wait until the others have heard the last result: the store may end with this process."""
+        """Wait until the others have read the last result: the store may end with this process."""
 
 
 class SoloConsensus(Consensus):
@@ -147,7 +147,7 @@ class SoloConsensus(Consensus):
         return ProcessGroupInfo.of(0, 1, "", 0), None
 
     def leave(self, timeout: float) -> None:
-        """Nobody else listens."""
+        """There are no other ranks."""
 
 
 class _SoloAttempt(SaveAttempt):

@@ -2,7 +2,7 @@
 
 All ranks make the same calls, though not at the same moment, and none may wait for another in one of them:
 that other may be in a collective, waiting for it. So what is agreed on lies ahead of all. When a rank is
-told to end, a thread of every rank says how many calls its trainer has begun; the last call is the one
+preempted, a thread of every rank says how many calls its trainer has started; the last call is the one
 after the highest number. From saying its number until it knows that call, which takes no trainer's doing, a
 rank lets no further call through. Without a notice a call costs a counter.
 """
@@ -33,10 +33,10 @@ _CLOSING = 5.0
 _LEAVING = 3.0
 """Seconds that rank 0 waits for the other ranks to close."""
 _CLOSED = "closed"
-"""Told to a rank by itself, so that its thread ends."""
+"""Message of a rank to itself, so that its thread ends."""
 
-Heard = Callable[[str], object]
-"""Told why, when this rank learns that the job is to end: once, on a thread of its own."""
+Notify = Callable[[str], object]
+"""Called with the reason when this rank learns that the job is to end: once, on a thread of its own."""
 
 
 class FinalStep:
@@ -44,17 +44,17 @@ class FinalStep:
 
     Args:
         place: where the ranks meet; None in a single process.
-        heard: told when a notice comes, of whichever rank.
+        notify: called when a notice comes, of any rank.
         timeout: seconds that the store may take for an answer.
         server: the store, if this process has opened it: it serves until this object is closed.
     """
 
     def __init__(
-        self, place: MeetingPlace | None, heard: Heard, timeout: float, server: object = None
+        self, place: MeetingPlace | None, notify: Notify, timeout: float, server: object = None
     ) -> None:
         self._place = place
         self._server = server
-        self._heard = heard
+        self._notify = notify
         self._timeout = timeout
         self._changed = threading.Condition()
         self._calls = 0
@@ -126,9 +126,9 @@ class FinalStep:
             try:
                 store: Any = self._teller.result(self._timeout)  # torch's stub lacks multi_set
                 store.multi_set(keys, [value] * len(keys))
-            except RuntimeError as error:  # whatever a store raises
+            except RuntimeError as error:  # of a store, of any kind
                 if value != _CLOSED:
-                    _log.warning("the other ranks could not be told to end: %s", error)
+                    _log.warning("the other ranks could not be notified: %s", error)
                 self._give_up()
 
         self._begin("cloudckpt-notify", tell)
@@ -166,10 +166,10 @@ class FinalStep:
                 self._give_up()
 
     def _agree(self, store: Store, place: MeetingPlace, reason: str) -> None:
-        begun = self._learn(reason)
-        store.set(_begun(place.rank), str(begun))
+        started = self._learn(reason)
+        store.set(_started(place.rank), str(started))
         if store.add("joined", 1) == place.world_size:
-            every = store.multi_get([_begun(rank) for rank in range(place.world_size)])
+            every = store.multi_get([_started(rank) for rank in range(place.world_size)])
             store.set("last", str(1 + max(map(int, every))))
         store.wait(["last"], timedelta(seconds=self._timeout))
         self._decide(int(store.get("last")))
@@ -178,9 +178,9 @@ class FinalStep:
         """Let no further call through, and return how many there were."""
         with self._changed:
             self._noticed = True
-            begun = self._calls
-        self._heard(reason)
-        return begun
+            started = self._calls
+        self._notify(reason)
+        return started
 
     def _decide(self, last: int) -> None:
         with self._changed:
@@ -194,8 +194,8 @@ class FinalStep:
 
 
 def _told(rank: int) -> str:
-    return f"told/{rank}"
+    return f"notice/{rank}"
 
 
-def _begun(rank: int) -> str:
-    return f"begun/{rank}"
+def _started(rank: int) -> str:
+    return f"started/{rank}"

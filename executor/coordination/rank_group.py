@@ -13,7 +13,7 @@ from cloudckpt.backends.errors import ConfigurationError, ExecutorError
 from cloudckpt.executor.coordination import rank_outcomes
 from cloudckpt.executor.coordination.call_comparison import Call, CallComparison
 from cloudckpt.executor.coordination.consensus import Consensus, SoloConsensus
-from cloudckpt.executor.coordination.final_step import FinalStep, Heard
+from cloudckpt.executor.coordination.final_step import FinalStep, Notify
 from cloudckpt.executor.coordination.meeting_store import Contact, Meeting
 from cloudckpt.executor.coordination.rendezvous import MeetingPlace, grouped, tcp_store_of_training
 from cloudckpt.executor.coordination.store_consensus import StoreConsensus
@@ -185,13 +185,13 @@ class RankGroup:
             with self.meeting():
                 rank_outcomes.meet(self._roll, call, self.rank, self._timeout)
 
-    def final_step(self, heard: Heard) -> FinalStep:
+    def final_step(self, notify: Notify) -> FinalStep:
         """Return what agrees with the other ranks on the last of the calls that their trainers make.
 
         Every rank calls it once, and in the same order with all other calls.
         """
         self._check_open()
-        self._final_step = FinalStep(self.place, heard, self._timeout, self._stores)
+        self._final_step = FinalStep(self.place, notify, self._timeout, self._stores)
         return self._final_step
 
     @property

@@ -20,7 +20,7 @@ E = TypeVar("E", bound=BaseException)
 def original(error: BaseException, own_rank: int, *, with_frames: bool = True) -> BaseException:
     """Return what the lowest failing rank raised, with a note that names the rank.
 
-    DCP wraps whatever fails on any rank in a ``CheckpointException`` that it raises on all of them. That rank
+    DCP wraps each failure on any rank in a ``CheckpointException`` that it raises on all of them. That rank
     itself also gets notes of the other ranks' failures and, ``with_frames``, of its caller's code.
     """
     if not isinstance(error, CheckpointException) or not error.failures:
@@ -106,7 +106,7 @@ def loads(data: bytes) -> BaseException:
     try:
         error, notes = error_records.unpacked(data)
         str(error)
-    except Exception as unreadable:  # noqa: BLE001 - whoever wrote it, it is no more than unreadable
+    except Exception as unreadable:  # noqa: BLE001 - a foreign record is no more than unreadable
         return CheckpointError(
             f"a failure could not be read here: {type(unreadable).__name__}: {one_line(unreadable)[:500]}"
         )

@@ -130,8 +130,8 @@ class ProcessGroupInfo:
         return self.__dict__ | {"_hosted": None}
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
-        return f"{type(self).__name__}({told})"
+        shown = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if name[0] != "_")
+        return f"{type(self).__name__}({shown})"
 
 
 @dataclass(frozen=True, slots=True)

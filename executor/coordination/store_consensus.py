@@ -84,15 +84,15 @@ class StoreConsensus(Consensus):
         def wait() -> None:
             store = self._place.connect("consensus", timeout)
             if store.check([f"{last}/result"]):
-                store.wait([f"{last}/heard"], timedelta(seconds=timeout))
+                store.wait([f"{last}/seen"], timedelta(seconds=timeout))
 
         try:
             self._place.bounded("leave", wait, timeout)
         except ExecutorError:
-            return  # whoever has not heard it is gone
+            return  # a rank that has not seen it is gone
 
     def _join(self, status: RankStatus, timeout: float) -> tuple[Agreement, int]:
-        """The attempt's agreement and number, whoever wrote it."""
+        """The attempt's agreement and number, of any rank."""
         deadline = time.monotonic() + timeout
         # Half of the time: the others wait as long, and must learn why this rank does not join.
         store = self._place.connect("consensus", timeout / 2)
@@ -158,7 +158,7 @@ class StoreConsensus(Consensus):
         }
 
     def _forget(self, store: Store, attempt: int) -> None:
-        """Drop what nobody can ask for any more. Agreements stay: they tell a late rank to go on."""
+        """Drop keys that no rank reads any more. Agreements stay: a late rank goes on by them."""
         for name in ("status", "came"):
             store.delete_key(f"{attempt}/{name}/{self._place.rank}")
         if self._place.rank == 0:
@@ -205,8 +205,8 @@ class _StoreAttempt(SaveAttempt):
             store = self._place.connect("consensus", timeout)
             store.wait([key], timedelta(seconds=timeout))
             self._result = wire_format.message(store.get(key), AttemptResult, key)
-            if store.add(f"{self.attempt}/heard-by", 1) == self._place.world_size:
-                store.set(f"{self.attempt}/heard", "1")
+            if store.add(f"{self.attempt}/seen-by", 1) == self._place.world_size:
+                store.set(f"{self.attempt}/seen", "1")
         except (DistError, CheckpointError) as error:
             if self._result is None:
                 self._lost = f"{type(error).__name__}: {error}"
@@ -233,9 +233,9 @@ class _StoreAttempt(SaveAttempt):
 
 def _different(standings: dict[int, RankStatus]) -> ConfigurationError:
     subjects = {rank: f"to {status.subject or 'a save'}" for rank, status in standings.items()}
-    rank, told = call_comparison.compared(subjects, "comes", "come")
+    rank, described = call_comparison.compared(subjects, "comes", "come")
     return ConfigurationError(
-        f"the ranks save differently: {told}",
+        f"the ranks save differently: {described}",
         uri="",  # none is the same on all ranks, and the error is
         rank=rank,
         hint="Every rank must save the same steps to the same URI; the next save tries again",

@@ -1,7 +1,7 @@
 """Messages between ranks: typed JSON of a bounded size.
 
-Whoever reaches the store that ranks share may write to it, and may take the place of a rank in a group. So a
-message is read as data, and never unpickled: its kind, its version and every field are checked.
+Any process that reaches the store of the ranks may write to it, and may take the place of a rank in a group.
+A message is read as data, and never unpickled: its kind, its version and every field are checked.
 """
 
 from __future__ import annotations

@@ -68,19 +68,19 @@ def check(own: Need, every: Sequence[Need | None]) -> None:
         ranks = (
             "the snapshots of this rank" if len(sharing) == 1 else f"the snapshots of {len(sharing)} ranks"
         )
-        told = (
+        message = (
             f"{ranks} on this host need {in_mib(total)} of memory, and {in_mib(left)} are left of "
             f"{in_mib(room.limit)}, the limit of {room.owner}"
         )
         cure = _MORE_SHM if room.is_shared_memory else CURE
         if total > left + room.swap:
-            raise ExecutorError(told, hint=cure)
+            raise ExecutorError(message, hint=cure)
         if total + (0 if room.is_shared_memory else sum(need.processes for need in sharing)) > left:
-            _log.warning("%s: a save may run out of memory. %s", told, cure)
+            _log.warning("%s: a save may run out of memory. %s", message, cure)
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Report:
     """The need of a rank; None where it could not be found out."""
 
     need: Need | None
@@ -120,13 +120,13 @@ class Comparison:
 
         def exchange() -> Sequence[Need | None]:
             store: Any = place.connect("memory", self._timeout)  # torch's stub lacks multi_get
-            store.set(f"{number}/{place.rank}", wire_format.text(_Told(self.need)))
+            store.set(f"{number}/{place.rank}", wire_format.text(_Report(self.need)))
             if self.need is None:
                 return []
             keys = [f"{number}/{rank}" for rank in range(place.world_size)]
             store.wait(keys, timedelta(seconds=self._timeout))
-            told = zip(keys, store.multi_get(keys), strict=True)
-            return [wire_format.message(text, _Told, key).need for key, text in told]
+            values = zip(keys, store.multi_get(keys), strict=True)
+            return [wire_format.message(text, _Report, key).need for key, text in values]
 
         try:
             return place.bounded("compare their memory", exchange, self._timeout)

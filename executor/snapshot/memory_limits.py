@@ -49,7 +49,7 @@ class Room:
 
 
 def least_room(proc: Path = _PROC, groups: Path = _GROUPS) -> Room | None:
-    """Return the least room, that of the machine or of a control group; None where nothing is told."""
+    """Return the least room, that of the machine or of a control group; None where neither is known."""
     return min(rooms(proc, groups), key=lambda room: room.nbytes + room.swap, default=None)
 
 

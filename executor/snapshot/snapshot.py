@@ -106,18 +106,20 @@ def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
 
 def _described(state: Mapping[str, Any]) -> tuple[bytes, _Collector, Layout]:
     # As DCP does: objects with a state_dict() stand for it, at the top level.
-    told: Mapping[str, Any] = state
+    described: Mapping[str, Any] = state
     if not isinstance(state, CheckpointState):
-        told = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
+        described = {
+            key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()
+        }
     out = io.BytesIO()
     collector = _Collector(out)
     try:
-        collector.dump(told)
+        collector.dump(described)
     except _RefusedError as error:
-        raise ConfigurationError(f"{_culprit(told)} {error.why.reason}", hint=error.why.hint) from None
+        raise ConfigurationError(f"{_culprit(described)} {error.why.reason}", hint=error.why.hint) from None
     except Exception as error:
         raise ConfigurationError(
-            f"{_culprit(told)} can't be pickled: {type(error).__name__}: {error}",
+            f"{_culprit(described)} can't be pickled: {type(error).__name__}: {error}",
             hint="A state holds tensors and values that pickle; leave this out or make plain data of it",
         ) from error
     return out.getvalue(), collector, lay_out(collector.tensors)
@@ -133,7 +135,7 @@ def _culprit(state: Mapping[str, Any], above: str = "") -> str:
     for key, value in state.items():
         try:
             _Collector(io.BytesIO()).dump(value)
-        except Exception:  # noqa: BLE001 - whatever it is, it has been caught once already
+        except Exception:  # noqa: BLE001 - it has been caught once already
             path = f"{above}{key}"
             return _culprit(value, f"{path}.") if isinstance(value, Mapping) else f"the value at {path!r}"
     return f"the value at {above.rstrip('.')!r}" if above else "the state"

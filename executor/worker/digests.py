@@ -1,4 +1,4 @@
-"""Digests by which ranks compare tensors and values: the same for equal ones, whatever objects they share."""
+"""Digests by which ranks compare tensors and values. Equal ones have equal digests."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from cloudckpt.executor.progress import ProgressBoard
 
 
 def watched(writer: StorageWriter, planner: SavePlanner, board: ProgressBoard) -> None:
-    """Have the board told what this writer and planner do, from now on.
+    """Report the work of this writer and planner to the board, from now on.
 
     Our own writer counts bytes as they are stored. Another library's can only be seen asking for its
     tensors, which counts them as soon as it does.

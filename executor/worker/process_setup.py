@@ -84,7 +84,7 @@ def settle(rank: int, generation: int, parent_pid: int, log_level: int) -> None:
                 os.sched_setaffinity(task, cpus)
             with contextlib.suppress(AttributeError, OSError):  # a sandbox may refuse it
                 os.setpriority(os.PRIO_PROCESS, task, max(_NICENESS, os.getpriority(os.PRIO_PROCESS, task)))
-    # Nobody may read standard error, and a save does not wait for who does: a queue and a thread are between.
+    # Standard error may have no reader, and a save does not wait for one: a queue and a thread are between.
     stream = logging.StreamHandler()
     stream.setFormatter(
         logging.Formatter(

@@ -85,7 +85,7 @@ class _Digests:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Judgement:
     """Rank 0's message to one rank, after it has compared all digests."""
 
     weights: list[tuple[str, tuple[int, ...] | None, int]]
@@ -167,20 +167,22 @@ class RankCheck:
             weight = self.world_size - 1 if self.rank == 0 else -1
             self._remember(own.structure, dict.fromkeys(keys, weight), policy)
             return
-        told = self._compared(leaves, policy, left_out)
-        if told.failure is not None:
+        judgement = self._compared(leaves, policy, left_out)
+        if judgement.failure is not None:
             self.forget()
-            failure = remote_errors.loads(told.failure)
+            failure = remote_errors.loads(judgement.failure)
             raise CheckpointException("compare the ranks", {0: (failure, [])})  # type: ignore[dict-item]
-        weights = {(name, offsets): weight for name, offsets, weight in told.weights}
+        weights = {(name, offsets): weight for name, offsets, weight in judgement.weights}
         self._remember(own.structure, weights, policy)
-        self.lowest = frozenset(told.conflicts)
+        self.lowest = frozenset(judgement.conflicts)
 
     def _remember(self, structure: int, weights: dict[Key, int], policy: RankConflicts) -> None:
         self._structure, self._weights, self._policy, self._saves = structure, weights, policy, 0
         self.lowest = frozenset()
 
-    def _compared(self, leaves: Mapping[str, Any], policy: RankConflicts, left_out: Collection[str]) -> _Told:
+    def _compared(
+        self, leaves: Mapping[str, Any], policy: RankConflicts, left_out: Collection[str]
+    ) -> _Judgement:
         """Have rank 0 compare the digests of all ranks, and return what it says to this one."""
         own = {key: digests.digest(leaf, None) for key, leaf in self._entries(leaves, left_out)}
         message = _Digests([(*key, digest.hex()) for key, digest in own.items()])
@@ -188,17 +190,17 @@ class RankCheck:
         messages: list[bytes] | None = None
         if gathered is not None:
             messages = [
-                wire_format.text(told, wire_format.MOST_SENT).encode()
-                for told in self._judged(gathered, policy)
+                wire_format.text(judgement, wire_format.MOST_SENT).encode()
+                for judgement in self._judged(gathered, policy)
             ]
-        return wire_format.sent(collectives.scatter(messages), _Told, 0)
+        return wire_format.sent(collectives.scatter(messages), _Judgement, 0)
 
-    def _judged(self, gathered: Sequence[bytes], policy: RankConflicts) -> list[_Told]:
+    def _judged(self, gathered: Sequence[bytes], policy: RankConflicts) -> list[_Judgement]:
         """Compare the digests of all ranks. What fails on rank 0 is for all: they wait for its message."""
         try:
             every = [_digests(data, rank) for rank, data in enumerate(gathered)]
         except CheckpointError as error:
-            return [_Told([], (), remote_errors.dumps(error)) for _ in gathered]
+            return [_Judgement([], (), remote_errors.dumps(error)) for _ in gathered]
         words = judged(every, policy)
         if words[0].conflicts and words[0].failure is None and policy == "warn":
             _log.warning("%s", _described(every, words[0].conflicts))
@@ -241,8 +243,8 @@ class RankCheck:
         return self._offsets[key]
 
 
-def judged(every: Sequence[Mapping[Key, bytes]], policy: RankConflicts) -> list[_Told]:
-    """Compare the digests of all ranks, by rank, and return what each rank is told."""
+def judged(every: Sequence[Mapping[Key, bytes]], policy: RankConflicts) -> list[_Judgement]:
+    """Compare the digests of all ranks, by rank, and return the judgement for each rank."""
     holders: dict[Key, list[int]] = {}
     for rank, own in enumerate(every):
         for key in own:
@@ -283,7 +285,8 @@ def judged(every: Sequence[Mapping[Key, bytes]], policy: RankConflicts) -> list[
         )
     record = remote_errors.dumps(failure) if failure is not None else None
     return [
-        _Told([(*key, weight) for key, weight in one.items()], tuple(conflicts), record) for one in weights
+        _Judgement([(*key, weight) for key, weight in one.items()], tuple(conflicts), record)
+        for one in weights
     ]
 
 

@@ -121,7 +121,7 @@ def _beat(board: ProgressBoard, parent_pid: int) -> None:
     while not pause.wait(_BEAT):
         board.beat()
         if os.getppid() != parent_pid:
-            os._exit(1)  # nobody is left who could want this save
+            os._exit(1)  # no trainer is left for this save
 
 
 def _end_when_told(worker: Worker, trainer: int) -> None:
@@ -233,8 +233,8 @@ class Worker:
             _log.debug("the save failed in the checkpoint process", exc_info=error)
             alike = isinstance(error, CheckpointException) or not self._grouped
             lost = not alike and request.use_collectives and not isinstance(error, CheckpointError)
-            told = self._lost(error) if lost else remote_errors.original(error, self._hello.info.global_rank)
-            return Answer(request.number, failure=remote_errors.dumps(told), sound=alike)
+            shown = self._lost(error) if lost else remote_errors.original(error, self._hello.info.global_rank)
+            return Answer(request.number, failure=remote_errors.dumps(shown), sound=alike)
         finally:
             self._writer = None
 
@@ -272,7 +272,7 @@ class Worker:
             plan = Prepared(b"") if planner is not None else Prepared.of(state)
             common, summary = self._summarized(request, plan)
             return _Prepared(state, writer, planner, plan, common, summary)
-        except Exception as error:  # noqa: BLE001 - every rank is told before any begins to save
+        except Exception as error:  # noqa: BLE001 - every rank is notified before any begins to save
             return error
 
     def _summarized(self, request: SaveRequest, plan: Prepared) -> tuple[dict[str, Any], Summary | None]:

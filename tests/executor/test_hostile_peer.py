@@ -112,7 +112,7 @@ def attacked(port: int, plant: Plant, seed: int) -> Iterator[list[str]]:
 
 def _is_message(key: str) -> bool:
     parts = key.split("/")
-    counters = {"joined", "reported", "heard-by", "heard", "came", "executors", "left", "arrived", "read"}
+    counters = {"joined", "reported", "seen-by", "seen", "came", "executors", "left", "arrived", "read"}
     return not counters.intersection(parts[-2:])
 
 

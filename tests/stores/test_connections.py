@@ -107,13 +107,13 @@ def test_an_address_that_refuses_is_passed_over_and_left_out_for_a_while(
 ) -> None:
     named(DEAD, FIRST, SECOND)
     tried: list[str] = []
-    begin = server_addresses._begun
+    begin = server_addresses._started
 
     def noting(address: server_addresses.Address, *rest: Any) -> socket.socket:
         tried.append(address.sockaddr[0])
         return begin(address, *rest)
 
-    monkeypatch.setattr(server_addresses, "_begun", noting)
+    monkeypatch.setattr(server_addresses, "_started", noting)
     with listening(FIRST, SECOND) as server:
         to = Addresses(NAME, server.port)
         assert set(connect(to, 10)) == {FIRST, SECOND}

@@ -32,5 +32,5 @@ def claimed(archive: Any, stream: IO[bytes]) -> int:
     """Return how many bytes an archive says it holds."""
     if hasattr(archive, "get_record_size"):
         return sum(archive.get_record_size(name) for name in archive.get_all_records())
-    with zipfile.ZipFile(stream) as told:  # torch before 2.13 can't be asked
-        return sum(entry.file_size for entry in told.infolist())
+    with zipfile.ZipFile(stream) as directory:  # torch before 2.13 can't be asked
+        return sum(entry.file_size for entry in directory.infolist())

@@ -139,8 +139,8 @@ def _unit(code: str, more: list[Any]) -> str:
         if any(more):
             raise MalformedError("a dtype has metadata")
         return ""
-    metadata, told = checked(more[0], tuple)
-    unit, count, divisor, *_ = checked(told, tuple)
+    metadata, unit_fields = checked(more[0], tuple)
+    unit, count, divisor, *_ = checked(unit_fields, tuple)
     name = checked(unit, bytes).decode("ascii")
     if metadata or not _UNIT.fullmatch(name) or checked(divisor, int) != 1 or checked(count, int) < 1:
         raise MalformedError("a dtype has metadata, or no unit that there is")
@@ -148,12 +148,12 @@ def _unit(code: str, more: list[Any]) -> str:
 
 
 def _structured(names: tuple[Any, ...], fields: dict[Any, Any], itemsize: Any, *, aligned: bool) -> Any:
-    told = [checked(fields[name], tuple) for name in names]
-    titles = [one[2] if len(one) == len(("dtype", "offset", "title")) else None for one in told]
+    described = [checked(fields[name], tuple) for name in names]
+    titles = [one[2] if len(one) == len(("dtype", "offset", "title")) else None for one in described]
     description: dict[str, Any] = {
         "names": [checked(name, str) for name in names],
-        "formats": [_checked_dtype(one[0]) for one in told],
-        "offsets": [checked(one[1], int) for one in told],
+        "formats": [_checked_dtype(one[0]) for one in described],
+        "offsets": [checked(one[1], int) for one in described],
         "itemsize": checked(itemsize, int),
     }
     if any(title is not None for title in titles):
@@ -221,8 +221,8 @@ def _array_of_objects(items: list[Any], shape: tuple[int, ...], dtype: Any, orde
 
 def _scalar(given: Arguments) -> Any:
     np = _numpy()
-    told, data = given.bare(2)
-    dtype = _checked_dtype(told)
+    description, data = given.bare(2)
+    dtype = _checked_dtype(description)
     if dtype.hasobject or dtype.subdtype is not None or dtype.itemsize != len(checked(data, bytes)):
         raise MalformedError("a scalar has more or fewer bytes than its dtype")
     if not dtype.itemsize:

@@ -146,20 +146,20 @@ class _Building:
         """Nodes of tuples that hold names: arguments, and no values."""
 
     def run(self, root: object) -> object:
-        begun: set[int] = set()
+        started: set[int] = set()
         left = [root]
         while left:
             part = left[-1]
             if not isinstance(part, Node) or id(part) in self._made:
                 left.pop()
-            elif id(part) in begun:
+            elif id(part) in started:
                 self._made[id(part)] = self._make(part)
                 left.pop()
             else:
-                begun.add(id(part))
+                started.add(id(part))
                 for one in part.parts():
                     if isinstance(one, Node) and id(one) not in self._made:
-                        if id(one) in begun:
+                        if id(one) in started:
                             raise MalformedError("it holds itself")
                         left.append(one)
         return self._value(root)
@@ -187,7 +187,7 @@ class _Building:
             case Table():
                 return _dict(self._pairs(node.items))
             case Stored():
-                return self._storages.load(self._get(node.told))
+                return self._storages.load(self._get(node.described))
             case Call():
                 return self._call(node)
             case _:

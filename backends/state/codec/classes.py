@@ -204,7 +204,7 @@ def _own_hooks(cls: type) -> frozenset[str]:
     hooks = _HOOKS & own.keys()
     parameters = own.get("__dataclass_params__")
     if parameters is not None and parameters.frozen and "__slots__" in own:
-        # Written by dataclasses itself, which is told from a user's by where its code is.
+        # Written by dataclasses itself, which is distinguished from a user's by the place of its code.
         hooks -= {
             name
             for name in ("__getstate__", "__setstate__")

@@ -50,14 +50,14 @@ class Storages:
         order = archive.get_record("byteorder") if archive.has_record("byteorder") else b"little"
         self._swapped = checked_order(order) != sys.byteorder
 
-    def load(self, told: object) -> Memory:
+    def load(self, described: object) -> Memory:
         """Return the storage that a pickle asks for.
 
         Raises:
             MalformedError: the archive has no such one.
             NotHereError: its device is not there.
         """
-        match told:
+        match described:
             case ("storage", Global() as kind, str(key), str(place), int(count)) if 0 <= count <= _LARGEST:
                 dtype = None if kind.full_name == _UNTYPED else _TYPED.get(kind.full_name)
                 if dtype is None and kind.full_name != _UNTYPED:

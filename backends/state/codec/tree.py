@@ -59,7 +59,7 @@ class Group(Node):
 
 
 class Table(Node):
-    """A dict: keys and values by turns."""
+    """A dict: keys and values, alternating."""
 
     __slots__ = ("items",)
 
@@ -84,7 +84,7 @@ class Call(Node):
         self.items: list[object] = []
         """Appended to it."""
         self.pairs: list[object] = []
-        """Set in it: keys and values by turns."""
+        """Set in it: keys and values, alternating."""
 
     def parts(self) -> Iterator[object]:
         yield self.function
@@ -98,13 +98,13 @@ class Call(Node):
 class Stored(Node):
     """A record beside the pickle, by its persistent id."""
 
-    __slots__ = ("told",)
+    __slots__ = ("described",)
 
-    def __init__(self, told: object) -> None:
-        self.told = told
+    def __init__(self, described: object) -> None:
+        self.described = described
 
     def parts(self) -> Iterator[object]:
-        yield self.told
+        yield self.described
 
 
 def parse(data: bytes) -> object:

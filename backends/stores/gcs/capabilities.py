@@ -222,11 +222,11 @@ class _Probe:
     def multipart(self) -> bool:
         """Begin an upload, send it a part, find it in a listing, and abort it."""
         requests, name = self._requests, probe_name()
-        begun = requests.outcome(lambda client: gcs_multipart.begin(requests, client, name))
-        if begun.error is not None:
+        started = requests.outcome(lambda client: gcs_multipart.begin(requests, client, name))
+        if started.error is not None:
             self._names.append(name)  # a server that knows no uploads may have put an object
-            return not gcs_multipart.is_unsupported(begun.error)
-        upload, checksum = Upload(name, begun.result()), CRC32C.text(CRC32C.of(_PROBE))
+            return not gcs_multipart.is_unsupported(started.error)
+        upload, checksum = Upload(name, started.result()), CRC32C.text(CRC32C.of(_PROBE))
         sent = requests.outcome(
             lambda client: gcs_multipart.put_part(
                 requests, client, upload, 1, [memoryview(_PROBE)], checksum=checksum, departed=None

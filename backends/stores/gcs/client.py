@@ -1,6 +1,6 @@
 """The clients of a GCS store: gcsfs's configuration and credentials, and urllib3 for the bytes.
 
-gcsfs takes the options first, so that whatever ``storage_options`` holds means here what it means there, and
+gcsfs takes the options first, so that ``storage_options`` mean here what they mean there, and
 it finds credentials and renews them. Its own session carries nothing: it copies what it sends and receives.
 Its plain class is used, for the extended one asks every bucket's type over gRPC before anything else.
 """
@@ -135,7 +135,7 @@ class Client:
         url = where if where.startswith("http") else f"{self.endpoint}{where}"
         if not is_of(url, self.endpoint):
             raise elsewhere(url, self.endpoint)
-        if same_origin(url, self.endpoint):  # a token is for nobody else
+        if same_origin(url, self.endpoint):  # a token is for no other host
             self.fs.credentials.apply(sent)
         query = {**({} if _PAYER in sent else self._always), **(parameters or {})}
         if query:
@@ -233,7 +233,7 @@ def _pool(
     if proxy is None:
         manager = urllib3.PoolManager(**settings)
     else:
-        told = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-        manager = urllib3.ProxyManager(proxy.url, proxy_headers=told, **settings)
+        proxy_headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        manager = urllib3.ProxyManager(proxy.url, proxy_headers=proxy_headers, **settings)
     manager.pool_classes_by_scheme = POOLS
     return manager

@@ -23,7 +23,7 @@ _NO_REWRITE: Final = (HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 def copied(requests: Requests, original: Requests, info: ObjectInfo) -> ObjectInfo | None:
     """Have GCS copy the object of ``original`` that has ``info``, to the same name.
 
-    A server that ignores ``ifSourceGenerationMatch`` copies whatever generation there is. On such a server
+    A server that ignores ``ifSourceGenerationMatch`` copies the generation that is there. On such a server
     the generation of the original is compared before the copy and after it, and a copy that may be of
     another is deleted.
 
@@ -64,12 +64,12 @@ def _rewritten(requests: Requests, original: Requests, info: ObjectInfo) -> Obje
         where = f"{client.objects(original.bucket)}/{key}/{there}"
         headers = {"Content-Type": "application/json; charset=UTF-8"}
         answer = client.request("copy", "POST", where, parameters=parameters, headers=headers, body=resource)
-        told = document(answer, client.endpoint)
-        if not told.get("done") and not isinstance(told.get("rewriteToken"), str):
+        rewrite = document(answer, client.endpoint)
+        if not rewrite.get("done") and not isinstance(rewrite.get("rewriteToken"), str):
             raise lacking("a rewriteToken", client.endpoint)
-        if told.get("done") and not isinstance(told.get("resource"), dict):
+        if rewrite.get("done") and not isinstance(rewrite.get("resource"), dict):
             raise lacking("the resource of a copy", client.endpoint)
-        return told
+        return rewrite
 
     endpoint = requests.client.endpoint
     with explained(requests.target, requests.client.route, info.name):

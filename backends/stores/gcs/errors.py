@@ -264,15 +264,14 @@ def foreign(answer: RefusedError, route: Route) -> str:
 
 
 def _not_gcs(answer: PageError, route: Route) -> StorageError:
-    told = f", a redirection to {origin(answer.location)}" if answer.location else ""
+    redirection = f", a redirection to {origin(answer.location)}" if answer.location else ""
     hint = f"Check {SETTINGS}: a web server, a proxy or a network's login page has answered"
     if answer.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         hint = f"{USER_OF_PROXY}. {hint}"
     if route.proxy is not None:
         hint = f"{hint}. {route.proxy.cure(route.host)}"
-    message = (
-        f"the endpoint {route} answered to {answer.doing}, but not as GCS does (status {answer.status}{told})"
-    )
+    status = f"status {answer.status}{redirection}"
+    message = f"the endpoint {route} answered to {answer.doing}, but not as GCS does ({status})"
     return StorageError(message, hint=hint)
 
 

@@ -263,10 +263,10 @@ def _pending(requests: Requests, client: Client, element: ET.Element, prefix: st
     name = key.removeprefix(requests.prefix)
     started = gcs_xml.text(element, "Initiated").strip()
     try:
-        begun = datetime.fromisoformat(started) if started else None
+        since = datetime.fromisoformat(started) if started else None
     except ValueError:
-        begun = None
-    return PendingUpload(Upload(name, upload_id), begun)
+        since = None
+    return PendingUpload(Upload(name, upload_id), since)
 
 
 def _read(answer: urllib3.BaseHTTPResponse, most: int) -> bytes:

@@ -172,7 +172,7 @@ class GCSStore(ObjectStore):
                 if info.size == sum(part.size for part in parts):
                     return info
             if isinstance(outcome.error, WrongSizeError) and not self._supports_status(upload.name):
-                # Such a server ends a session whatever it holds. One of Google's may have ended before.
+                # Such a server ends a session regardless of its bytes. One of Google's may have ended before.
                 self._discard(upload.name, outcome.error.generation)
             return written_info(outcome.result(), self._requests.prefix, client.endpoint, upload.name)
 

@@ -44,7 +44,7 @@ class MultipartUploads:
     def begin(self, name: str) -> Upload:
         """Begin an upload.
 
-        An attempt whose answer was lost may have begun another upload, which is aborted.
+        An attempt whose answer was lost may have started another upload, which is aborted.
         """
         requests = self._requests
         outcome = requests.outcome(lambda client: gcs_multipart.begin(requests, client, name))

@@ -41,7 +41,7 @@ def name_of(element: ET.Element) -> str:
 
 
 def children(element: ET.Element, name: str) -> Iterable[ET.Element]:
-    """Return the children of an element that have a name, in whatever namespace."""
+    """Return the children of an element that have a name, in any namespace."""
     return (child for child in element if name_of(child) == name)
 
 

@@ -21,7 +21,7 @@ A page of a listing has 1000 names of 1024 bytes, each of which may be escaped.
 """
 _MOST_OF_A_HEAD: Final = 1 << 16
 _LEAST_RATE: Final = 16 << 10
-"""Bytes a second that an answer has in each period of a timeout, once it has begun."""
+"""Bytes a second that an answer has in each period of a timeout, once it has started."""
 
 
 class TooLongError(http.client.HTTPException):

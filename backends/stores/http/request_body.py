@@ -35,7 +35,7 @@ class BuffersBody(io.RawIOBase):
 
     ``read`` returns slices of the buffers, not copies, of up to 1 MiB; of small buffers that follow one
     another it joins as many. So it may return less than was asked for, like any raw file. To urllib3, which
-    asks for 128 KiB at a time and sends whatever it gets, it returns more: each piece costs a turn at the
+    asks for 128 KiB at a time and sends what it gets, it returns more: each piece costs a turn at the
     interpreter's lock. Buffers are one-dimensional, of unsigned bytes.
 
     A connection that sets ``hand_over`` gets one :class:`Rest` instead when urllib3 reads.
@@ -57,7 +57,7 @@ class BuffersBody(io.RawIOBase):
     def read(self, size: int = -1, /) -> Any:
         """Return the next bytes, at least one unless the end is reached.
 
-        Whoever asks for more has sent what there was before: ``departed`` is told so.
+        A caller that asks for more has sent what there was before, and ``departed`` is called.
         """
         if self.hand_over and size == _ASKED:
             if self._is_handed_over:

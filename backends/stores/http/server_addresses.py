@@ -1,8 +1,8 @@
 """All addresses behind a server's name: new connections are spread over them, and a dead one is passed over.
 
 S3 answers a name with several addresses, and each serves a share of the requests. Connections are opened to
-one after the other, IPv6 and IPv4 by turns. Where an address does not answer at once, the next one is tried
-beside it (RFC 8305), and the address is left out for a while.
+one after the other, IPv6 and IPv4 alternately. Where an address does not answer at once, the next one is
+tried beside it (RFC 8305), and the address is left out for a while.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Addresses:
 
 
 def _by_turns(addresses: Sequence[Address]) -> Iterator[Address]:
-    """Yield addresses of each family by turns, beginning with that of the first."""
+    """Yield addresses, alternating between families, beginning with that of the first."""
     families = dict.fromkeys(one.family for one in addresses)
     each = [[one for one in addresses if one.family == family] for family in families]
     for row in itertools.zip_longest(*each):
@@ -116,7 +116,7 @@ def _by_turns(addresses: Sequence[Address]) -> Iterator[Address]:
 
 
 class _Race:
-    """Attempts to connect to addresses in order, each begun when the one before has failed or is slow."""
+    """Attempts to connect to addresses in order, each started when the one before has failed or is slow."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class _Race:
 
     def _begin(self, address: Address) -> None:
         try:
-            sock = _begun(address, self._source_address, self._options)
+            sock = _started(address, self._source_address, self._options)
         except OSError as error:
             self._fail(address, error)
         else:
@@ -188,7 +188,9 @@ def _socket_of(key: selectors.SelectorKey) -> socket.socket:
     return cast("socket.socket", key.fileobj)
 
 
-def _begun(address: Address, source_address: tuple[str, int] | None, options: SocketOptions) -> socket.socket:
+def _started(
+    address: Address, source_address: tuple[str, int] | None, options: SocketOptions
+) -> socket.socket:
     """Return a socket that is being connected."""
     sock = socket.socket(address.family, address.kind, address.protocol)
     try:

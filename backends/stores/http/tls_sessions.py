@@ -23,7 +23,7 @@ class ResumingSocket(ssl.SSLSocket):
         with _lock:
             session = _kept.get(self.context, {}).get(self.server_hostname or "")
         if session is not None:
-            with contextlib.suppress(ValueError):  # the handshake has begun, without blocking
+            with contextlib.suppress(ValueError):  # the handshake has started, without blocking
                 self.session = session
         super().do_handshake(block)
 

@@ -97,7 +97,8 @@ def sync_folders(folder: Path, top: Path) -> None:
 def sync_above(folder: Path) -> None:
     """Make a folder durable in its parent, and each folder above it on its file system.
 
-    Whoever made them may have died before it did so. A folder that this process may not open is passed over.
+    The process that made them may have died before it did so. A folder that this process may not open is
+    passed over.
     """
     device = folder.stat().st_dev
     for parent in folder.parents:

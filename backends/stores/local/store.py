@@ -52,7 +52,7 @@ from cloudckpt.backends.system import descriptors
 
 _OPEN_TRIES = 20
 _WINDOW = 1 << 18
-"""Bytes read at once: few enough to be in the cache still for whoever hears that they have arrived."""
+"""Bytes read at once: few enough to be in the cache still when ``arrived`` is called."""
 
 
 class LocalStore(ObjectStore):
@@ -157,7 +157,7 @@ class LocalStore(ObjectStore):
         checksum: str | None = None,
         departed: Departed | None = None,
     ) -> Part:
-        del checksum  # there is nobody who would check it
+        del checksum  # no server checks it
         with self._errors(upload.name, writing=True), self._pending(upload) as fd:
             if self._is_published(upload.name, fd):
                 raise self._ended(upload)

@@ -246,7 +246,7 @@ class _Probe:
                     right = self._put(key, IfMatch=form.of(tag))
             if _is_refused(right):
                 if not _is_precondition(right):
-                    return None  # the header itself is refused, in whatever form
+                    return None  # the header itself is refused, in any form
                 continue
             tag = _tag(right)
             wrong = self._put(key, IfMatch=form.of(_ANOTHER_TAG))

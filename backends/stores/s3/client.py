@@ -1,6 +1,6 @@
 """The clients of an S3 store: botocore clients made from the configuration of an s3fs file system.
 
-s3fs takes the options first, so that whatever ``storage_options`` holds means here what it means there. It
+s3fs takes the options first, so that ``storage_options`` mean here what they mean there. It
 makes no request: aiohttp below it follows redirections and sends the session token along, to any host.
 
 botocore does not retry: :mod:`~cloudckpt.backends.stores.retry` does, above it. Its standard mode with one

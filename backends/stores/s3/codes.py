@@ -266,12 +266,12 @@ def meaning_of(code: str, status: int) -> Meaning | None:
 
 
 def is_known(code: str) -> bool:
-    """Return True if the code has a meaning of its own, whatever its status."""
+    """Return True if the code has a meaning of its own, regardless of its status."""
     return code in _MEANINGS or code.startswith(_KMS)
 
 
 def is_about_caller(code: str) -> bool:
-    """Return True if the code is about the credentials, the account or the clock, whatever was asked."""
+    """Return True if the code is about the credentials, the account or the clock, for any request."""
     found = _MEANINGS.get(code)
     return found is not None and found.about_caller
 

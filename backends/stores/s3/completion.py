@@ -40,7 +40,7 @@ class _Pattern:
     auth_path: str
     headers: Mapping[str, Any]
     context: Mapping[str, Any]
-    """What botocore's signer is told beside the request."""
+    """The context of botocore's signer, beside the request."""
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> _Pattern | None:

@@ -124,7 +124,7 @@ class Connections:
         return answer
 
     def close(self) -> None:
-        """Close those that nobody uses; there are new ones as soon as they are needed."""
+        """Close idle connections; new ones are opened as soon as they are needed."""
         _close(self._idle)
 
     def _borrowed(self, scheme: str, netloc: str, url: str) -> _Connection:

@@ -46,7 +46,7 @@ class Copying:
     """Copies into one object of a store, whose arguments ``own`` gives, by method.
 
     A server that refuses is one that can't: it may lack the request, or these credentials the right to read
-    the original through the other bucket. Whoever asked has other ways, and hears there what is wrong.
+    the original through the other bucket. The caller has other ways, and gets the error there.
     """
 
     def __init__(self, store: ObjectStore, requests: Requests, own: Callable[..., dict[str, Any]]) -> None:

@@ -90,15 +90,15 @@ def not_s3(route: Route, answer: Mapping[str, Any] | None = None, what: str = ""
     """
     meta = (answer or {}).get("ResponseMetadata", {})
     status, location = meta.get("HTTPStatusCode"), meta.get("HTTPHeaders", {}).get("location")
-    told = f", a redirection to {origin(location)}" if location else ""
-    told = f" (status {status}{told})" if status else ""
+    redirection = f", a redirection to {origin(location)}" if location else ""
+    shown = f" (status {status}{redirection})" if status else ""
     hint = _NOT_S3_HINT
     if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         hint = f"{USER_OF_PROXY}. {hint}"
     if route.proxy is not None:
         hint = f"{hint}. {route.proxy.cure(route.host)}"
     why = f": {what}" if what else ""
-    return StorageError(f"the endpoint {route} answered, but not as an S3 server does{told}{why}", hint=hint)
+    return StorageError(f"the endpoint {route} answered, but not as an S3 server does{shown}{why}", hint=hint)
 
 
 def without_etag(route: Route, operation: str, answer: Mapping[str, Any]) -> StorageError:
@@ -138,7 +138,7 @@ def status_of(error: boto.ClientError) -> int:
 
 
 def is_of_credentials(error: boto.ClientError) -> bool:
-    """Return True if the answer is about the credentials, the account or the clock, whatever was asked."""
+    """Return True if the answer is about the credentials, the account or the clock, for any request."""
     return is_about_caller(code_of(error))
 
 
@@ -268,8 +268,8 @@ def _clock(error: boto.ClientError) -> str:
     if not off:
         return "the server refused the time of this machine's clock"
     way = "behind" if off < 0 else "ahead of"
-    told = f"this machine's clock is {duration(off)} {way} the server's ({abs(off):,.0f} s)"
-    return f"{told}, which refused the request"
+    message = f"this machine's clock is {duration(off)} {way} the server's ({abs(off):,.0f} s)"
+    return f"{message}, which refused the request"
 
 
 def _is_not_s3(error: boto.ClientError) -> bool:

@@ -160,12 +160,12 @@ class S3Exam:
         if actual is None:
 
             def head(clients: Clients) -> Mapping[str, Any]:
-                told: Mapping[str, Any] = clients.data.head_bucket(Bucket=self._target.bucket)
-                return told
+                answer: Mapping[str, Any] = clients.data.head_bucket(Bucket=self._target.bucket)
+                return answer
 
             outcome = self._requests.outcome(head)
-            told = outcome.error.response if isinstance(outcome.error, ClientError) else outcome.value
-            actual = _headers(told or {}).get("x-amz-bucket-region")
+            answered = outcome.error.response if isinstance(outcome.error, ClientError) else outcome.value
+            actual = _headers(answered or {}).get("x-amz-bucket-region")
         if actual is None:
             yield Finding("region", "unknown", "the server does not tell the bucket's")
         elif actual in (given, {"aws-global": "us-east-1"}.get(given)):

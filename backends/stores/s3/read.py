@@ -1,6 +1,6 @@
 """Reading S3 objects: whole, or a range straight into buffers.
 
-Each function is one attempt. A body that breaks off is asked for again from its start and of whatever version
+Each function is one attempt. A body that breaks off is asked for again from its start, of the version that
 is there then, so that bytes of two versions never mix.
 """
 
@@ -58,8 +58,8 @@ def read_range(
 ) -> int | None:
     """Fill ``buffers`` from the object's bytes at ``offset``, in one request.
 
-    ``arrived`` is told how far they are filled, and 0 before. Returns the object's whole size in bytes, where
-    the answer gives it.
+    ``arrived`` is called with the number of bytes filled, and 0 before. Return the object's whole size in
+    bytes, where the answer gives it.
     """
     size = sum(buffer.nbytes for buffer in buffers)
     if not size:

@@ -90,7 +90,7 @@ def _versions(requests: Requests, target: Target, exam: Exam, rules: Rules | Non
     elif rules is not None and any("NoncurrentVersionExpiration" in rule for rule in rules):
         yield Finding("versions", "ok", "kept for a while after an object is deleted, which costs its size")
     else:
-        what = "kept for ever, as far as can be told: steps that are deleted go on costing"
+        what = "kept for ever, as far as is known: steps that are deleted go on costing"
         yield Finding("versions", "warning", what, "Add a lifecycle rule with NoncurrentVersionExpiration")
 
 

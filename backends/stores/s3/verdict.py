@@ -64,7 +64,7 @@ def _of_answer(answer: boto.ClientError) -> Judgement:
     after = seconds_after(headers.get("retry-after"))
     if code in EXPIRED or _may_have_expired(answer):
         return Judgement(Verdict.RENEW)
-    if is_about_caller(code):  # whatever the status
+    if is_about_caller(code):  # regardless of the status
         return Judgement(Verdict.FINAL)
     if status in _GATEWAY:  # behind which the server may still be at work
         return Judgement(Verdict.TRANSIENT, Reply.LOST, after)
