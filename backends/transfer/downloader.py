@@ -61,7 +61,7 @@ class Downloader:
         self._largest = max(1, min(largest_read, memory_limit // 2))
 
     def observe(self, observer: Observer | None, begun: Callable[[int], None] | None) -> None:
-        """Call ``begun`` with the number of bytes of a load, and ``observer`` for each range that was read."""
+        """Call ``begun`` with the number of bytes of a load, and ``observer`` for each range."""
         self._observer, self._begun = observer, begun
 
     @property

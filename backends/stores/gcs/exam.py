@@ -149,9 +149,9 @@ class GCSExam:
             assert self._held is not None  # noqa: S101 - it was asked
             with explained(self._target, self._held.route):
                 raise error
-        except CheckpointError as error:
-            check = "credentials" if isinstance(error, AccessDeniedError) else check
-            return Finding(check, "failed", error.message, error.hint or "")
+        except CheckpointError as explanation:
+            check = "credentials" if isinstance(explanation, AccessDeniedError) else check
+            return Finding(check, "failed", explanation.message, explanation.hint or "")
 
     def _outcome(
         self, client: Client, doing: str, where: str, parameters: Mapping[str, str]
