@@ -43,14 +43,14 @@ class Algorithm:
     _combine: Callable[[int, int, int], int]
 
     def combine(self, fragments: Iterable[Fragment]) -> int:
-        """The checksum of fragments laid end to end."""
+        """Return the checksum of fragments laid end to end."""
         value = 0
         for fragment in fragments:
             value = self._combine(value, fragment.value, fragment.nbytes)
         return value
 
     def packed(self, value: int) -> bytes:
-        """A checksum as it is stored: big-endian."""
+        """Return a checksum as it is stored: big-endian."""
         return value.to_bytes(self.width, "big")
 
     def packed_all(self, values: Sequence[int]) -> bytes:
@@ -72,7 +72,7 @@ ALGORITHMS: Final = {algorithm.name: algorithm for algorithm in (CRC64NVME, CRC3
 
 
 def algorithm_for(store: str | None) -> Algorithm:
-    """The algorithm of a save's checksums: the one that the store wants of its parts, or the cheapest.
+    """Return the algorithm of a save's checksums: the one that the store wants of its parts, or the cheapest.
 
     CRC32C is half the price where bytes are in the cache, as they are when no checksum has to go before them.
     """
@@ -178,7 +178,7 @@ class Checks:
     """The packed checksums of all chunks."""
 
     def chunks(self, start: int, stop: int) -> list[Chunks]:
-        """The chunks that hold bytes ``start`` to ``stop`` of the item, segment by segment."""
+        """Return the chunks that hold bytes ``start`` to ``stop`` of the item, segment by segment."""
         found: list[Chunks] = []
         width, at, before = self.algorithm.width, 0, 0
         for span in self.spans:
@@ -193,11 +193,11 @@ class Checks:
         return found
 
     def covering(self, start: int, stop: int) -> list[Chunk]:
-        """The same, one by one."""
+        """Return the same, one by one."""
         return [chunk for chunks in self.chunks(start, stop) for chunk in chunks.each()]
 
     def with_framing(self, start: int, stop: int) -> tuple[int, int]:
-        """The range, and the framing at those ends of the payload that it reaches.
+        """Return the range, and the framing at those ends of the payload that it reaches.
 
         Nothing needs its bytes, but a reader of a whole item expects that all of it is verified.
         """

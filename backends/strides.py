@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a contiguous tensor of this shape."""
+    """Return the strides of a contiguous tensor of this shape."""
     strides: list[int] = []
     step = 1
     for length in reversed(shape):

@@ -30,7 +30,7 @@ _FAILURE, _BYTES, _JSON = b"f", b"b", b"j"
 
 
 def own_rank(group: dist.ProcessGroup | None) -> int:
-    """This process's rank in the group; 0 in a single process."""
+    """Return this process's rank in the group; 0 in a single process."""
     return dist.get_rank(group) if grouped() else 0
 
 
@@ -163,7 +163,7 @@ def _settled(own: _Outcome | None, tell: Callable[[], bytes]) -> Any:
 
 
 def _first(own: bytes, every: list[bytes]) -> bytes:
-    """The lowest failing rank's error, with the others' as notes, or else the first rank's answer.
+    """Return the lowest failing rank's error, with the others' as notes, or else the first rank's answer.
 
     Args:
         own: the first rank's message.

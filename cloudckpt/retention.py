@@ -131,7 +131,7 @@ class Retention:
         return relied
 
     def _milestones(self, ordered: Sequence[int], committed: Mapping[int, Entry]) -> set[int]:
-        """The steps of ``keep_every``. A time chooses the same ones regardless of the steps in between."""
+        """Return the steps of ``keep_every``. A time chooses the same ones with any steps in between."""
         every = self.keep_every
         if every is None:
             return set()
@@ -266,7 +266,7 @@ def _steps(*steps: int | None) -> frozenset[int]:
 
 
 def pruned_by(metadata: Metadata) -> tuple[int, ...]:
-    """The steps that the save which returned this metadata has deleted."""
+    """Return the steps that the save which returned this metadata has deleted."""
     steps: tuple[int, ...] = metadata.__dict__.get(_PRUNED, ())
     return steps
 

@@ -110,7 +110,7 @@ class Run:
         return f"{STEP_PREFIX}{self.number(step):0{STEP_DIGITS}}"
 
     def newest(self, before: int | None = None) -> int | None:
-        """The highest committed step, below ``before`` where that is given; None where there is none.
+        """Return the highest committed step, below ``before`` where that is given; None where there is none.
 
         It takes a request for a thousand steps, and one for each step that is started and not committed.
 

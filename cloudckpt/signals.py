@@ -129,7 +129,7 @@ class _Handlers:
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def _leave(self) -> None:
-        """A forked child, such as a DataLoader's worker, has its signals for itself."""
+        """Restore the signals of a forked child, such as a DataLoader's worker."""
         if self._taken:
             self._listeners.clear()
             self._give_back()

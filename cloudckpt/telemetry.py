@@ -88,7 +88,7 @@ class OpenTelemetry:
                 pass
 
     def _started(self, name: str, event: Event, seconds: float) -> Span:
-        """A span that began so many seconds ago."""
+        """Return a span that began so many seconds ago."""
         attributes: dict[str, AttributeValue] = {"checkpoint.step": event.step, "checkpoint.uri": event.uri}
         attributes["rank"] = event.rank
         began = time.time_ns() - int(seconds * 1e9)

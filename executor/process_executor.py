@@ -343,7 +343,7 @@ class ProcessExecutor(forks.Unpicklable):
         self.close()
 
     def _ready(self, process_group: dist.ProcessGroup | None, no_dist: bool, call: str) -> Supervisor:
-        """The supervisor, after the ranks have agreed where to meet."""
+        """Return the supervisor, after the ranks have agreed where to meet."""
         self._ranks.gather(process_group, no_dist, call)
         if self._supervisor is None:
             terms = Terms(

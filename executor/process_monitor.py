@@ -109,7 +109,7 @@ class ProcessMonitor:
         self.abandoned = False
 
     def expect(self, kind: type[M], timeout: float) -> M:
-        """The process's next message of this kind.
+        """Return the process's next message of this kind.
 
         Raises:
             Decided: another rank has decided the attempt.
@@ -149,7 +149,7 @@ class ProcessMonitor:
         return None
 
     def died(self) -> ExecutorDiedError:
-        """The error for a process that has ended."""
+        """Return the error for a process that has ended."""
         reading = self._reading()
         code = self._process.exit_code(_TICK)
         killer = self._process.killer() if code == -signal.SIGKILL else None

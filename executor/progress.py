@@ -92,7 +92,7 @@ class ProgressBoard:
 
     @classmethod
     def attach(cls, fd: int) -> Self:
-        """The board behind a descriptor."""
+        """Return the board behind a descriptor."""
         return cls(fd)
 
     def begin(self, save: int, bytes_total: int) -> None:

@@ -139,7 +139,7 @@ class Delivery:
         self.handle._read = read  # noqa: SLF001 - the other half of one object
 
     def staged(self) -> None:
-        """The state may change from now on."""
+        """Mark the state as copied: it may change from now on."""
         self.handle.staged.set_result(None)
 
     def known(self) -> None:
@@ -179,7 +179,7 @@ class Delivery:
 
 
 def skipped() -> SaveHandle[Any]:
-    """The handle of a save that never began."""
+    """Return the handle of a save that never began."""
     handle: SaveHandle[Any] = SaveHandle(lambda metadata: metadata)
     for future in (handle, handle.staged):
         future.cancel()

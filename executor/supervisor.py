@@ -252,7 +252,7 @@ class Supervisor:
         return attempt.result
 
     def _ensure(self, attempt: SaveAttempt, job: Job) -> CheckpointProcess:
-        """The process of the generation agreed on, started when need be."""
+        """Return the process of the generation agreed on, started when need be."""
         process = self._process
         if process is not None and (process.generation != attempt.generation or not process.alive):
             self._end_process()

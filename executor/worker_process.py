@@ -105,7 +105,7 @@ class CheckpointProcess:
         return ArenaNews(index, arena.nbytes, described=self._described.get(index) != arena.identity)
 
     def receive(self) -> Any:
-        """The next message, or None when there is none.
+        """Return the next message, or None when there is none.
 
         Raises:
             EOFError, OSError: the process is gone.

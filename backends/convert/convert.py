@@ -256,7 +256,7 @@ class _Job:
         )
 
     def _state(self, stand_ins: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], dict[int, Entry]]:
-        """The nested state with stand-ins, and what each of those stands for."""
+        """Return the nested state with stand-ins, and what each of those stands for."""
         leaves = {**self._source.values(self._keys), **stand_ins}
         fetched = {id(stand_in): self.entries[key] for key, stand_in in stand_ins.items()}
         return nested(self._places, leaves), fetched
@@ -310,7 +310,7 @@ class _Job:
 
 
 def _there(store: ObjectStore, name: str) -> list[str]:
-    """The file of this name, where there is one."""
+    """Return the file of this name, where there is one."""
     return [name] if store.holds(name) else []
 
 

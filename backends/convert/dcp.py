@@ -23,7 +23,7 @@ from cloudckpt.backends.transfer.downloader import Downloader
 
 
 def open_checkpoint(store: ObjectStore, target: Target, memory_limit: int, *, trust: bool) -> Source:
-    """A committed checkpoint as a source of tensors and values.
+    """Return a committed checkpoint as a source of tensors and values.
 
     Raises:
         CheckpointNotFoundError: nothing is committed there.

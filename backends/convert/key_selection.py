@@ -23,7 +23,7 @@ class Selected:
 
 
 def selected(source: Source, prefix: str = "", strip: str = "") -> list[Selected]:
-    """The entries whose keys begin with ``prefix``, called without the prefix ``strip``, where they have it.
+    """Return the entries whose keys begin with ``prefix``, without the prefix ``strip``.
 
     Raises:
         ConfigurationError: there are none, or two have one name then.
@@ -51,7 +51,7 @@ def selected(source: Source, prefix: str = "", strip: str = "") -> list[Selected
 
 
 def nested(places: Iterable[Selected], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in which each entry's leaf, by its key in the source, is at the entry's path.
+    """Return the state in which each entry's leaf, by its key in the source, is at the entry's path.
 
     Raises:
         IntegrityError: an entry would be within another.
@@ -118,7 +118,7 @@ def _is_path(path: object, most: int) -> bool:
 
 
 def _stripped(path: Sequence[str | int], strip: str) -> Iterator[str | int]:
-    """The path without what ``strip`` is of its beginning: whole steps of it, or a part of one."""
+    """Return the path without the prefix ``strip``: whole steps of it, or a part of one."""
     left = strip
     for at, step in enumerate(path):
         if not left:

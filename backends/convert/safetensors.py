@@ -83,7 +83,7 @@ class Shard:
 
     @classmethod
     def of(cls, name: str, tensors: Mapping[str, Entry]) -> Shard:
-        """The file of tensors by their names in it: those of large elements first, so that all lie even."""
+        """Return the file of named tensors: those of large elements first, so that all are aligned."""
         ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         header: dict[str, Any] = {_METADATA: _FOR_TORCH}
         at = 0
@@ -107,7 +107,7 @@ class Shard:
         return len(self.header) + sum(entry.nbytes for entry in self.tensors)
 
     def planned(self, source: Source) -> Planned:
-        """The file as an object to put."""
+        """Return the file as an object to put."""
         return Planned(self.nbytes, self._segments(source))
 
     def _segments(self, source: Source) -> Iterator[Segment]:
@@ -145,7 +145,7 @@ def sharded(tensors: Mapping[str, Entry], shard_size: int) -> tuple[list[Shard],
 
 
 def written_before(store: ObjectStore) -> list[str]:
-    """The objects in a folder that are files of a model: the index first."""
+    """Return the objects in a folder that are files of a model: the index first."""
     names = {info.name for info in store.list("", delimiter=True).objects}
     # Shards that are deleted before an index that is not listed yet would leave it without them.
     names |= {name for name in (INDEX, WHOLE) if name not in names and store.holds(name)}
@@ -154,7 +154,7 @@ def written_before(store: ObjectStore) -> list[str]:
 
 
 def open_file(store: ObjectStore, name: str, target: Target, memory_limit: int) -> Source:
-    """A safetensors file as a source of tensors.
+    """Return a safetensors file as a source of tensors.
 
     Raises:
         ObjectNotFoundError: it is not there.
@@ -164,7 +164,7 @@ def open_file(store: ObjectStore, name: str, target: Target, memory_limit: int) 
 
 
 def open_folder(store: ObjectStore, target: Target, memory_limit: int) -> Source:
-    """The files that an index names, or the one that there is, as a source of tensors.
+    """Return the files that an index names, or the one that there is, as a source of tensors.
 
     Raises:
         ObjectNotFoundError: neither is there.

@@ -97,7 +97,7 @@ class Source:
         return [*self._metadata.state_dict_metadata]
 
     def entries(self, keys: Iterable[str]) -> dict[str, Entry]:
-        """The tensors among these keys that lie in the store.
+        """Return the tensors among these keys that lie in the store.
 
         Raises:
             ConfigurationError: one is sparse or quantised.
@@ -111,7 +111,7 @@ class Source:
         }
 
     def tensors_held(self, keys: Iterable[str]) -> list[str]:
-        """The tensors among these keys that are in memory, since they had to be computed."""
+        """Return the tensors among these keys that are in memory, since they had to be computed."""
         return [key for key in keys if isinstance(self._held.get(key), torch.Tensor)]
 
     def values(self, keys: Sequence[str]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Source:
         return {key: found[key] for key in keys if key in found}
 
     def segment(self, entry: Entry, seen: Callable[[int, memoryview], None] | None = None) -> Fetched:
-        """The memory of a tensor, in the order that its entry's strides say. One order a tensor."""
+        """Return the memory of a tensor, in the order that its entry's strides say. One order a tensor."""
         self._fetched[entry.key] = entry
         return Fetched(self, entry.key, entry.nbytes, entry.dtype.itemsize, seen)
 
@@ -260,7 +260,7 @@ def _whole(key: str) -> ReadItem:
 
 
 def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[Box]:
-    """The boxes that hold elements ``first`` to ``last`` of a row-major tensor, in their order."""
+    """Yield the boxes that hold elements ``first`` to ``last`` of a row-major tensor, in their order."""
     if len(shape) <= 1:
         yield ((first,), (last - first,)) if shape else ((), ())
         return

@@ -74,7 +74,7 @@ class Archive:
         return record in self._infos
 
     def read(self, record: str) -> bytes:
-        """A small record, compared with its checksum.
+        """Return a small record, compared with its checksum.
 
         Raises:
             IntegrityError: it is missing or damaged.
@@ -123,13 +123,13 @@ class Archive:
         return found
 
     def damaged(self, message: str) -> IntegrityError:
-        """The error that says what is wrong with the file."""
+        """Return the error that says what is wrong with the file."""
         return IntegrityError(
             message, uri=self._store.uri, object_name=self._name, hint="It is damaged: get it anew"
         )
 
     def _checked(self) -> dict[str, zipfile.ZipInfo]:
-        """The records by their names below the archive's own."""
+        """Return the records by their names below the archive's own."""
         infos = self._zip.infolist()
         roots = [one.filename.removesuffix(_PICKLE) for one in infos if one.filename.endswith(f"/{_PICKLE}")]
         root = min(roots, key=len, default="")

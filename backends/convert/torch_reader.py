@@ -49,7 +49,7 @@ could claim as many as they like."""
 
 
 def open_file(store: ObjectStore, name: str, target: Target, memory_limit: int, *, trust: bool) -> Source:
-    """A ``torch.save`` file as a source of tensors and values.
+    """Return a ``torch.save`` file as a source of tensors and values.
 
     Raises:
         ObjectNotFoundError: it is not there.
@@ -280,7 +280,7 @@ def _is_apart(leaf: object) -> bool:
 
 
 def _overlapping(spans: list[tuple[int, int, str]]) -> Iterator[tuple[str, ...]]:
-    """Groups of names whose spans of memory have bytes in common."""
+    """Yield groups of names whose spans of memory have bytes in common."""
     group: list[str] = []
     end = 0
     for start, stop, key in sorted(spans):
@@ -308,7 +308,7 @@ def _address(storage: torch.UntypedStorage) -> int:
 
 
 def _storages_in(value: object) -> frozenset[int]:
-    """The storages of the tensors that a value holds, by their addresses."""
+    """Return the storages of the tensors that a value holds, by their addresses."""
     finder = _Finder(io.BytesIO())
     try:
         finder.dump(value)

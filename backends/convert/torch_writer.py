@@ -55,7 +55,7 @@ def stand_ins(entries: Mapping[str, Entry]) -> dict[str, torch.Tensor]:
 
 
 def planned(state: Any, fetched: Mapping[int, Entry], source: Source, failed: threading.Event) -> Planned:
-    """A file of this state as an object to put.
+    """Return a file of this state as an object to put.
 
     Args:
         state: what ``torch.load`` shall return, with stand-ins.
@@ -164,7 +164,7 @@ class _Laid:
         self._missing = list(self._in_directory(sink.tell())) if sums else []
 
     def segments(self, payloads: Sequence[Segment]) -> Iterator[Segment]:
-        """The whole file, with these in the gaps."""
+        """Yield the whole file, with these in the gaps."""
         head, *rest = self._runs
         yield View(memoryview(head), borrowed=False)
         for payload, total, run in zip(payloads, self._sums, rest, strict=True):
@@ -178,7 +178,7 @@ class _Laid:
                 yield Late(after.nbytes, functools.partial(self._directory, len(run) - after.nbytes))
 
     def _directory(self, begin: int) -> bytes:
-        """The last run from a byte on, complete."""
+        """Return the last run from a byte on, complete."""
         run = bytearray(self._runs[-1])
         for at, total in self._missing:
             run[at : at + _CRC] = total.packed()

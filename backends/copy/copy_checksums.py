@@ -51,7 +51,7 @@ class ObjectChecks:
         self.algorithm = algorithm
 
     def chunks(self, start: int, stop: int) -> list[_Located]:
-        """The chunks that have some of the object's bytes ``start`` to ``stop``."""
+        """Return the chunks that have some of the object's bytes ``start`` to ``stop``."""
         found: list[_Located] = []
         for index in range(bisect_right(self._reach, start), len(self._items)):
             item = self._items[index]

@@ -96,7 +96,7 @@ _FORM: Final = pydantic.TypeAdapter(Document)
 
 
 def read_journal(store: ObjectStore, name: str = JOURNAL_NAME) -> tuple[Document | None, str | None]:
-    """The journal in a folder and its version; None where there is none, or for what can't be read."""
+    """Return the journal in a folder and its version; None where there is none, or for what can't be read."""
     try:
         data, info = store.get(name)
     except ObjectNotFoundError:
@@ -295,7 +295,7 @@ class CopyJournal:
 
 
 def gave_way(uri: str) -> CommitError:
-    """The error of a copy that must not commit any more."""
+    """Return the error of a copy that must not commit any more."""
     return CommitError(
         "another copy to the same place took over, or gc took this one for dead",
         uri=uri,

@@ -55,7 +55,7 @@ _CHUNK = 16
 
 
 def metadata_name(rank: int | None = None) -> str:
-    """The name of the global metadata object, or of one rank's own (DCP's ``use_collectives=False``)."""
+    """Return the name of the global metadata object, or of one rank's (``use_collectives=False``)."""
     return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
 
 
@@ -88,7 +88,7 @@ def add_checks(info: StorageInfo, checks: Checks) -> None:
 
 
 def algorithms_of(metadata: Metadata) -> dict[str, Algorithm]:
-    """The algorithm of the checksums in each object, which is that of its own, where it is known here."""
+    """Return the algorithm of each object's checksums, where it is known here."""
     found: dict[str, Algorithm] = {}
     for name, checksum in _noted(metadata, "checksum", str).items():
         if (algorithm := ALGORITHMS.get(checksum[:_ALGORITHM].partition(":")[0])) is not None:
@@ -97,7 +97,7 @@ def algorithms_of(metadata: Metadata) -> dict[str, Algorithm]:
 
 
 def checks_of(info: StorageInfo, algorithms: Mapping[str, Algorithm]) -> Checks | None:
-    """An item's checksums by its object's algorithm; None for what a stock writer wrote."""
+    """Return an item's checksums by its object's algorithm; None for what a stock writer wrote."""
     noted = info.__dict__
     algorithm = algorithms.get(info.relative_path)
     if algorithm is None or "sums" not in noted:
@@ -144,7 +144,7 @@ def _noted(metadata: Metadata, what: str, kind: type[_T]) -> dict[str, _T]:
 
 
 def save_id_of(metadata: Metadata) -> str | None:
-    """The id of the save that wrote this, None where a stock writer did."""
+    """Return the id of the save that wrote this, None where a stock writer did."""
     save_id = _extras(metadata).get("save_id")
     return save_id if isinstance(save_id, str) else None
 
@@ -164,13 +164,13 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def version_of(metadata: Metadata) -> str | None:
-    """The version of this library that wrote this, None where a stock writer did."""
+    """Return the version of this library that wrote this, None where a stock writer did."""
     version = _extras(metadata).get("version")
     return version if isinstance(version, str) else None
 
 
 def objects_of(metadata: Metadata) -> frozenset[str]:
-    """The names of the data objects that a checkpoint consists of."""
+    """Return the names of the data objects that a checkpoint consists of."""
     return frozenset(info.relative_path for info in metadata.storage_data.values())
 
 
@@ -183,7 +183,7 @@ def least_sizes(metadata: Metadata) -> dict[str, int]:
 
 
 def missing_item(metadata: Metadata, items: Container[MetadataIndex]) -> MetadataIndex | None:
-    """An item that the plan has and ``items`` lacks; None where all are there."""
+    """Return an item that the plan has and ``items`` lacks; None where all are there."""
     return next((index for index in planned(metadata) if index not in items), None)
 
 

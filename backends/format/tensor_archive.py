@@ -90,7 +90,7 @@ _LARGE = 1 << 30
 
 @functools.lru_cache(maxsize=4096)
 def framing(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Framing:
-    """The framing that ``torch.save`` gives a dense tensor of this dtype, shape and stride (in elements)."""
+    """Return the framing that ``torch.save`` gives a dense tensor of this dtype, shape and stride."""
     nbytes = math.prod(shape) * dtype.itemsize
     # Never touched, so that no page becomes resident. A fake one takes none, and five times as long: a large
     # tensor that lies elsewhere may have more bytes than there is memory.
@@ -111,7 +111,7 @@ def framing(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...])
 
 
 def encode_bytes(data: io.BytesIO) -> Item:
-    """A non-tensor value, serialised by the planner already."""
+    """Return a non-tensor value, serialised by the planner already."""
     return Item((View(data.getbuffer(), borrowed=False),))
 
 

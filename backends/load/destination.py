@@ -20,7 +20,7 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 def memory_for(target: torch.Tensor, stored: Stored) -> memoryview | None:
-    """The destination's own memory, where stored bytes can go straight into it; None where they can't."""
+    """Return the destination's own memory; None where stored bytes can't go straight into it."""
     shape = tuple(target.shape)
     straight = (
         type(target) is torch.Tensor

@@ -167,7 +167,7 @@ class PeerListener:
 
     @classmethod
     def opened(cls, about: str, memory_limit: int) -> Self | None:
-        """A listener; None where the system has none."""
+        """Return a listener; None where the system has none."""
         if sys.platform != "linux":
             return None
         try:
@@ -255,7 +255,7 @@ def _abstract(name: str) -> str:
 
 
 def _host() -> str:
-    """This boot of this machine, and the network namespace, which abstract names belong to."""
+    """Return an id of this boot of this machine, and of the network namespace of abstract names."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot} {Path('/proc/self/ns/net').readlink()}"
 

@@ -361,7 +361,7 @@ class _Whole:
 
 
 def _checked(extent: Extent, checks: Checks | None, fqn: str, info: StorageInfo) -> Extent:
-    """The extent, widened to whole chunks of its item, and with a check of them."""
+    """Return the extent, widened to whole chunks of its item, and with a check of them."""
     if checks is None:
         return extent
     start, stop = extent.begin - info.offset, extent.end - info.offset

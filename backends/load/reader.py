@@ -85,7 +85,7 @@ class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
         self._absence: CheckpointError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The configuration; a load under way and its connections stay behind."""
+        """Return the configuration; a load under way and its connections stay behind."""
         return {"target": self._target, "trust": self._trust, "share": self._share}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class StorageReader(CheckpointStorageMixin, dcp_storage.StorageReader):
         self._observer, self._begun = observer, begun
 
     def fetch_metadata(self) -> bytes:
-        """The bytes of ``.metadata``, for a rank that hands them to the others.
+        """Return the bytes of ``.metadata``, for a rank that hands them to the others.
 
         Raises:
             CheckpointNotFoundError: nothing is committed here.

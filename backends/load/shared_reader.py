@@ -234,7 +234,7 @@ class SharedReads:
         return tasks
 
     def _come(self, purpose: Purpose, ranks: Collection[int]) -> dict[int, PeerConnection]:
-        """Connections from other ranks, as far as they come in time."""
+        """Return connections from other ranks, as far as they come in time."""
         links = self._listener.expect(purpose, ranks, self._meeting, self._patience)
         for rank in ranks:
             if rank not in links:
@@ -245,7 +245,7 @@ class SharedReads:
         return call(self._circle.doors[rank], purpose, self._circle.own, self._patience)
 
     def _called(self, rank: int) -> PeerConnection | None:
-        """A connection to a rank that passes on what it reads."""
+        """Return a connection to a rank that passes on what it reads."""
         try:
             return self._call(rank, Purpose.BYTES)
         except LostPeerError as lost:

@@ -28,11 +28,11 @@ class StoredSize(tuple[int, ...]):  # noqa: SLOT001 - a tuple of variable length
         return size
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy or a pickle is plain, for callers that keep the metadata beyond the load."""
+        """Copy and pickle as a plain size, for callers that keep the metadata beyond the load."""
         return (torch.Size, (tuple(self),))
 
     def numel(self) -> int:
-        """Number of elements, as ``torch.Size`` has it."""
+        """Return the number of elements, as ``torch.Size`` does."""
         return math.prod(self)
 
     def __ne__(self, other: object) -> bool:

@@ -220,7 +220,7 @@ def _aborted(store: ObjectStore, uploads: Iterable[PendingUpload], skipped: list
 def _copies(
     store: ObjectStore, listing: Iterable[ObjectInfo], bound: datetime, busy: AbstractSet[str]
 ) -> tuple[list[ObjectInfo], list[Upload], set[str]]:
-    """The journals of copies that died: with their uploads, and the data objects that they name."""
+    """Return the journals of copies that died: with their uploads, and the data objects that they name."""
     journals = [
         info
         for info in listing
@@ -326,7 +326,7 @@ def _ranks(infos: Iterable[ObjectInfo]) -> set[str]:
 
 
 def _parent(name: str) -> str:
-    """The folder of an object, as a prefix of names."""
+    """Return the folder of an object, as a prefix of names."""
     folder, slash, _ = name.rpartition("/")
     return folder + slash
 

@@ -29,7 +29,7 @@ class ProbeObjects:
         return not self._names
 
     def name(self) -> str:
-        """A new name, under which something will be put or started."""
+        """Return a new name, under which something will be put or started."""
         self._names.append(name := probe_name())
         return name
 

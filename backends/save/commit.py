@@ -102,7 +102,7 @@ def _log_kept(uri: str, name: str, which: str, names: Sequence[str]) -> None:
 
 
 def at_once(options: Options, ranks: int) -> int:
-    """Requests without a body that the coordinator may have in flight for so many ranks."""
+    """Return the number of requests without a body that the coordinator may have in flight."""
     return max(options.concurrency, min(ON_BEHALF, options.concurrency * ranks))
 
 
@@ -214,7 +214,7 @@ class _Outcome(enum.Enum):
 def put_metadata(
     store: ObjectStore, name: str, data: bytes, author: str | bytes, previous: Previous | None
 ) -> None:
-    """The commit: make ``data`` visible if and only if what is there is still ``previous``.
+    """Commit: make ``data`` visible if and only if the object is still ``previous``.
 
     ``author`` is what it is known by when it is read back: the id of the save, or all of its bytes.
 

@@ -54,7 +54,7 @@ def estimated_size(item: WriteItem) -> int:
 
 
 def part_size_for(nbytes: int, options: Options, limits: PartLimits) -> int:
-    """The configured part size, or what keeps an object of estimated size within the store's number of parts.
+    """Return the configured part size, or one that keeps an object within the store's number of parts.
 
     Twice the room is left, for values whose size is not known before they are serialised.
     """
@@ -62,13 +62,13 @@ def part_size_for(nbytes: int, options: Options, limits: PartLimits) -> int:
 
 
 def fitting_part_size(nbytes: int, usual: int, limits: PartLimits) -> int:
-    """The usual part size, or what the store takes for an object of so many bytes."""
+    """Return the usual part size, or what the store takes for an object of so many bytes."""
     least = max(usual, limits.min_size, math.ceil(nbytes / limits.max_count))
     return math.ceil(least / limits.multiple) * limits.multiple
 
 
 def usual_part_size(options: Options) -> int:
-    """The part size in bytes that ``part_size`` and ``memory_limit`` allow together."""
+    """Return the part size in bytes that ``part_size`` and ``memory_limit`` allow together."""
     return min(options.part_size or _PART_SIZE, options.memory_limit)
 
 

@@ -53,7 +53,7 @@ class PlannedObject:
     _laid: list[_Laid] = field(default_factory=list)
 
     def to_send(self) -> tuple[Iterable[Segment], int]:
-        """The bytes of all items, end to end, and the size of parts to send them in.
+        """Return the bytes of all items, end to end, and the size of parts to send them in.
 
         Raises:
             ConfigurationError: one of the first items can't be saved; taking segments raises it for others.
@@ -61,7 +61,7 @@ class PlannedObject:
         return part_size_of(self.segments(), self.part_size, self.part_size_in_place)
 
     def segments(self) -> Iterator[Segment]:
-        """The bytes of all items, end to end.
+        """Yield the bytes of all items, end to end.
 
         Raises:
             ConfigurationError: an item can't be saved.

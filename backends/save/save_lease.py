@@ -41,7 +41,7 @@ SILENT_FOR: Final = timedelta(minutes=10)
 
 
 def marker_name(save_id: str) -> str:
-    """The name of the marker of a save, in its checkpoint's folder."""
+    """Return the name of the marker of a save, in its checkpoint's folder."""
     return f".cloudckpt-save.{save_id}"
 
 

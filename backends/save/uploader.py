@@ -246,7 +246,7 @@ class Uploader:
 
 
 def _padded(segments: Iterable[Segment], multiple: int) -> Iterator[Segment]:
-    """The segments, and zeros after them up to a multiple of so many bytes.
+    """Yield the segments, and zeros after them up to a multiple of so many bytes.
 
     A store that takes its bytes in multiples could keep the rest of an object only with the process that ends
     it.

@@ -38,7 +38,7 @@ class MissingItemError(Exception):
 
 
 def reports_in(results: Iterable[Iterable[WriteResult]]) -> list[RankReport]:
-    """The reports of the ranks, which stand among their items."""
+    """Return the reports of the ranks, which stand among their items."""
     everything = map(_DATA, itertools.chain.from_iterable(results))
     return [data for data in everything if isinstance(data, RankReport)]
 
@@ -110,7 +110,7 @@ def shared(metadata: Metadata, results: Iterable[Iterable[WriteResult]]) -> dict
 
 
 def _planned(metadata: Metadata) -> dict[str, tuple[str, _Offsets]]:
-    """The plan's own name of every entry, with its offsets. Equal chunks become one, also in ``metadata``."""
+    """Return the plan's name and offsets of every entry. Equal chunks are shared, also in ``metadata``."""
     tensors: dict[str, TensorStorageMetadata] = {}
     planned: dict[str, tuple[str, _Offsets]] = {}
     for fqn, entry in metadata.state_dict_metadata.items():

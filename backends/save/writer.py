@@ -97,7 +97,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         self._observer: Observer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The configuration; a save under way and its connections stay behind."""
+        """Return the configuration; a save under way and its connections stay behind."""
         return {"target": self._target, "overwrite": self._overwrite, "notes": self._notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -341,7 +341,7 @@ class StorageWriter(CheckpointStorageMixin, dcp_storage.StorageWriter):
         return functools.partial(self._refuse_existing, store) if looks else None
 
     def _explained(self, error: BaseException) -> BaseException:
-        """The error as the other ranks should see it."""
+        """Return the error as the other ranks should see it."""
         if isinstance(error, CheckpointError):
             error.located(uri=self._target.uri, rank=self._rank)
         else:

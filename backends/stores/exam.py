@@ -36,7 +36,7 @@ class Exam(Protocol):
         ...
 
     def action(self, operation: str, error: Exception | None = None) -> str:
-        """The permission that an operation of the store takes, and on what; empty where there are none.
+        """Return the permission for an operation of the store, and its resource; empty where there are none.
 
         ``error`` is what the operation was refused with: it may have been another step of it.
         """

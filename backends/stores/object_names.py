@@ -28,7 +28,7 @@ STEP: Final = re.compile(rf"(?:.*/)?{STEP_PREFIX}[0-9]{{{STEP_DIGITS}}}", re.DOT
 
 
 def probe_name() -> str:
-    """A new name for such an object."""
+    """Return a new name for such an object."""
     return f"{PROBE_PREFIX}{uuid.uuid4().hex}"
 
 

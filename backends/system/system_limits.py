@@ -83,7 +83,7 @@ def pids_room(proc: Path = Path("/proc"), groups: Path = _GROUPS) -> tuple[int, 
 
 
 def _pids(proc: Path, groups: Path) -> Iterator[tuple[int, int, Path]]:
-    """The control groups of this process that limit processes: the limit, how many there are, the folder."""
+    """Yield the limit, the number of processes and the folder of each control group that limits them."""
     for folder, _ in control_groups("pids", proc, groups):
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max", which is no number
             most = int((folder / "pids.max").read_text())
@@ -225,7 +225,7 @@ class Workers(ThreadPoolExecutor):
 
 
 def _behind(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it was raised for; urllib3 has them as ``reason``, botocore in its fields."""
+    """Yield an error and its causes; urllib3 has them as ``reason``, botocore in its fields."""
     left: list[Any] = [error]
     seen: set[int] = set()
     while left and len(seen) < _DEEPEST:

@@ -31,7 +31,7 @@ def await_copies(devices: set[torch.device]) -> None:
 
 @contextlib.contextmanager
 def side_streams(devices: Iterable[torch.device]) -> Iterator[dict[torch.device, torch.cuda.Stream]]:
-    """A stream for each CUDA device, which waits for the caller's and is waited for at the end."""
+    """Enter a stream for each CUDA device, which waits for the caller's; at the end those wait for it."""
     streams: dict[torch.device, torch.cuda.Stream] = {}
     for device in devices:
         streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

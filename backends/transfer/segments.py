@@ -185,7 +185,7 @@ class Late:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, as writable bytes that keep the tensor alive."""
+    """Return the memory of a contiguous CPU tensor, as writable bytes that keep the tensor alive."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -252,7 +252,7 @@ class Window:
         return any(segment.on_device for segment, _, _ in self.pieces)
 
     def buffers(self, scratch: memoryview) -> list[memoryview]:
-        """The window's bytes: views where they are in memory, and where not, copies in ``scratch``."""
+        """Return the window's bytes: views where they are in memory, and where not, copies in ``scratch``."""
         buffers: list[memoryview] = [scratch[:0]] * len(self.pieces)
         fetching: list[_Fetching] = []
         late: list[int] = []

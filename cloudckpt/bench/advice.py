@@ -86,13 +86,13 @@ def advised(measured: Sequence[Measured], present: Setting, *, parts: bool = Tru
 
 
 def _beaten(one: Measured, other: Measured) -> float:
-    """The noise that another setting's gain over this one exceeds; 0 where it does not."""
+    """Return the noise that another setting's gain over this one exceeds; 0 where it does not."""
     needed = max(_WORTH, one.noise, other.noise)
     return needed if other.rate / one.rate - 1 > needed else 0.0
 
 
 def _spelt(nbytes: int) -> str:
-    """A size as an option takes it."""
+    """Return a size as an option takes it."""
     for unit, length in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes % length == 0:
             return f"{nbytes // length}{unit}"

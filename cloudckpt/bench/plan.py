@@ -53,6 +53,6 @@ def plan_for(options: Options, limits: PartLimits, size: int) -> Plan:
 
 
 def _rounded(nbytes: int, limits: PartLimits) -> int:
-    """The nearest size below that a part may have, or the smallest."""
+    """Return the nearest size below that a part may have, or the smallest."""
     least = -(-limits.min_size // limits.multiple) * limits.multiple
     return max(least, nbytes // limits.multiple * limits.multiple)

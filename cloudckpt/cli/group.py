@@ -81,7 +81,7 @@ def _cloudckpt(
 
 
 def target_of(uri: str, option: list[str] | None) -> Target:
-    """The target of a command, with the options that it was given."""
+    """Return the target of a command, with the options that it was given."""
     return Target.parse(uri, **options_of(option or ()))
 
 
@@ -92,7 +92,7 @@ def both_targets(
     from_option: list[str] | None,
     to_option: list[str] | None,
 ) -> tuple[Target, Target]:
-    """The targets of a command from one to another."""
+    """Return the targets of a command from one to another."""
     protocols = protocol_of(source), protocol_of(destination)
     given = for_each_side(protocols, option or (), from_option or (), to_option or ())
     one, other = Target.parse(source, **given[0]), Target.parse(destination, **given[1])

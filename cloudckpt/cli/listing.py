@@ -39,7 +39,7 @@ def ls(run: Run, *, as_json: bool) -> None:
 
 
 def table(entries: Sequence[Entry], name: str = "") -> Table:
-    """A line for each; ``name`` is of the one that is at the URI itself."""
+    """Return a line for each; ``name`` is of the one that is at the URI itself."""
     made = output.table("step", "state", "size", "objects", "age", right=("step", "size", "objects", "age"))
     for one in entries:
         made.add_row(
@@ -53,5 +53,5 @@ def table(entries: Sequence[Entry], name: str = "") -> Table:
 
 
 def as_dict(entry: Entry) -> dict[str, Any]:
-    """An entry for machines."""
+    """Return an entry for machines."""
     return dataclasses.asdict(entry)

@@ -26,12 +26,12 @@ size = units.size
 
 
 def answers() -> Console:
-    """The standard output."""
+    """Return the standard output."""
     return _console(sys.stdout)
 
 
 def aside() -> Console:
-    """The standard error: errors, questions, progress."""
+    """Return the standard error: errors, questions, progress."""
     return _console(sys.stderr)
 
 
@@ -46,7 +46,7 @@ def say_json(value: Any) -> None:
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table without lines, whose cells are folded and never cut off."""
+    """Return an empty table without lines, whose cells are folded and never cut off."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
@@ -105,7 +105,7 @@ def age(when: datetime | None, now: datetime | None = None) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """A number of things: ``1 object``, ``2,000 objects``."""
+    """Return a number of things: ``1 object``, ``2,000 objects``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 

@@ -72,7 +72,7 @@ def _advise(what: str, advice: Advice) -> None:
 
 
 def _as_dict(report: Report) -> dict[str, Any]:
-    """The report for machines."""
+    """Return the report for machines."""
     return {
         **dataclasses.asdict(report),
         "up": [_rate(one, report.present) for one in report.up],

@@ -60,7 +60,7 @@ def heading(contents: Contents) -> Iterator[str]:
 
 
 def branches(contents: Contents) -> Branch:
-    """The keys as a tree, parted at their dots; what has one branch alone is joined with it."""
+    """Return the keys as a tree, parted at their dots; what has one branch alone is joined with it."""
     root = Branch("")
     for key, one in sorted(contents.stored.items(), key=lambda item: _natural(item[0])):
         at = root
@@ -79,7 +79,7 @@ def detail(stored: StoredTensor | StoredValue) -> str:
 
 
 def as_dict(contents: Contents) -> dict[str, Any]:
-    """A checkpoint's contents for machines."""
+    """Return a checkpoint's contents for machines."""
     return {
         "uri": contents.uri,
         "version": contents.version,

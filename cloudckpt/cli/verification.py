@@ -31,7 +31,7 @@ def verify(target: Target, *, as_json: bool) -> bool:
 
 
 def where(damage: Damage) -> str:
-    """The item and the bytes of an object that are damaged, as far as they are known."""
+    """Return the item and the bytes of an object that are damaged, as far as they are known."""
     places = [f"item {damage.item!r}"] if damage.item is not None else []
     if damage.offset is not None and damage.stop is not None:
         places.append(f"bytes {damage.offset:,} to {damage.stop:,}")

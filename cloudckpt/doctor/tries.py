@@ -41,7 +41,7 @@ class Tries:
     _failed: set[str] = field(default_factory=set)
 
     def small(self) -> Iterator[Finding]:
-        """A small object: put, read and found in a listing; conditions and checksums looked at."""
+        """Put, read and list a small object, and try conditions and checksums."""
         yield self._tried("put", self._put)
         yield self._tried("get", self._get, needs="put")
         yield self._tried("list", self._list)
@@ -49,7 +49,7 @@ class Tries:
         yield self._tried("conditions", self._conditions, operation="replace", needs="get")
 
     def large(self) -> Iterator[Finding]:
-        """An object sent in parts: completed, checked, listed while it is pending, and aborted."""
+        """Upload an object in parts: complete, check, list while it is pending, and abort."""
         yield self._tried("multipart", self._multipart, operation="upload")
         yield self._tried("checksum", self._checksum, operation="upload", needs="multipart")
         yield self._tried("pending", self._pending, needs="multipart")
@@ -58,7 +58,7 @@ class Tries:
             yield from self._features()
 
     def deletion(self) -> Iterator[Finding]:
-        """An object deleted."""
+        """Delete an object."""
         yield self._tried("delete", self._delete, needs="put")
 
     def _tried(
@@ -205,7 +205,7 @@ class Tries:
             )
 
     def _sent(self) -> Upload:
-        """An upload with a part: who may not abort it can complete it, to be rid of it."""
+        """Return an upload with a part: who may not abort it can complete it, to be rid of it."""
         upload = self.probe_objects.begin_upload(self.probe_objects.name())
         self.probe_objects.upload_part(upload, 1, 0, _DATA)
         return upload

@@ -108,7 +108,7 @@ class _Device:
         return getattr(torch, self.name, None)
 
     def in_use(self) -> bool:
-        """True if this process has used such a device: reading a state would initialize it."""
+        """Return True if this process has used such a device: reading a state would initialize it."""
         module = self.module()
         if self.name == "mps":
             return bool(torch.backends.mps.is_available())
@@ -192,7 +192,7 @@ def _to_numpy(described: Mapping[str, Any]) -> Callable[[], object]:
 
 
 def _bytes(state: torch.Tensor) -> torch.Tensor:
-    """A state as torch takes it: bytes in the memory of the host."""
+    """Return a state as torch takes it: bytes in the memory of the host."""
     return state.detach().to("cpu", torch.uint8).contiguous()
 
 

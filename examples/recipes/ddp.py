@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def batch(step: int) -> torch.Tensor:
-    """This rank's data of one step, the same however often the job was started."""
+    """Return this rank's data of one step, the same in every run of the job."""
     generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
     return torch.rand(16, 32, generator=generator)
 

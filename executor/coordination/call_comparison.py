@@ -164,7 +164,7 @@ class CallComparison:
         return followed
 
     def _connected(self, timeout: float) -> Store:
-        """A connection for one call, whose thread may never come back from the store."""
+        """Return a connection for one call, whose thread may never come back from the store."""
         idle, self._idle = self._idle, None
         if idle is not None and time.monotonic() - idle[1] < _FRESH:
             return idle[0]
@@ -201,7 +201,7 @@ class CallComparison:
             _write_once(store, word, self._compared(store, number, call))
 
     def _awaited(self, store: Store, number: int, call: Call, until: float, timeout: float) -> _Word:
-        """The word that ends a round, which is this rank's where it has waited in vain."""
+        """Return the word that ends a round, which is this rank's where it has waited in vain."""
         word = f"{number}/word"
         try:
             store.wait([word], timedelta(seconds=max(0.001, until - time.monotonic())))

@@ -154,7 +154,7 @@ class _SoloAttempt(SaveAttempt):
     _result: AttemptResult | None = None
 
     def watch(self, wake: Callable[[], None], timeout: float) -> None:
-        """The result is this process's own report."""
+        """Take this process's own report as the result."""
 
     @property
     def result(self) -> AttemptResult | None:

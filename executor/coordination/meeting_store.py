@@ -177,7 +177,7 @@ class Meeting:
         return True
 
     def _training_store(self, group: str, timeout: float) -> Store:
-        """The store of training through a connection of our own, so that waiting does not block others."""
+        """Return training's store through a connection of our own, so that waiting blocks no others."""
         store = absence.training_store()
         clone: Callable[[], Store] | None = getattr(store, "clone", None)  # not in older versions of torch
         if store is None or clone is None:
@@ -221,7 +221,7 @@ class Meeting:
         return offer
 
     def _reached(self, offer: Offer, group: str, deadline: float) -> tuple[str, int]:
-        """An address at which this rank reaches rank 0's store. Other ranks may use others."""
+        """Return an address at which this rank reaches rank 0's store. Other ranks may use others."""
         reached = offer.reached(max(0.1, deadline - time.monotonic()))
         if reached:
             return reached[0], offer.port

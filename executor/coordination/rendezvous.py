@@ -185,7 +185,7 @@ class MeetingPlace:
         return host_and_port(self.host, self.port)
 
     def connect(self, name: str, timeout: float) -> Store:
-        """A connection of its own to the part of the store under ``name``; ``timeout`` in seconds.
+        """Return a connection of its own to the part of the store under ``name``; ``timeout`` in seconds.
 
         Raises:
             ExecutorError: it can't be reached.

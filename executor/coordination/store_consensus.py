@@ -92,7 +92,7 @@ class StoreConsensus(Consensus):
             return  # a rank that has not seen it is gone
 
     def _join(self, status: RankStatus, timeout: float) -> tuple[Agreement, int]:
-        """The attempt's agreement and number, of any rank."""
+        """Return the attempt's agreement and number, of any rank."""
         deadline = time.monotonic() + timeout
         # Half of the time: the others wait as long, and must learn why this rank does not join.
         store = self._place.connect("consensus", timeout / 2)

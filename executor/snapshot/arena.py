@@ -139,7 +139,7 @@ class Arena:
         return torch.frombuffer(self._mapped, dtype=torch.uint8, count=1).data_ptr()
 
     def bytes_at(self, offset: int, nbytes: int) -> torch.Tensor:
-        """A tensor of bytes over a stretch of it, with a storage of just that size."""
+        """Return a tensor of bytes over a stretch of it, with a storage of just that size."""
         return torch.frombuffer(self._mapped, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ def memory_file() -> int | None:
 
 
 def new_descriptor() -> int:
-    """A descriptor of shared memory of no size yet.
+    """Return a descriptor of shared memory of no size yet.
 
     Raises:
         OSError: there is no descriptor left, or no shared memory.

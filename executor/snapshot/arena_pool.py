@@ -36,7 +36,7 @@ class ArenaPool:
         return sum(max(0, arena.size_for(nbytes) - arena.nbytes) for arena in self._arenas)
 
     def acquire(self) -> int:
-        """The index of an arena that was free, or once one is."""
+        """Return the index of an arena that was free, or once one is."""
         with self._changed:
             self._changed.wait_for(lambda: self._free)
             # The one used last has pages that are touched already.

@@ -146,7 +146,7 @@ def _number(path: Path) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, int]:
-    """The lines of a file that are a name and a number, as they all are where anything is said here."""
+    """Return the numbers of a file by their names, from its lines of a name and a number."""
     found: dict[str, int] = {}
     for line in _read(path).splitlines():
         name, *values = line.split()[:2] or [""]

@@ -99,7 +99,7 @@ def layout_of(state: Mapping[str, Any]) -> Layout:
 
 
 def restore(taken: Snapshot, arena: Arena) -> dict[str, Any]:
-    """The state again, its tensors over the arena: they last until another snapshot is taken into it."""
+    """Return the state, its tensors over the arena: they last until another snapshot is taken into it."""
     with sparse.unlisted():
         return _Restorer(taken, arena).load()  # type: ignore[no-any-return]
 
@@ -131,7 +131,7 @@ def _is_stateful(value: Any) -> TypeGuard[Stateful]:
 
 
 def _culprit(state: Mapping[str, Any], above: str = "") -> str:
-    """The deepest key whose value doesn't pickle."""
+    """Return the deepest key whose value doesn't pickle."""
     for key, value in state.items():
         try:
             _Collector(io.BytesIO()).dump(value)
@@ -161,7 +161,7 @@ class _Collector(pickle.Pickler):
         self._alive: list[Any] = []
 
     def persistent_id(self, obj: Any) -> Any:
-        """A description of what is not pickled as it is, or None."""
+        """Return a description of what is not pickled as it is, or None."""
         if type(obj) in _VALUES:
             return None
         if isinstance(obj, torch.Tensor):

@@ -33,7 +33,7 @@ _CONTAINERS: Final = frozenset({list, tuple, set, frozenset})
 
 
 def digest(leaf: object, sampled: int | None) -> bytes:
-    """The kind of a leaf, a byte, and a digest. ``sampled`` is the number of the save, where tensors are."""
+    """Return a byte for the kind of a leaf, and a digest. ``sampled`` numbers a save that samples."""
     try:
         if isinstance(leaf, torch.Tensor):
             return bytes([leaf.ndim]) + _tensor_digest(leaf, sampled)
@@ -87,7 +87,7 @@ def _memory(address: int, nbytes: int) -> Any:
 
 
 def _parts(tensor: torch.Tensor) -> object:
-    """A sparse or quantized tensor as plain ones."""
+    """Return a sparse or quantized tensor as plain ones."""
     if tensor.is_quantized:
         return [tensor.int_repr(), str(tensor.qscheme()), repr(tensor)]
     if tensor.layout is torch.sparse_coo:
@@ -99,7 +99,7 @@ def _parts(tensor: torch.Tensor) -> object:
 
 
 def value_digest(value: object) -> bytes:
-    """A digest of a value: the same for equal values, whichever objects they share.
+    """Return a digest of a value: the same for equal values, whichever objects they share.
 
     Pickles differ where one has two references to an object and the other has two equal objects.
     """
@@ -111,7 +111,7 @@ def value_digest(value: object) -> bytes:
 
 
 def _told_of(value: Any, above: list[object]) -> Iterator[bytes]:
-    """A value's structure and content, part by part."""
+    """Yield a value's structure and content, part by part."""
     if any(value is one for one in above):
         yield b"itself"  # a cycle
         return

@@ -57,7 +57,7 @@ class Prepared:
 
 
 def fingerprint(leaves: Mapping[str, Any], paths: Mapping[str, Any], beside: object = None) -> bytes:
-    """A digest of all that a plan depends on: names, kinds, dtypes, shapes, strides, placements, meshes.
+    """Return a digest of a plan's inputs: names, kinds, dtypes, shapes, strides, placements, meshes.
 
     Args:
         leaves: tensors and values by name.
@@ -108,7 +108,7 @@ class PlanCache:
         *,
         to_lowest_rank: bool = False,
     ) -> SavePlanner:
-        """A planner that uses the plans kept under these fingerprints of all ranks, by rank.
+        """Return a planner that uses the plans kept under these fingerprints of all ranks, by rank.
 
         Every rank must call it with the same. Another library's writer may put into a plan what is good for
         one save only, so that its plans aren't kept. With ``to_lowest_rank``, what several ranks have is

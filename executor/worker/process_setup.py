@@ -30,7 +30,7 @@ def check() -> None:
 
 
 def processors() -> frozenset[int] | None:
-    """The processors of ``CLOUDCKPT_CPUS``, such as ``"0-3,8"``; None where it is not set.
+    """Return the processors of ``CLOUDCKPT_CPUS``, such as ``"0-3,8"``; None where it is not set.
 
     Raises:
         ConfigurationError: it is no such list, or names none that this process may use.
@@ -56,7 +56,7 @@ def processors() -> frozenset[int] | None:
 
 
 def threads() -> int:
-    """The threads that computing in the process may take: ``CLOUDCKPT_THREADS``, or one.
+    """Return the threads that computing in the process may take: ``CLOUDCKPT_THREADS``, or one.
 
     Raises:
         ConfigurationError: it is no such number.

@@ -140,7 +140,7 @@ class RankCheck:
         return Summary(structure, content % _MODULUS, self._saves)
 
     def _structured(self, entries: Mapping[Key, Any]) -> int:
-        """A number that stands for these names and offsets, in any order."""
+        """Return a number that stands for these names and offsets, in any order."""
         keys = frozenset(entries)
         if self._keys is None or self._keys[0] != keys:
             self._keys = keys, _total(_hashed(key, b"") for key in keys)
@@ -226,7 +226,7 @@ class RankCheck:
                 yield (name, None), leaf
 
     def _is_elsewhere(self, tensor: DTensor) -> bool:
-        """True if other ranks may have the same shard, as none has without replicas in a mesh of all."""
+        """Return True if other ranks may have the same shard; none has without replicas in a mesh of all."""
         mesh = tensor.device_mesh
         if mesh.get_coordinate() is None:
             return False

@@ -320,7 +320,7 @@ class Worker:
             self._check.settle(summaries, prepared.common, request.rank_conflicts)
 
     def _lost(self, error: BaseException) -> BaseException:
-        """A collective that failed: what it says is about sockets, and means a rank."""
+        """Return the error of a collective that failed, which names sockets instead of a rank."""
         return ExecutorError(
             f"the checkpoint process of rank {self._hello.info.global_rank} lost touch with another rank's: "
             f"{type(error).__name__}: {error}",

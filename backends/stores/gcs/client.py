@@ -98,7 +98,7 @@ class Client:
         return urlencode(self._always)
 
     def objects(self, bucket: str) -> str:
-        """The path of a bucket's objects."""
+        """Return the path of a bucket's objects."""
         return f"/storage/v1/b/{quote(bucket, safe='')}/o"
 
     def request(
@@ -219,7 +219,7 @@ def _is_page(response: urllib3.BaseHTTPResponse) -> bool:
 def _pool(
     process: int, proxy: Proxy | None, endpoint: str, concurrency: int, timeout: float
 ) -> urllib3.PoolManager:
-    """Connections to one server, kept from one save or load to the next."""
+    """Return connections to one server, kept from one save or load to the next."""
     del process  # one that was forked must not use its parent's, nor one server another's
     settings: dict[str, Any] = {
         "maxsize": max(concurrency, ON_BEHALF) + 2,

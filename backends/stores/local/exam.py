@@ -55,7 +55,7 @@ class LocalExam:
 
 
 def file_system_of(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system that a folder is on; empty where the system does not tell."""
+    """Return the type of the file system that a folder is on; empty where the system does not tell."""
     try:
         lines = mounts.read_text(errors="surrogateescape").splitlines()
     except OSError:

@@ -40,7 +40,7 @@ def settings_of(
 
 
 def applying(rules: Rules, prefix: str) -> list[Mapping[str, Any]]:
-    """The rules that are in force for every object below a prefix of keys."""
+    """Return the rules that are in force for every object below a prefix of keys."""
     return [rule for rule in rules if rule.get("Status") == "Enabled" and _covers(rule, prefix)]
 
 
@@ -115,7 +115,7 @@ def _encryption(requests: Requests, target: Target, example: str) -> Iterator[Fi
 def _asked(
     requests: Requests, ask: Callable[[Clients], Mapping[str, Any]]
 ) -> tuple[Mapping[str, Any], ClientError | None]:
-    """The answer, or what the server said instead."""
+    """Return the answer, or what the server said instead."""
     with requests.explained():
         outcome = requests.outcome(ask)
         if isinstance(outcome.error, ClientError):
