@@ -25,6 +25,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Have links to them lead to where they are in the site."""
     if page.file.src_uri.startswith("terraform/"):
         return markdown
+    up = "../" * page.file.src_uri.count("/")
     for outside in ("terraform", "examples"):
-        markdown = markdown.replace(f"](../{outside}/", f"]({outside}/")
+        markdown = markdown.replace(f"]({up}../{outside}/", f"]({up}{outside}/")
     return markdown

@@ -118,7 +118,7 @@ def _is_path(path: object, most: int) -> bool:
 
 
 def _stripped(path: Sequence[str | int], strip: str) -> Iterator[str | int]:
-    """Return the path without the prefix ``strip``: whole steps of it, or a part of one."""
+    """Yield the steps of the path without the prefix ``strip``, which may end within a step."""
     left = strip
     for at, step in enumerate(path):
         if not left:
