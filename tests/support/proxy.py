@@ -5,7 +5,7 @@
 
 The first part sent is answered 503, the second reaches the server but its answer is lost, the rest pass.
 Nothing is mocked: requests and answers cross real sockets, and what passes is done by the real server.
-``proxy.rule`` decides over every request that nothing else was said about; ``support.weather`` has some.
+``proxy.rule`` decides on every other request; ``support.transient_errors`` has some rules.
 """
 
 from __future__ import annotations

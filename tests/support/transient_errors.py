@@ -1,4 +1,4 @@
-"""Bad weather for a proxy: rules by which a share of all requests fails, or a server is soon busy."""
+"""Transient errors for a proxy: rules by which a share of all requests fails, or a server is soon busy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS: Mapping[str, Callable[[random.Random], Spoiling]] = {
 KINDS = tuple(_KINDS)
 
 
-class Weather:
+class TransientErrors:
     """A rule that spoils each request with the probability ``share``, in one of eight equally likely ways.
 
     The dice are seeded; which request gets which throw is up to the threads that make them.

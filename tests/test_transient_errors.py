@@ -1,4 +1,4 @@
-"""Bad weather between the ranks and the store: what is saved and loaded is whole all the same."""
+"""Transient errors between the ranks and the store: saves and loads succeed, and are whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.places import GCS, S3_PART_SIZE, Place
 from support.proxy import Answer, LoseAnswer, Proxy, Request, Spoiling, proxied
 from support.ranks import RankPool, RankPools
 from support.servers import S3Server
-from support.weather import KINDS, Busy, Weather
+from support.transient_errors import KINDS, Busy, TransientErrors
 
 RANKS = 2
 SHARE = 0.2
@@ -43,14 +43,14 @@ ServerNamed = Callable[[str], "S3Server | GCSServer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sky:
+class Faulty:
     """A server with a proxy before it, and a place there that is reached through the proxy."""
 
     proxy: Proxy
     place: Place
 
 
-def under(server: S3Server | GCSServer, proxy: Proxy, timeout: float = SECONDS) -> Sky:
+def under(server: S3Server | GCSServer, proxy: Proxy, timeout: float = SECONDS) -> Faulty:
     """Return a new place; what an outsider sees of it is seen past the proxy."""
     bucket = server.new_bucket()
     if isinstance(server, GCSServer):
@@ -60,11 +60,11 @@ def under(server: S3Server | GCSServer, proxy: Proxy, timeout: float = SECONDS) 
     options = {**place.options, "endpoint_url": proxy.endpoint, "timeout": timeout}
     if server.name == "ministack":
         options["checksum"] = "none"  # it takes seconds for that of a part, which would be the timeout
-    return Sky(proxy, replace(place, options=options))
+    return Faulty(proxy, replace(place, options=options))
 
 
 @pytest.fixture
-def sky(moto: S3Server) -> Iterator[Sky]:
+def faulty(moto: S3Server) -> Iterator[Faulty]:
     with proxied(moto.endpoint) as proxy:
         yield under(moto, proxy)
 
@@ -96,21 +96,23 @@ def load(_rank: int, place: Place, number: int) -> None:
     states.assert_bit_exact(loaded, expected)
 
 
-def save_and_load_in(weather: Weather, pool: RankPool, sky: Sky, times: int, places: int = 1) -> None:
+def save_and_load_in(
+    errors: TransientErrors, pool: RankPool, faulty: Faulty, times: int, places: int = 1
+) -> None:
     """Save and load so many times, then assert that nothing but the last checkpoints is left.
 
     The saves go to ``places`` in turn: the first to each creates a checkpoint, the others overwrite one.
     """
-    sky.proxy.rule(weather)
+    faulty.proxy.rule(errors)
     for number in range(times):
-        place = sky.place.child(f"step-{number % places}")
+        place = faulty.place.child(f"step-{number % places}")
         pool(save, place, number, deadline=CALL_SECONDS)
         pool(load, place, number, deadline=CALL_SECONDS)
-        sky.proxy.forget()  # the bodies, not the rule
-        sky.proxy.rule(weather)
-    assert sky.place.pending() == set()
+        faulty.proxy.forget()  # the bodies, not the rule
+        faulty.proxy.rule(errors)
+    assert faulty.place.pending() == set()
     for index in range(places):
-        place = sky.place.child(f"step-{index}")
+        place = faulty.place.child(f"step-{index}")
         assert place.visible() == committed(place)
 
 
@@ -124,10 +126,10 @@ def server_named(s3_server_named: Callable[[str], S3Server], gcs: GCSServer) -> 
 def test_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
     pool: RankPool, server_named: ServerNamed, name: str, times: int
 ) -> None:
-    server, weather = server_named(name), Weather(seed=3, share=SHARE)
+    server, errors = server_named(name), TransientErrors(seed=3, share=SHARE)
     with proxied(server.endpoint) as proxy:
-        save_and_load_in(weather, pool, under(server, proxy), times)
-    assert weather.injected
+        save_and_load_in(errors, pool, under(server, proxy), times)
+    assert errors.injected
 
 
 @pytest.mark.soak
@@ -136,12 +138,12 @@ def test_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
 def test_fifty_saves_and_loads_succeed_while_a_fifth_of_all_requests_fails(
     pool: RankPool, server_named: ServerNamed, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    server, weather = server_named(name), Weather(seed=1, share=SHARE)
+    server, errors = server_named(name), TransientErrors(seed=1, share=SHARE)
     with proxied(server.endpoint) as proxy:
-        save_and_load_in(weather, pool, under(server, proxy, SOAK_SECONDS), times=50, places=2)
+        save_and_load_in(errors, pool, under(server, proxy, SOAK_SECONDS), times=50, places=2)
     with capsys.disabled():
-        print(f"\n50 saves and 50 loads on {RANKS} ranks, {name}:\n{weather.table()}")  # noqa: T201 - asked for
-    assert {kind for kind, _ in weather.injected} == set(KINDS)
+        print(f"\n50 saves and 50 loads on {RANKS} ranks, {name}:\n{errors.table()}")  # noqa: T201 - asked for
+    assert {kind for kind, _ in errors.injected} == set(KINDS)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +171,14 @@ def test_an_answer_lost_to_each_step_of_the_commit_is_no_error(
     lock, lost = threading.Lock(), Counter[str]()
     server = server_named(name)
     with proxied(server.endpoint) as proxy:
-        sky = under(server, proxy)
+        faulty = under(server, proxy)
         proxy.rule(spoilt)
-        pool(save, sky.place, 1)
+        pool(save, faulty.place, 1)
         assert lost
         assert all(count > 1 for count in lost.values())
-        assert sky.place.pending() == set()
-        assert sky.place.visible() == committed(sky.place)
-        pool(load, sky.place, 1)
+        assert faulty.place.pending() == set()
+        assert faulty.place.visible() == committed(faulty.place)
+        pool(load, faulty.place, 1)
 
 
 def save_many_parts(_rank: int, place: Place) -> None:
@@ -184,10 +186,10 @@ def save_many_parts(_rank: int, place: Place) -> None:
     dcp.save({f"wide {dist.get_rank()}": wide}, storage_writer=place.writer())
 
 
-def test_a_rank_slows_down_when_the_store_says_so(pool: RankPool, sky: Sky) -> None:
-    busy = Busy(sky.proxy, most=2, seconds=0.05)
-    sky.proxy.rule(busy)
-    pool(save_many_parts, sky.place, deadline=CALL_SECONDS)
+def test_a_rank_slows_down_when_the_store_says_so(pool: RankPool, faulty: Faulty) -> None:
+    busy = Busy(faulty.proxy, most=2, seconds=0.05)
+    faulty.proxy.rule(busy)
+    pool(save_many_parts, faulty.place, deadline=CALL_SECONDS)
     after = busy.seen[next(index for index, count in enumerate(busy.seen) if count > 2) :]
     assert fmean(after[len(after) // 2 :]) < fmean(after[:8]), busy.seen
     # Threads that wait each by itself are refused twice for every part.
@@ -245,26 +247,26 @@ def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keys:
 
 @pytest.mark.parametrize("code", ["ExpiredToken", "TokenRefreshRequired", "InvalidToken", "RequestExpired"])
 def test_credentials_that_expire_during_an_upload_are_renewed_and_the_upload_goes_on(
-    sky: Sky, keys: Keys, code: str
+    faulty: Faulty, keys: Keys, code: str
 ) -> None:
     expired = 0
 
     def strict(request: Request) -> Spoiling:
         """Refuse every key that was handed out before the third part was sent."""
         nonlocal expired
-        if expired == 0 and len(sky.proxy.seen("UploadPart")) >= 2:
+        if expired == 0 and len(faulty.proxy.seen("UploadPart")) >= 2:
             expired = keys.count
         return Answer(400, code) if keys.number(request) <= expired else None
 
-    sky.proxy.rule(strict)
-    place = keys.place(sky.place)
+    faulty.proxy.rule(strict)
+    place = keys.place(faulty.place)
     state = {"wide": states.content("wide", (4, S3_PART_SIZE // torch.float32.itemsize), torch.float32)}
     dcp.save(state, storage_writer=place.writer())
 
     assert 0 < expired < keys.count
-    parts = sky.proxy.seen("UploadPart")
+    parts = faulty.proxy.seen("UploadPart")
     uploads = {match[1] for part in parts if (match := _UPLOAD.search(part.target))}
-    assert (len(uploads), len(sky.proxy.seen("CreateMultipartUpload"))) == (1, 1)
+    assert (len(uploads), len(faulty.proxy.seen("CreateMultipartUpload"))) == (1, 1)
     assert {keys.number(part) > expired for part in parts} == {False, True}
     assert place.pending() == set()
     loaded = states.erase({name: value.clone() for name, value in state.items()})
@@ -273,22 +275,22 @@ def test_credentials_that_expire_during_an_upload_are_renewed_and_the_upload_goe
 
 
 def test_credentials_that_expire_before_a_request_whose_answer_has_no_body_are_renewed(
-    sky: Sky, keys: Keys
+    faulty: Faulty, keys: Keys
 ) -> None:
     """The answer to a HEAD can't say what is wrong."""
-    place = keys.place(sky.place)
+    place = keys.place(faulty.place)
     store = open_store(Target.parse(place.uri, **place.options))
     store.put("name", b"data", Overwrite())
     expired = keys.count
-    sky.proxy.rule(lambda request: Answer(400) if keys.number(request) <= expired else None)
+    faulty.proxy.rule(lambda request: Answer(400) if keys.number(request) <= expired else None)
     assert store.stat("name").size == 4
-    assert len(sky.proxy.seen("HeadObject")) == 2
+    assert len(faulty.proxy.seen("HeadObject")) == 2
 
 
-def test_credentials_that_stay_expired_are_renewed_twice_and_then_denied(sky: Sky, keys: Keys) -> None:
-    sky.proxy.rule(lambda _: Answer(400, "ExpiredToken"))
-    place = keys.place(sky.place)
+def test_credentials_that_stay_expired_are_renewed_twice_and_then_denied(faulty: Faulty, keys: Keys) -> None:
+    faulty.proxy.rule(lambda _: Answer(400, "ExpiredToken"))
+    place = keys.place(faulty.place)
     with pytest.raises(AccessDeniedError, match="ExpiredToken"):
         open_store(Target.parse(place.uri, **place.options)).put("name", b"data", Overwrite())
-    numbers = [keys.number(request) for request in sky.proxy.seen("PutObject")]
+    numbers = [keys.number(request) for request in faulty.proxy.seen("PutObject")]
     assert len(numbers) == len(set(numbers)) == 3
