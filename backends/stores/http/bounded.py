@@ -10,6 +10,7 @@ import http.client
 import io
 import threading
 import time
+import weakref
 from typing import Any, Final
 
 from botocore.awsrequest import AWSHTTPResponse
@@ -116,8 +117,11 @@ class _Bounded(http.client.HTTPResponse):
         self._most = None if _expected.is_object else MOST
         self._stream: Stream | None = None
         if isinstance(self.fp, io.BufferedReader) and hasattr(self.fp.raw, "_sock"):
-            self._stream = Stream(self.fp.detach())
+            raw = self.fp.detach()
+            self._stream = Stream(raw)
             self.fp = io.BufferedReader(self._stream)
+            # An answer that is dropped unread, in a cycle with an error, gives its socket back at once.
+            weakref.finalize(self, raw.close).atexit = False
 
     def begin(self) -> None:
         """Read the head.
