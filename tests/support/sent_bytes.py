@@ -56,7 +56,7 @@ def _said(exchange: Callable[[int], object], rank: int) -> str | None:
 
 def answers(rank: int) -> None:
     """Ask the first rank of a group, which is the hostile one."""
-    group = dist.new_group([RANKS - 1, 0, 1], sort_ranks=False)
+    group: Any = dist.new_group([RANKS - 1, 0, 1], sort_ranks=False)
     if rank == RANKS - 1:
         dist.broadcast_object_list([Canary()], group=group, group_src=0)
     else:
