@@ -24,7 +24,7 @@ from cloudckpt.backends.system import background_log
 
 _log = background_log.logger(__name__)
 
-_HERE: Final = Path(__file__).parent
+_HERE: Final = Path(__file__).parent.parent
 _FRONT: Final = _HERE.parent if _HERE.parent.name == "cloudckpt" else _HERE.parent / "cloudckpt"
 _FOLDERS: Final = (_FRONT, _HERE, _HERE.parent / "executor", Path(dist.__file__).parent)
 _CLIENTS: Final = (

@@ -28,7 +28,7 @@ def contents(wheel: Path) -> set[str]:
 def test_the_tree_is_seen_through_its_links() -> None:
     assert {
         "cloudckpt/py.typed",
-        "cloudckpt/backends/store.py",
+        "cloudckpt/backends/stores/base.py",
         "cloudckpt/executor/__init__.py",
     } <= importable(ROOT)
 
