@@ -81,7 +81,7 @@ def test_a_save_whose_metadata_its_readers_would_refuse_is_refused(run: Place) -
     assert run.visible() == set()
 
 
-SHAPES = {
+SHAPES: dict[str, Callable[[random.Random, int], bytes]] = {
     **{name: shape for name, shape in structures.SHAPES.items() if name != "common"},
     **{f"common-{what}": partial(structures.common, what=what) for what in (0, 2, 3, 4, 5, 6, 8)},
 }
