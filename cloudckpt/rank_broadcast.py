@@ -122,7 +122,7 @@ class _Outcome:
     """The outcome of a call on this rank: ``raised`` is the exception that this rank itself raises."""
 
     message: bytes
-    """What the other ranks get: the answer, or the record of an error."""
+    """The message to the other ranks: the answer, or the record of an error."""
     raised: BaseException | None = None
 
     @classmethod

@@ -66,7 +66,7 @@ def _cut(  # noqa: PLR0917 - recursive, over plain tuples
     if stride - inner > gap:
         together = 1
     elif span > most:
-        # The part that the box has of each slice: boxes side by side are cut alike, and can be read together.
+        # The part that the box has of each slice: adjacent boxes are cut alike, and can be read together.
         together = max(1, min(length - 1, most // stride))
     if together == length:
         yield Piece(starts, lengths, first, span)

@@ -18,7 +18,7 @@ from cloudckpt.bench.plan import Plan, plan_for
 __all__ = ["Advice", "Measured", "Plan", "Report", "Setting", "bench", "planned"]
 
 SECONDS: Final = 60.0
-"""How long it measures, at most and about: a round that has started is ended."""
+"""Seconds of measurement, at most and about: a round that has started is ended."""
 
 
 @dataclass(frozen=True, slots=True)

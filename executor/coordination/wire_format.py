@@ -57,8 +57,17 @@ def message(data: bytes, kind: type[T], key: str) -> T:
     return _read(data, kind, f"the value of {key[:200]!r} in the store of the job", MOST)
 
 
+def packed(message: object) -> bytes:
+    """Return a message as a collective takes it.
+
+    Raises:
+        ExecutorError: the message is longer than 1 GiB.
+    """
+    return text(message, MOST_SENT).encode()
+
+
 def sent(data: bytes, kind: type[T], rank: int) -> T:
-    """Return the message that `text` made with `MOST_SENT` for a collective.
+    """Return the message that `packed` made for a collective.
 
     Args:
         data: what the collective returned.

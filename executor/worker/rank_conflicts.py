@@ -186,13 +186,10 @@ class RankCheck:
         """Have rank 0 compare the digests of all ranks, and return what it says to this one."""
         own = {key: digests.digest(leaf, None) for key, leaf in self._entries(leaves, left_out)}
         message = _Digests([(*key, digest.hex()) for key, digest in own.items()])
-        gathered = collectives.gather(wire_format.text(message, wire_format.MOST_SENT).encode())
+        gathered = collectives.gather(wire_format.packed(message))
         messages: list[bytes] | None = None
         if gathered is not None:
-            messages = [
-                wire_format.text(judgement, wire_format.MOST_SENT).encode()
-                for judgement in self._judged(gathered, policy)
-            ]
+            messages = [wire_format.packed(judgement) for judgement in self._judged(gathered, policy)]
         return wire_format.sent(collectives.scatter(messages), _Judgement, 0)
 
     def _judged(self, gathered: Sequence[bytes], policy: RankConflicts) -> list[_Judgement]:

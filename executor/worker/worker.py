@@ -292,7 +292,7 @@ class Worker:
                 raise prepared
             return [prepared.plan.fingerprint.hex().encode()]
         own = _Report(remote_errors.dumps(prepared)) if isinstance(prepared, Exception) else prepared.report()
-        gathered = collectives.all_gather(wire_format.text(own, wire_format.MOST_SENT).encode())
+        gathered = collectives.all_gather(wire_format.packed(own))
         reports = [wire_format.sent(data, _Report, rank) for rank, data in enumerate(gathered)]
         problems = {
             rank: (remote_errors.loads(report.failure), _NO_FRAMES)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import multiprocessing
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -15,29 +12,12 @@ import cloudckpt
 from cloudckpt import backends, executor
 from cloudckpt.executor.network import store_group
 from support import sent_bytes
-from support.collectives import RANKS, run
-
-
-def _all(work: Callable[[int], Any], backend: str) -> dict[int, Any]:
-    """Return what each rank's work returns."""
-    spawn = multiprocessing.get_context("spawn")
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    results = spawn.Queue()
-    ranks = [
-        spawn.Process(target=run, args=(work, backend, rank, server.port, results)) for rank in range(RANKS)
-    ]
-    for one in ranks:
-        one.start()
-    found = dict(results.get(timeout=120) for _ in ranks)
-    for one in ranks:
-        one.join(60)
-        assert one.exitcode == 0
-    return found
+from support.collectives import RANKS, spawned
 
 
 @pytest.mark.parametrize("backend", ["gloo", store_group.BACKEND])
 def test_each_rank_gets_the_bytes_that_were_sent(backend: str) -> None:
-    for rank, (every, gathered, first, own) in _all(sent_bytes.honest, backend).items():
+    for rank, (every, gathered, first, own) in spawned(sent_bytes.honest, backend)[0].items():
         assert every == [sent_bytes.DATA[one] for one in range(RANKS)]
         assert gathered == (every if rank == 0 else None)
         assert first == sent_bytes.DATA[0]
@@ -49,7 +29,7 @@ def test_what_a_hostile_rank_sends_is_refused_and_never_run(
 ) -> None:
     canary = tmp_path / "ran"
     monkeypatch.setenv(sent_bytes.CANARY, str(canary))
-    found = _all(sent_bytes.hostile, "gloo")
+    found, _ = spawned(sent_bytes.hostile, "gloo")
     foreign, unreadable = "ExecutorError: what rank", "CheckpointError: a failure could not be read here"
     for rank in (0, 1):
         for exchange, said in found[rank].items():

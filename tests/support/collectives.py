@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -67,6 +68,23 @@ def many(rank: int) -> Any:
         dist.all_gather_object(pair, rank, group=second)
         return pair
     return None
+
+
+def spawned(work: Callable[[int], Any], backend: str) -> tuple[dict[int, Any], dist.TCPStore]:
+    """Run ranks in processes of their own; what each rank's work returns, and the store that they had."""
+    spawn = multiprocessing.get_context("spawn")
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    results = spawn.Queue()
+    ranks = [
+        spawn.Process(target=run, args=(work, backend, rank, server.port, results)) for rank in range(RANKS)
+    ]
+    for one in ranks:
+        one.start()
+    found = dict(results.get(timeout=120) for _ in ranks)
+    for one in ranks:
+        one.join(60)
+        assert one.exitcode == 0
+    return found, server
 
 
 def run(work: Callable[[int], Any], backend: str, rank: int, port: int, results: Any) -> None:
